@@ -1,0 +1,222 @@
+"""Precisions, precision maps, and the bytes they cost.
+
+A :class:`Precision` is how one weight matrix is stored; a :class:`PrecisionMap` gives one to every unit of a model.
+A *unit* is one projection group (``gate_up`` or ``down``) of one routed expert. Nothing here touches tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from mopeq.errors import MapError
+
+__all__ = [
+    "BITS",
+    "DEFAULT_GROUP_SIZE",
+    "DEFAULT_REST",
+    "FULL",
+    "GROUPS",
+    "GROUP_SIZES",
+    "MATRICES",
+    "Precision",
+    "PrecisionMap",
+    "ProjectionGroup",
+    "parse_precision",
+]
+
+ProjectionGroup = Literal["gate_up", "down"]
+GROUPS: tuple[ProjectionGroup, ProjectionGroup] = ("gate_up", "down")
+MATRICES: dict[ProjectionGroup, tuple[str, ...]] = {"gate_up": ("gate", "up"), "down": ("down",)}
+"""The matrices of an expert that belong to each projection group."""
+
+BITS = (2, 3, 4, 5, 6, 8, 16)
+GROUP_SIZES = (32, 64, 128, -1)
+DEFAULT_GROUP_SIZE = 64
+MAP_FORMAT = "mopeq-precision"
+MAP_VERSION = 1
+
+
+@dataclass(frozen=True, order=True)
+class Precision:
+    """How one matrix is stored: ``bits`` per code, one fp16 scale per ``group_size`` inputs, a zero point or none.
+
+    ``group_size`` -1 means one group per row. ``symmetric`` fixes the zero point at ``2**(bits-1)`` and stores none.
+    ``bits`` 16 stores bfloat16 and has no groups. Printed as ``3g64``, ``4g128s`` (symmetric), ``8g-1``, ``16``.
+    """
+
+    bits: int
+    group_size: int = DEFAULT_GROUP_SIZE
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise MapError(f"precision of {self.bits} bits; expected one of {', '.join(map(str, BITS))}")
+        if self.bits == 16:
+            object.__setattr__(self, "group_size", -1)
+            object.__setattr__(self, "symmetric", True)
+        elif self.group_size not in GROUP_SIZES:
+            raise MapError(f"group size {self.group_size}; expected one of {', '.join(map(str, GROUP_SIZES))}")
+
+    def __str__(self) -> str:
+        return "16" if self.bits == 16 else f"{self.bits}g{self.group_size}{'s' if self.symmetric else ''}"
+
+    @property
+    def levels(self) -> int:
+        """Number of distinct codes."""
+        return 1 << self.bits
+
+    def group_count(self, in_features: int) -> int:
+        """Groups in a row of ``in_features`` inputs (0 at 16 bits).
+
+        Raises :class:`MapError` where the group size does not divide the row.
+        """
+        if self.bits == 16:
+            return 0
+        size = in_features if self.group_size == -1 else self.group_size
+        if in_features % size or in_features % 8:
+            fits = [g for g in GROUP_SIZES if g > 0 and in_features % g == 0] or (
+                ["-1"] if in_features % 8 == 0 else []
+            )
+            advice = f"use group size {' or '.join(map(str, fits))}" if fits else "keep this matrix at 16 bits"
+            raise MapError(f"groups of {size} do not fit rows of {in_features} inputs; {advice}")
+        return in_features // size
+
+    def nbytes(self, out_features: int, in_features: int) -> int:
+        """Stored bytes of a matrix (out, in): codes, scales and zero points (docs/format.md)."""
+        if self.bits == 16:
+            return 2 * out_features * in_features
+        if out_features % 8:
+            raise MapError(
+                f"a matrix of {out_features} outputs cannot be packed: expected a multiple of 8; keep it at 16 bits"
+            )
+        groups = self.group_count(in_features)
+        codes = out_features * in_features * self.bits // 8
+        zeros = 0 if self.symmetric else groups * out_features * self.bits // 8
+        return codes + 2 * out_features * groups + zeros
+
+    def fits(self, out_features: int, in_features: int) -> bool:
+        """Whether a matrix of this shape can be stored at this precision."""
+        try:
+            self.nbytes(out_features, in_features)
+        except MapError:
+            return False
+        return True
+
+
+FULL = Precision(16)
+DEFAULT_REST = {"attention": Precision(8, 128, True), "dense_mlp": Precision(8, 128, True),
+                "shared_experts": Precision(8, 128, True), "lm_head": Precision(8, 128, True)}  # fmt: skip
+"""Precision of the groups outside the routed experts, where nothing else is asked for."""
+
+_TEXT = re.compile(r"(\d+)(?:g(-1|\d+)(s?))?\Z")
+
+
+def parse_precision(value: object, base: Precision | None = None) -> Precision:
+    """``3``, ``"3"``, ``"3g64"``, ``"4g128s"``, ``"16"`` to a :class:`Precision`; a bare number takes ``base``'s groups."""
+    base = base or Precision(4)
+    match = _TEXT.match(str(value).strip())
+    if not match or isinstance(value, bool):
+        raise MapError(f"precision {value!r}; expected bits such as 3, or bits and group size such as 3g64 or 4g128s")
+    bits, group, symmetric = match.groups()
+    if group is None:
+        return Precision(int(bits), base.group_size, base.symmetric)
+    return Precision(int(bits), int(group), bool(symmetric))
+
+
+@dataclass(frozen=True)
+class PrecisionMap:
+    """A precision for every routed-expert unit and for every non-expert group of one model.
+
+    experts: ``{group: {layer: (one Precision per expert)}}`` for both projection groups.
+    rest: ``{group name: Precision}`` for ``attention``, ``dense_mlp``, ``shared_experts``, ``lm_head`` ...; 16 bits if absent.
+    note: free facts about how the map was made (method, scope, budget, predicted loss ...).
+    """
+
+    experts: Mapping[ProjectionGroup, Mapping[int, tuple[Precision, ...]]]
+    rest: Mapping[str, Precision] = field(default_factory=dict)
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if set(self.experts) != set(GROUPS):
+            raise MapError(f"expert groups {sorted(self.experts)}; expected {sorted(GROUPS)}")
+        up, down = ({k: len(v) for k, v in self.experts[g].items()} for g in GROUPS)
+        if up != down:
+            raise MapError("gate_up and down must list the same layers and numbers of experts; they differ")
+
+    @classmethod
+    def uniform(cls, layers: Mapping[int, int], precision: Precision, rest: Mapping[str, Precision] | None = None,
+                note: Mapping[str, Any] | None = None) -> PrecisionMap:  # fmt: skip
+        """Every unit at one precision; ``layers`` is ``{layer: number of experts}``."""
+        experts = {g: {layer: (precision,) * n for layer, n in layers.items()} for g in GROUPS}
+        return cls(experts, DEFAULT_REST if rest is None else rest, note or {"method": "uniform"})
+
+    @property
+    def layers(self) -> dict[int, int]:
+        """``{layer: number of experts}``."""
+        return {layer: len(row) for layer, row in self.experts["gate_up"].items()}
+
+    def of(self, layer: int, expert: int, group: ProjectionGroup) -> Precision:
+        """The precision of one unit."""
+        return self.experts[group][layer][expert]
+
+    def histogram(self) -> dict[Precision, int]:
+        """Number of units at each precision, ordered by precision."""
+        counts: dict[Precision, int] = {}
+        for rows in self.experts.values():
+            for row in rows.values():
+                for p in row:
+                    counts[p] = counts.get(p, 0) + 1
+        return dict(sorted(counts.items()))
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary a person can edit: one row of bits per layer; units off the most common grouping are strings."""
+        counts: dict[tuple[int, bool], int] = {}
+        for p, n in self.histogram().items():
+            if p.bits != 16:
+                counts[p.group_size, p.symmetric] = counts.get((p.group_size, p.symmetric), 0) + n
+        size, symmetric = max(counts, key=lambda k: counts[k]) if counts else (DEFAULT_GROUP_SIZE, False)
+        base = (size, symmetric)
+
+        def cell(p: Precision) -> int | str:
+            return p.bits if p.bits == 16 or (p.group_size, p.symmetric) == base else str(p)
+
+        return {
+            "format": MAP_FORMAT,
+            "version": MAP_VERSION,
+            "base": {"group_size": size, "symmetric": symmetric},
+            "experts": {
+                g: {str(layer): [cell(p) for p in row] for layer, row in sorted(self.experts[g].items())}
+                for g in GROUPS
+            },
+            "rest": {name: str(p) for name, p in sorted(self.rest.items())},
+            "note": dict(self.note),
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> PrecisionMap:
+        """Inverse of :meth:`to_json`. Raises :class:`MapError` on anything unexpected."""
+        if not isinstance(data, Mapping) or data.get("format") != MAP_FORMAT:
+            raise MapError(f'not a precision map: expected an object with "format": "{MAP_FORMAT}"')
+        if data.get("version") != MAP_VERSION:
+            raise MapError(f"precision map version {data.get('version')!r}; this mopeq reads version {MAP_VERSION}")
+        unknown = set(data) - {"format", "version", "base", "experts", "rest", "note"}
+        if unknown:
+            raise MapError(f"precision map has unknown keys {sorted(unknown)}; remove them")
+        try:
+            raw = data["base"]
+            base = Precision(4, int(raw["group_size"]), bool(raw["symmetric"]))
+            experts = {
+                cast(ProjectionGroup, g): {
+                    int(layer): tuple(parse_precision(v, base) for v in row) for layer, row in rows.items()
+                }
+                for g, rows in data["experts"].items()
+            }
+            rest = {str(name): parse_precision(v, base) for name, v in data.get("rest", {}).items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise MapError(
+                f"malformed precision map: {error!r}; expected base, experts {{gate_up, down}} and rest"
+            ) from error
+        return cls(experts, rest, dict(data.get("note", {})))

@@ -1,0 +1,137 @@
+"""Quantized tensors: codes, packing, dequantization. This file is the reference numerics (docs/numerics.md).
+
+A matrix W (out, in) is cut along its input axis into groups. Code q, fp16 scale s and integer zero point z give
+``W = (q - z) * s``; codes and zero points are ``bits`` wide, unsigned; a symmetric matrix has z = 2**(bits-1) and stores
+none. Bit strings are little-endian: code i of a row occupies bits [i*bits, (i+1)*bits) of the row's bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mopeq.precision import FULL, Precision
+
+__all__ = ["Codes", "QTensor", "dequantize", "pack", "pack_bits", "packed_shapes", "unpack", "unpack_bits"]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """An unpacked quantized matrix, or a batch of them (leading axes ``...``) at one precision.
+
+    codes: uint8 (..., out, in); scales: float16 (..., out, groups); zeros: uint8 (..., out, groups), None if symmetric.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    precision: Precision
+
+    def __getitem__(self, index: int) -> Codes:
+        """One matrix of a batch."""
+        return Codes(
+            self.codes[index], self.scales[index], None if self.zeros is None else self.zeros[index], self.precision
+        )
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A packed matrix (out, in): what a checkpoint stores.
+
+    qweight: uint8 (out, in*bits/8); scales: float16 (out, groups); zeros: uint8 (groups, out*bits/8), the zero points
+    of one group of all rows packed together, None if symmetric. At 16 bits qweight holds bfloat16 bytes and the others
+    are empty and None.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    shape: tuple[int, int]
+    precision: Precision
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return sum(t.numel() * t.element_size() for t in (self.qweight, self.scales, self.zeros) if t is not None)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes (..., n) to bytes (..., n*bits/8), little-endian; n*bits must be a multiple of 8."""
+    if bits == 8:
+        return codes.to(torch.uint8).contiguous()
+    n = codes.shape[-1]
+    if n % 8:
+        raise ValueError(f"{n} codes in a row; expected a multiple of 8")
+    eight = codes.to(torch.int64).unflatten(-1, (n // 8, 8))
+    word = (eight << (torch.arange(8, device=codes.device) * bits)).sum(-1)
+    out = (word.unsqueeze(-1) >> (torch.arange(bits, device=codes.device) * 8)) & 0xFF
+    return out.to(torch.uint8).flatten(-2).contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """Bytes (..., n*bits/8) to uint8 codes (..., n): inverse of :func:`pack_bits`."""
+    if bits == 8:
+        return packed
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed.unsqueeze(-1) >> shifts) & mask).flatten(-2)
+    eight = packed.unflatten(-1, (packed.shape[-1] // bits, bits)).to(torch.int32)
+    columns = []
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        value = eight[..., byte] >> shift
+        if shift + bits > 8:
+            value = value | (eight[..., byte + 1] << (8 - shift))
+        columns.append((value & mask).to(torch.uint8))
+    return torch.stack(columns, -1).flatten(-2)
+
+
+def pack(codes: Codes) -> QTensor:
+    """Pack one matrix."""
+    bits = codes.precision.bits
+    out, inp = codes.codes.shape
+    zeros = None if codes.zeros is None else pack_bits(codes.zeros.T, bits)
+    return QTensor(
+        pack_bits(codes.codes, bits), codes.scales.to(torch.float16).contiguous(), zeros, (out, inp), codes.precision
+    )
+
+
+def pack_full(weight: Tensor) -> QTensor:
+    """Store a matrix at 16 bits (bfloat16)."""
+    out, inp = weight.shape
+    raw = weight.to(torch.bfloat16).contiguous().view(torch.uint8)
+    return QTensor(raw, torch.empty(out, 0, dtype=torch.float16), None, (out, inp), FULL)
+
+
+def unpack(q: QTensor) -> Codes:
+    """Inverse of :func:`pack`; not for 16 bits, which has no codes."""
+    bits = q.precision.bits
+    zeros = None if q.zeros is None else unpack_bits(q.zeros, bits).T
+    return Codes(unpack_bits(q.qweight, bits), q.scales, zeros, q.precision)
+
+
+def dequantize(q: QTensor | Codes, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix (..., out, in) that the codes stand for, computed in float32 and rounded once to ``dtype``."""
+    if isinstance(q, QTensor):
+        if q.precision.bits == 16:
+            return q.qweight.view(torch.bfloat16).to(dtype)
+        q = unpack(q)
+    zero = float(1 << (q.precision.bits - 1)) if q.zeros is None else q.zeros.float().unsqueeze(-1)
+    groups = q.scales.shape[-1]
+    grouped = q.codes.unflatten(-1, (groups, q.codes.shape[-1] // groups)).float()
+    return ((grouped - zero) * q.scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def packed_shapes(shape: tuple[int, int], precision: Precision) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+    """``{suffix: ((rows, columns), dtype)}`` of the tensors that store a matrix (docs/format.md); empty ones are absent."""
+    out, inp = shape
+    if precision.bits == 16:
+        return {"qweight": ((out, 2 * inp), torch.uint8)}
+    groups = precision.group_count(inp)
+    made = {"qweight": ((out, inp * precision.bits // 8), torch.uint8), "scales": ((out, groups), torch.float16)}
+    if not precision.symmetric:
+        made["zeros"] = ((groups, out * precision.bits // 8), torch.uint8)
+    return made

@@ -1,0 +1,58 @@
+"""The experts seam of transformers 5: what differs between experts modules, in one place.
+
+An experts module is called ``experts(hidden (tokens, H), top_k_index (tokens, k), top_k_weights (tokens, k))`` and adds up
+``weight * down(activate(gate_up(x)))``. Families differ in how gate and up are laid out (concatenated or interleaved), in
+biases, and in the gate function; mopeq keeps matrices canonical (gate rows, then up rows; (out, in)) and asks the module for
+the rest. Llama 4 alone weighs the input instead of the output and calls its experts with all tokens for every expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["activate", "down_bias", "gate_up_bias", "is_experts", "weighs_input"]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is a routed-experts module of transformers 5, packed by mopeq or not."""
+    return hasattr(module, "mopeq_layer") or (
+        isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+        and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    )
+
+
+def weighs_input(module: nn.Module) -> bool:
+    """Whether routing weights scale the experts' input (Llama 4) rather than their output."""
+    return any(cls.__name__ == "Llama4TextExperts" for cls in type(module).__mro__)
+
+
+def gate_up_bias(module: nn.Module, expert: int) -> Tensor | None:
+    """Bias of gate and up of one expert in the module's own order (2I,), or None."""
+    bias: Any = getattr(module, "gate_up_proj_bias", None)
+    return None if bias is None else bias[expert]
+
+
+def down_bias(module: nn.Module, expert: int) -> Tensor | None:
+    """Bias of down of one expert (H,), or None."""
+    bias: Any = getattr(module, "down_proj_bias", None)
+    return None if bias is None else bias[expert]
+
+
+def activate(module: nn.Module, gate_up: Tensor, expert: int) -> Tensor:
+    """Hidden activations (tokens, I) of one expert from its gate and up outputs (tokens, 2I), gate first, without bias."""
+    m: Any = module
+    if not getattr(module, "is_concatenated", True):
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate_up = torch.stack((gate, up), dim=-1).flatten(-2)
+    bias = gate_up_bias(module, expert)
+    if bias is not None:
+        gate_up = gate_up + bias.to(gate_up.dtype)
+    if hasattr(module, "_apply_gate"):
+        out: Tensor = m._apply_gate(gate_up)
+        return out
+    gate, up = gate_up.chunk(2, dim=-1)
+    product: Tensor = m.act_fn(gate) * up
+    return product
