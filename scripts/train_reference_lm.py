@@ -1,9 +1,9 @@
 """Train the bundled reference language model, a small OLMoE with really trained experts, on one CPU thread.
 
-The parameters are those of ``transformers.OlmoeForCausalLM``; the training step runs its own lean forward pass
-over them (bfloat16 matrix products, tokens sorted by expert, gathers instead of scatters), which is several
-times faster on a CPU than the model's own. ``--check`` compares the two. The learning rate follows a trapezoid
-(warm-up, constant, linear decay to zero), so a run can be resumed with another ``--steps`` while it is in its
+The parameters are those of ``transformers.OlmoeForCausalLM``; the training step runs its own lean forward
+pass over them (bfloat16 matrix products, tokens sorted by expert, gathers instead of scatters), which is
+several times faster on a CPU than the model's own. ``--check`` compares the two. The learning rate follows
+a trapezoid (warm-up, constant, linear decay to zero), so a run can be resumed with another ``--steps`` while it is in its
 constant part. The decay part uses windows as long as the model's context.
 
     python scripts/reference_corpus.py --work build/reference-lm --text src/mopeq/assets/text
@@ -36,6 +36,10 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 DOMAINS = ("code", "docs")
+#: Rows of an expert's group are filled up to a multiple of this.
+GROUP = 64
+#: Query rows attended to at once.
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Settings:
     seed: int = 0
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Tokenizer and token stream
 
 
@@ -142,38 +146,38 @@ class Windows:
         return tensor[:, :-1].contiguous(), tensor[:, 1:].contiguous()
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Lean forward pass
 
 
 class _Spread(torch.autograd.Function):
-    """Rows of tokens in the order of their experts; the gradient is a gather, not a scatter."""
+    """Rows of tokens at the places of their experts; the gradient is a gather, not a scatter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(inverse)
-        ctx.copies = source.numel() // x.shape[0]
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(place)
+        ctx.tokens = x.shape[0]
         return x.index_select(0, source)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        copies = ctx.copies
-        return grad.index_select(0, inverse).view(-1, copies, grad.shape[1]).sum(1), None, None
+        (place,) = ctx.saved_tensors
+        return grad.index_select(0, place).view(ctx.tokens, -1, grad.shape[1]).sum(1), None, None
 
 
 class _Collect(torch.autograd.Function):
-    """Rows back in the order of the tokens."""
+    """Rows back in the order of the tokens; rows that only fill a group up get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(order)
-        return y.index_select(0, inverse)
+    def forward(ctx: Any, y: Tensor, place: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(place)
+        ctx.shape = y.shape
+        return y.index_select(0, place)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (place,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, place, grad), None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -189,6 +193,7 @@ class _GroupedLinear(torch.autograd.Function):
             if count:
                 torch.mm(x[start : start + count], weight[group].t(), out=out[start : start + count])
             start += count
+        out[start:].zero_()
         return out
 
     @staticmethod
@@ -203,6 +208,7 @@ class _GroupedLinear(torch.autograd.Function):
                 torch.mm(grad[rows], weight[group], out=grad_x[rows])
                 torch.mm(grad[rows].t(), x[rows], out=grad_weight[group])
             start += count
+        grad_x[start:].zero_()
         return grad_x, grad_weight, None
 
 
@@ -226,10 +232,41 @@ def swiglu(x: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(x.dtype)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats."""
-    wide = logits.float()
-    return (wide.logsumexp(-1) - wide.gather(1, targets[:, None])[:, 0]).mean()
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """Logarithm of the sum of exponentials of each row."""
+    return logits.float().logsumexp(-1)
+
+
+def probabilities_over(logits: Tensor, total: Tensor, scale: float) -> Tensor:
+    """Softmax of the rows, given their :func:`log_sum_exp`, times ``scale``."""
+    return ((logits.float() - total[:, None]).exp() * scale).to(logits.dtype)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean negative log-likelihood in nats; the gradient is computed straight from the probabilities."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits: Tensor, targets: Tensor, pieces: tuple[Callable[..., Tensor], Callable[..., Tensor]]
+    ) -> Tensor:
+        total = pieces[0](logits)
+        ctx.save_for_backward(logits, targets, total)
+        ctx.softmax = pieces[1]
+        return (total - logits.gather(1, targets[:, None])[:, 0].float()).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        logits, targets, total = ctx.saved_tensors
+        out = ctx.softmax(logits, total, 1.0 / len(targets))
+        rows = torch.arange(len(targets))
+        hot = (logits[rows, targets].float() - total).exp() - 1.0
+        out[rows, targets] = (hot / len(targets)).to(out.dtype)
+        return out * grad.to(out.dtype) if float(grad) != 1.0 else out, None, None
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Causal softmax of attention scores; ``mask`` is added."""
+    return (scores.float() + mask).softmax(-1).to(scores.dtype)
 
 
 def combine(y: Tensor, weights: Tensor) -> Tensor:
@@ -244,22 +281,43 @@ class LeanForward:
     def __init__(self, model: OlmoeForCausalLM, compile_pieces: bool) -> None:
         self.model = model
         self.config = model.config
-        pieces: list[Callable[..., Tensor]] = [rms_norm, norm_and_rotate, swiglu, cross_entropy, combine]
+        pieces: list[Callable[..., Tensor]] = [
+            rms_norm,
+            norm_and_rotate,
+            swiglu,
+            combine,
+            masked_softmax,
+            log_sum_exp,
+            probabilities_over,
+        ]
         if compile_pieces:
             pieces = [torch.compile(piece, dynamic=False) for piece in pieces]
-        self.rms_norm, self.norm_and_rotate, self.swiglu, self.cross_entropy, self.combine = pieces
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self.rms_norm, self.norm_and_rotate, self.swiglu, self.combine, self.masked_softmax = pieces[:5]
+        self.cross_entropy_pieces = (pieces[5], pieces[6])
+        self._tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def tables(self, window: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rotary positions."""
+    def tables(self, window: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines and sines of the rotary positions, and the causal mask."""
         if window not in self._tables:
             size = self.config.hidden_size // self.config.num_attention_heads
             theta = self.config.rope_parameters["rope_theta"]
             frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
             angles = torch.arange(window, dtype=torch.float64)[:, None] * frequencies
             angles = torch.cat((angles, angles), dim=-1)
-            self._tables[window] = (angles.cos().float(), angles.sin().float())
+            mask = torch.full((window, window), -math.inf).triu(1)
+            self._tables[window] = (angles.cos().float(), angles.sin().float(), mask)
         return self._tables[window]
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Causal attention in blocks of query rows, so that what lies right of the diagonal costs little."""
+        window, size = q.shape[2], q.shape[3]
+        q = q * size**-0.5
+        parts = []
+        for start in range(0, window, BLOCK):
+            stop = min(start + BLOCK, window)
+            scores = q[:, :, start:stop] @ k[:, :, :stop].transpose(2, 3)
+            parts.append(self.masked_softmax(scores, mask[start:stop, :stop]) @ v[:, :, :stop])
+        return torch.cat(parts, dim=2)
 
     def experts(self, x: Tensor, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Output of the mixture, its balance loss, and how many tokens went to each expert."""
@@ -270,14 +328,20 @@ class LeanForward:
             weights = weights / weights.sum(-1, keepdim=True)
         flat = chosen.reshape(-1)
         order = flat.argsort(stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel())
         load = torch.bincount(flat, minlength=config.num_experts)
-        counts = load.tolist()
-        sorted_x = _Spread.apply(x, order // config.num_experts_per_tok, inverse)
+        # Groups are filled up to a multiple of GROUP rows: with few distinct shapes the matrix products find
+        # their kernels in oneDNN's cache instead of compiling new ones at every step.
+        padded = (load + GROUP - 1) // GROUP * GROUP
+        counts = padded.tolist()
+        shift = (padded.cumsum(0) - padded) - (load.cumsum(0) - load)
+        target = torch.arange(order.numel()) + shift[flat[order]]
+        place = torch.empty_like(order).index_copy_(0, order, target)
+        source = order.new_zeros(order.numel() + GROUP * config.num_experts)
+        source.index_copy_(0, target, order // config.num_experts_per_tok)
+        sorted_x = _Spread.apply(x, source, place)
         hidden = _GroupedLinear.apply(sorted_x, mixture.experts.gate_up_proj.bfloat16(), counts)
         y = _GroupedLinear.apply(self.swiglu(hidden), mixture.experts.down_proj.bfloat16(), counts)
-        out = self.combine(_Collect.apply(y, order, inverse), weights)
+        out = self.combine(_Collect.apply(y, place), weights)
         balance = config.num_experts * (load / load.sum() * probabilities.mean(0)).sum()
         return out, balance, load
 
@@ -286,7 +350,7 @@ class LeanForward:
         config, body = self.config, self.model.model
         rows, window = inputs.shape
         heads, eps = config.num_attention_heads, config.rms_norm_eps
-        cos, sin = self.tables(window)
+        cos, sin, mask = self.tables(window)
         x = body.embed_tokens.weight.bfloat16()[inputs]
         balances, loads = [], []
         for layer in body.layers:
@@ -296,8 +360,7 @@ class LeanForward:
             q, k, v = F.linear(h, torch.cat(projections).bfloat16()).chunk(3, dim=-1)
             q = self.norm_and_rotate(q, attention.q_norm.weight, eps, cos, sin, heads)
             k = self.norm_and_rotate(k, attention.k_norm.weight, eps, cos, sin, heads)
-            v = v.view(rows, window, heads, -1).transpose(1, 2)
-            h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            h = self.attention(q, k, v.view(rows, window, heads, -1).transpose(1, 2), mask)
             h = h.transpose(1, 2).reshape(rows, window, -1)
             x = x + F.linear(h, attention.o_proj.weight.bfloat16())
             h = self.rms_norm(x, layer.post_attention_layernorm.weight, eps)
@@ -307,11 +370,11 @@ class LeanForward:
             loads.append(load)
         x = self.rms_norm(x, body.norm.weight, eps).view(rows * window, -1)
         logits = F.linear(x, self.model.lm_head.weight.bfloat16())
-        loss = self.cross_entropy(logits, targets.reshape(-1))
+        loss = _CrossEntropy.apply(logits, targets.reshape(-1), self.cross_entropy_pieces)
         return loss, torch.stack(balances).mean(), torch.stack(loads)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Model, optimiser, checkpoint
 
 
@@ -375,7 +438,7 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     os.replace(scratch, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Evaluation and export
 
 
@@ -423,7 +486,12 @@ def load_shares(model: OlmoeForCausalLM, ids: Tensor, window: int = 512) -> list
 
 
 def export(
-    model: OlmoeForCausalLM, tokenizer: Tokenizer, out: Path, text_dir: Path, stream: np.ndarray, log: dict[str, Any]
+    model: OlmoeForCausalLM,
+    tokenizer: Tokenizer,
+    out: Path,
+    text_dir: Path,
+    stream: np.ndarray,
+    log: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the model in bfloat16, the tokenizer and ``training.json``; return the latter."""
     out.mkdir(parents=True, exist_ok=True)
@@ -475,7 +543,7 @@ def check(model: OlmoeForCausalLM, stream: np.ndarray) -> None:
         raise SystemExit("the two forward passes disagree")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def train(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -576,13 +644,20 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
     }
     if arguments.out:
         log = export(model, tokenizer, arguments.out, arguments.text, stream, log)
-        print(json.dumps({key: log[key] for key in ("heldout_perplexity", "expert_load_max_over_min")}), flush=True)
+        print(
+            json.dumps({key: log[key] for key in ("heldout_perplexity", "expert_load_max_over_min")}),
+            flush=True,
+        )
 
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder with train.jsonl; holds the checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder with train.jsonl; holds the checkpoint"
+    )
     parser.add_argument("--text", type=Path, required=True, help="folder with the held-out text")
     parser.add_argument("--out", type=Path, help="folder for the finished model")
     parser.add_argument("--steps", type=int, default=Settings.steps)

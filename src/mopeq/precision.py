@@ -115,7 +115,7 @@ _TEXT = re.compile(r"(\d+)(?:g(-1|\d+)(s?))?\Z")
 
 
 def parse_precision(value: object, base: Precision | None = None) -> Precision:
-    """``3``, ``"3"``, ``"3g64"``, ``"4g128s"``, ``"16"`` to a :class:`Precision`; a bare number takes ``base``'s groups."""
+    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"`` or ``"16"``; a bare number takes ``base``'s groups."""
     base = base or Precision(4)
     match = _TEXT.match(str(value).strip())
     if not match or isinstance(value, bool):
@@ -131,7 +131,7 @@ class PrecisionMap:
     """A precision for every routed-expert unit and for every non-expert group of one model.
 
     experts: ``{group: {layer: (one Precision per expert)}}`` for both projection groups.
-    rest: ``{group name: Precision}`` for ``attention``, ``dense_mlp``, ``shared_experts``, ``lm_head`` ...; 16 bits if absent.
+    rest: ``{group name: Precision}`` for ``attention``, ``dense_mlp``, ``shared_experts``, ``lm_head``; else 16 bits.
     note: free facts about how the map was made (method, scope, budget, predicted loss ...).
     """
 

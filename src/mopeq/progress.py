@@ -1,4 +1,4 @@
-"""Progress of long loops. Library functions take a ``track``; the CLI gives one that draws, everybody else the silent one."""
+"""Progress of long loops: library functions take a ``track``; the CLI gives one that draws."""
 
 from __future__ import annotations
 

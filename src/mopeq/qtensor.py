@@ -1,8 +1,8 @@
 """Quantized tensors: codes, packing, dequantization. This file is the reference numerics (docs/numerics.md).
 
 A matrix W (out, in) is cut along its input axis into groups. Code q, fp16 scale s and integer zero point z give
-``W = (q - z) * s``; codes and zero points are ``bits`` wide, unsigned; a symmetric matrix has z = 2**(bits-1) and stores
-none. Bit strings are little-endian: code i of a row occupies bits [i*bits, (i+1)*bits) of the row's bytes.
+``W = (q - z) * s``; codes and zero points are ``bits`` wide, unsigned; a symmetric matrix has z = 2**(bits-1) and
+stores none. Bit strings are little-endian: code i of a row occupies bits [i*bits, (i+1)*bits) of the row's bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     n = codes.shape[-1]
     if n % 8:
         raise ValueError(f"{n} codes in a row; expected a multiple of 8")
-    eight = codes.to(torch.int64).unflatten(-1, (n // 8, 8))
+    eight = codes.to(torch.int64).reshape(*codes.shape[:-1], n // 8, 8)
     word = (eight << (torch.arange(8, device=codes.device) * bits)).sum(-1)
     out = (word.unsqueeze(-1) >> (torch.arange(bits, device=codes.device) * 8)) & 0xFF
     return out.to(torch.uint8).flatten(-2).contiguous()
@@ -77,8 +77,9 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     mask = (1 << bits) - 1
     if 8 % bits == 0:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        return ((packed.unsqueeze(-1) >> shifts) & mask).flatten(-2)
-    eight = packed.unflatten(-1, (packed.shape[-1] // bits, bits)).to(torch.int32)
+        spread: Tensor = (packed.unsqueeze(-1) >> shifts) & mask
+        return spread.flatten(-2)
+    eight = packed.reshape(*packed.shape[:-1], packed.shape[-1] // bits, bits).to(torch.int32)
     columns = []
     for i in range(8):
         byte, shift = divmod(i * bits, 8)
@@ -120,13 +121,13 @@ def dequantize(q: QTensor | Codes, dtype: torch.dtype = torch.float32) -> Tensor
             return q.qweight.view(torch.bfloat16).to(dtype)
         q = unpack(q)
     zero = float(1 << (q.precision.bits - 1)) if q.zeros is None else q.zeros.float().unsqueeze(-1)
-    groups = q.scales.shape[-1]
-    grouped = q.codes.unflatten(-1, (groups, q.codes.shape[-1] // groups)).float()
-    return ((grouped - zero) * q.scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
+    grouped = q.codes.reshape(*q.scales.shape, -1).float()
+    weight: Tensor = (grouped - zero) * q.scales.float().unsqueeze(-1)
+    return weight.flatten(-2).to(dtype)
 
 
 def packed_shapes(shape: tuple[int, int], precision: Precision) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-    """``{suffix: ((rows, columns), dtype)}`` of the tensors that store a matrix (docs/format.md); empty ones are absent."""
+    """``{suffix: ((rows, columns), dtype)}`` of the tensors that store a matrix (docs/format.md); no empty ones."""
     out, inp = shape
     if precision.bits == 16:
         return {"qweight": ((out, 2 * inp), torch.uint8)}

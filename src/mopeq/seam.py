@@ -1,9 +1,10 @@
 """The experts seam of transformers 5: what differs between experts modules, in one place.
 
-An experts module is called ``experts(hidden (tokens, H), top_k_index (tokens, k), top_k_weights (tokens, k))`` and adds up
-``weight * down(activate(gate_up(x)))``. Families differ in how gate and up are laid out (concatenated or interleaved), in
-biases, and in the gate function; mopeq keeps matrices canonical (gate rows, then up rows; (out, in)) and asks the module for
-the rest. Llama 4 alone weighs the input instead of the output and calls its experts with all tokens for every expert.
+An experts module is called ``experts(hidden (tokens, H), top_k_index (tokens, k), top_k_weights (tokens, k))`` and
+adds up ``weight * down(activate(gate_up(x)))``. Families differ in how gate and up are laid out (concatenated or
+interleaved), in biases, and in the gate function; mopeq keeps matrices canonical (gate rows, then up rows; (out, in))
+and asks the module for the rest. Llama 4 alone weighs the input instead of the output and calls its experts with all
+tokens for every expert.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def down_bias(module: nn.Module, expert: int) -> Tensor | None:
 
 
 def activate(module: nn.Module, gate_up: Tensor, expert: int) -> Tensor:
-    """Hidden activations (tokens, I) of one expert from its gate and up outputs (tokens, 2I), gate first, without bias."""
+    """Hidden activations (tokens, I) of one expert from its gate and up outputs (tokens, 2I), gate first, no bias."""
     m: Any = module
     if not getattr(module, "is_concatenated", True):
         gate, up = gate_up.chunk(2, dim=-1)

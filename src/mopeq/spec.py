@@ -112,7 +112,7 @@ class MoESpec:
     linears: tuple[LinearRef, ...]
     kept: tuple[KeptRef, ...]
     ignored: tuple[str, ...] = ()
-    """Tensors transformers drops on load (stated by describe): buffers of old versions, multi-token-prediction heads."""
+    """Tensors that transformers drops on load: buffers of old versions, multi-token-prediction heads."""
 
     def experts(self) -> Iterator[Expert]:
         """All routed experts in order."""
@@ -243,7 +243,8 @@ class Inventory:
             raise MapError(
                 f"the precision map is for another model: it has {len(precisions.layers)} MoE layers of "
                 f"{sorted(set(precisions.layers.values()))} experts, this {self.model_type} has {len(self.experts)} of "
-                f"{sorted(set(self.experts.values()))} (first difference: {dict(list(found.items())[:1])}); make a map from this model"
+                f"{sorted(set(self.experts.values()))} (first difference: {dict(list(found.items())[:1])}); "
+                "make a map from this model"
             )
         unknown = set(precisions.rest) - set(DEFAULT_GROUPS) - set(self.linears)
         if unknown:
@@ -293,7 +294,8 @@ class Inventory:
             raise MapError(f"malformed model block: {error!r}; make the file again with mopeq analyze") from error
         if data.get("fingerprint") != made.fingerprint:
             raise MapError(
-                f"model block with fingerprint {data.get('fingerprint')!r}, its shapes give {made.fingerprint!r}; it was edited"
+                f"model block with fingerprint {data.get('fingerprint')!r}, its shapes give {made.fingerprint!r}; "
+                "it was edited: make the file again with mopeq analyze"
             )
         return made
 
@@ -302,7 +304,7 @@ DEFAULT_GROUPS = ("attention", "dense_mlp", "shared_experts", "lm_head")
 
 
 def fitting(asked: Precision, out_features: int, in_features: int) -> Precision:
-    """The precision a non-expert matrix gets: as asked, else the largest smaller group size that divides its rows, else 16 bits."""
+    """What a non-expert matrix gets: as asked, else with the largest smaller group size that fits, else 16 bits."""
     if asked.fits(out_features, in_features):
         return asked
     for size in (128, 64, 32):

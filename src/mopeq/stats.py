@@ -64,7 +64,8 @@ class Stats:
         if name not in self.metrics:
             scores = [n for n in self.metrics if "/" not in n and not n.endswith(".stderr")]
             raise MapError(
-                f"no metric {name!r} in these statistics; they have {', '.join(scores)}; measure it with mopeq analyze --metrics"
+                f"no metric {name!r} in these statistics; they have {', '.join(scores)}; "
+                "measure it with mopeq analyze --metrics"
             )
         return self.metrics[name]
 
@@ -161,7 +162,7 @@ def cost_options(stats: Stats, cost: str) -> tuple[Precision, ...]:
 def cost_table(
     stats: Stats, cost: str, options: Sequence[Precision] | None = None, granularity: str = "group"
 ) -> CostTable:
-    """The table of one cost over all units. ``granularity`` is ``group`` (gate_up and down apart) or ``expert`` (tied)."""
+    """One cost over all units; ``granularity`` is ``group`` (gate_up and down apart) or ``expert`` (tied)."""
     known = cost_options(stats, cost)
     chosen = tuple(sorted(options)) if options else known
     missing = [str(p) for p in chosen if p not in known]
