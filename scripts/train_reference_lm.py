@@ -3,8 +3,8 @@
 The parameters are those of ``transformers.OlmoeForCausalLM``; the training step runs its own lean forward
 pass over them (bfloat16 matrix products, tokens sorted by expert, gathers instead of scatters), which is
 several times faster on a CPU than the model's own. ``--check`` compares the two. The learning rate follows
-a trapezoid (warm-up, constant, linear decay to zero), so a run can be resumed with another ``--steps`` while it is in its
-constant part. The decay part uses windows as long as the model's context.
+a trapezoid (warm-up, constant, linear decay to zero), so a run can be resumed with another ``--steps`` while
+it is in its constant part. The decay part uses windows as long as the model's context.
 
     python scripts/reference_corpus.py --work build/reference-lm --text src/mopeq/assets/text
     python scripts/train_reference_lm.py --work build/reference-lm --text src/mopeq/assets/text \
@@ -13,6 +13,7 @@ constant part. The decay part uses windows as long as the model's context.
 The checkpoint in the ``--work`` folder is replaced atomically; ``--resume`` goes on from it.
 """
 
+# mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
 import argparse
@@ -50,14 +51,15 @@ class Settings:
     batch_tokens: int = 4_096
     window: int = 256
     decay_window: int = 1_024
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     warmup_steps: int = 150
-    decay_fraction: float = 0.3
+    decay_fraction: float = 0.2
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
-    balance: float = 0.002
-    docs_repeat: int = 1
+    balance_early: float = 0.015
+    balance_early_steps: int = 1_000
+    balance: float = 0.006
     seed: int = 0
 
 
@@ -111,9 +113,7 @@ def prepare(work: Path, settings: Settings, vocabulary: int) -> tuple[Tokenizer,
     for start in range(0, len(documents), 256):
         chunk = documents[start : start + 256]
         encoded = tokenizer.encode_batch([document["text"] for document in chunk])
-        for document, encoding in zip(chunk, encoded, strict=True):
-            ids = np.asarray([*encoding.ids, end], dtype=np.uint16)
-            pieces.extend([ids] * (settings.docs_repeat if document["domain"] == "docs" else 1))
+        pieces.extend(np.asarray([*encoding.ids, end], dtype=np.uint16) for encoding in encoded)
     order = np.random.default_rng(settings.seed).permutation(len(pieces))
     stream = np.concatenate([pieces[index] for index in order])
     np.save(stream_file, stream)
@@ -154,13 +154,13 @@ class _Spread(torch.autograd.Function):
     """Rows of tokens at the places of their experts; the gradient is a gather, not a scatter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
         ctx.tokens = x.shape[0]
         return x.index_select(0, source)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
         return grad.index_select(0, place).view(ctx.tokens, -1, grad.shape[1]).sum(1), None, None
 
@@ -169,13 +169,13 @@ class _Collect(torch.autograd.Function):
     """Rows back in the order of the tokens; rows that only fill a group up get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, place: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, y: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
         ctx.shape = y.shape
         return y.index_select(0, place)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (place,) = ctx.saved_tensors
         return grad.new_zeros(ctx.shape).index_copy_(0, place, grad), None
 
@@ -184,7 +184,7 @@ class _GroupedLinear(torch.autograd.Function):
     """A linear layer per group of consecutive rows, each with a weight matrix of its own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.counts = counts
         out = x.new_empty(x.shape[0], weight.shape[1])
@@ -197,7 +197,7 @@ class _GroupedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
@@ -246,7 +246,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Mean negative log-likelihood in nats; the gradient is computed straight from the probabilities."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, logits: Tensor, targets: Tensor, pieces: tuple[Callable[..., Tensor], Callable[..., Tensor]]
     ) -> Tensor:
         total = pieces[0](logits)
@@ -255,7 +255,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (total - logits.gather(1, targets[:, None])[:, 0].float()).mean()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, total = ctx.saved_tensors
         out = ctx.softmax(logits, total, 1.0 / len(targets))
         rows = torch.arange(len(targets))
@@ -291,6 +291,8 @@ class LeanForward:
             probabilities_over,
         ]
         if compile_pieces:
+            # Attention meets one shape per block of query rows, in windows of both lengths.
+            torch._dynamo.config.recompile_limit = 64
             pieces = [torch.compile(piece, dynamic=False) for piece in pieces]
         self.rms_norm, self.norm_and_rotate, self.swiglu, self.combine, self.masked_softmax = pieces[:5]
         self.cross_entropy_pieces = (pieces[5], pieces[6])
@@ -300,7 +302,7 @@ class LeanForward:
         """Cosines and sines of the rotary positions, and the causal mask."""
         if window not in self._tables:
             size = self.config.hidden_size // self.config.num_attention_heads
-            theta = self.config.rope_parameters["rope_theta"]
+            theta = float(self.config.to_dict()["rope_parameters"]["rope_theta"])
             frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
             angles = torch.arange(window, dtype=torch.float64)[:, None] * frequencies
             angles = torch.cat((angles, angles), dim=-1)
@@ -378,9 +380,9 @@ class LeanForward:
 # Model, optimiser, checkpoint
 
 
-def build_model(tokenizer: Tokenizer, norm_topk: bool, seed: int) -> OlmoeForCausalLM:
+def build_model(tokenizer: Tokenizer, norm_topk: bool, settings: Settings) -> OlmoeForCausalLM:
     """The untrained model."""
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     config = OlmoeConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=128,
@@ -392,7 +394,8 @@ def build_model(tokenizer: Tokenizer, norm_topk: bool, seed: int) -> OlmoeForCau
         num_experts_per_tok=2,
         max_position_embeddings=1024,
         norm_topk_prob=norm_topk,
-        router_aux_loss_coef=0.002,
+        # The loss of transformers counts every choice of a token: it is this one times the choices.
+        router_aux_loss_coef=settings.balance / 2,
         tie_word_embeddings=False,
         initializer_range=0.06,
         bos_token_id=None,
@@ -429,6 +432,11 @@ def rate(step: int, settings: Settings) -> float:
     warm = min(1.0, (step + 1) / settings.warmup_steps)
     cool = 1.0 if step < start else (settings.steps - step) / (settings.steps - start)
     return settings.learning_rate * warm * cool
+
+
+def balance_weight(step: int, settings: Settings) -> float:
+    """Weight of the balance loss: higher at first, so that no expert dies before it has learned something."""
+    return settings.balance_early if step < settings.balance_early_steps else settings.balance
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
@@ -491,17 +499,19 @@ def export(
     out: Path,
     text_dir: Path,
     stream: np.ndarray,
+    settings: Settings,
     log: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the model in bfloat16, the tokenizer and ``training.json``; return the latter."""
     out.mkdir(parents=True, exist_ok=True)
     halved = OlmoeForCausalLM(model.config)
     halved.load_state_dict(model.state_dict())
-    halved = halved.to(torch.bfloat16)
+    halved = halved.bfloat16()
     halved.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     save_tokenizer(tokenizer, out, model.config.max_position_embeddings)
     reloaded = OlmoeForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    untrained = build_model(tokenizer, model.config.norm_topk_prob, log["settings"]["seed"]).eval()
+    untrained = build_model(tokenizer, model.config.norm_topk_prob, settings).eval()
     held = heldout_ids(tokenizer, text_dir)
     vocabulary = tokenizer.get_vocab_size()
     log = dict(log)
@@ -551,7 +561,7 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
     torch.set_num_threads(arguments.threads)
     work: Path = arguments.work
     tokenizer, stream = prepare(work, settings, arguments.vocabulary)
-    model = build_model(tokenizer, arguments.norm_topk_prob, settings.seed)
+    model = build_model(tokenizer, arguments.norm_topk_prob, settings)
     optimizer = build_optimizer(model, settings)
     windows = Windows(stream, settings.seed)
     parameters = sum(p.numel() for p in model.parameters())
@@ -589,7 +599,7 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate(step, settings)
         loss, balance, load = lean(inputs, targets)
-        (loss + settings.balance * balance).backward()
+        (loss + balance_weight(step, settings) * balance).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -643,7 +653,7 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
         "corpus": json.loads((work / "corpus.json").read_text("utf-8")),
     }
     if arguments.out:
-        log = export(model, tokenizer, arguments.out, arguments.text, stream, log)
+        log = export(model, tokenizer, arguments.out, arguments.text, stream, settings, log)
         print(
             json.dumps({key: log[key] for key in ("heldout_perplexity", "expert_load_max_over_min")}),
             flush=True,
@@ -662,7 +672,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the finished model")
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
-    parser.add_argument("--balance", type=float, default=Settings.balance, help="weight of the balance loss")
+    parser.add_argument(
+        "--balance",
+        type=float,
+        default=Settings.balance,
+        help="weight of the balance loss, after the first steps",
+    )
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--norm-topk-prob", action=argparse.BooleanOptionalAction, default=True)

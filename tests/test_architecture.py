@@ -61,7 +61,9 @@ def level(name: str) -> int:
     raise AssertionError(f"{name} has no level; add it to LEVELS and to docs/architecture.md")
 
 
-@pytest.mark.parametrize("path", [p for p in files() if p != SOURCE / "__init__.py"], ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", [p for p in files() if p != SOURCE / "__init__.py"], ids=lambda p: str(p.relative_to(SOURCE))
+)
 def test_imports_point_down(path: Path) -> None:
     own = own_room(path)
     for name in imports(path):

@@ -77,10 +77,9 @@ class Precision:
             return 0
         size = in_features if self.group_size == -1 else self.group_size
         if in_features % size or in_features % 8:
-            fits = [g for g in GROUP_SIZES if g > 0 and in_features % g == 0] or (
-                ["-1"] if in_features % 8 == 0 else []
-            )
-            advice = f"use group size {' or '.join(map(str, fits))}" if fits else "keep this matrix at 16 bits"
+            fits = [str(g) for g in GROUP_SIZES if g > 0 and in_features % g == 0]
+            fits = fits or (["-1"] if in_features % 8 == 0 else [])
+            advice = f"use group size {' or '.join(fits)}" if fits else "keep this matrix at 16 bits"
             raise MapError(f"groups of {size} do not fit rows of {in_features} inputs; {advice}")
         return in_features // size
 

@@ -30,19 +30,19 @@ def weighs_input(module: nn.Module) -> bool:
     return any(cls.__name__ == "Llama4TextExperts" for cls in type(module).__mro__)
 
 
-def gate_up_bias(module: nn.Module, expert: int) -> Tensor | None:
-    """Bias of gate and up of one expert in the module's own order (2I,), or None."""
+def gate_up_bias(module: nn.Module, expert: int | Tensor) -> Tensor | None:
+    """Bias of gate and up in the module's own order, (2I,) of one expert or (tokens, 2I) of each token's, or None."""
     bias: Any = getattr(module, "gate_up_proj_bias", None)
     return None if bias is None else bias[expert]
 
 
-def down_bias(module: nn.Module, expert: int) -> Tensor | None:
-    """Bias of down of one expert (H,), or None."""
+def down_bias(module: nn.Module, expert: int | Tensor) -> Tensor | None:
+    """Bias of down, (H,) of one expert or (tokens, H) of each token's, or None."""
     bias: Any = getattr(module, "down_proj_bias", None)
     return None if bias is None else bias[expert]
 
 
-def activate(module: nn.Module, gate_up: Tensor, expert: int) -> Tensor:
+def activate(module: nn.Module, gate_up: Tensor, expert: int | Tensor) -> Tensor:
     """Hidden activations (tokens, I) of one expert from its gate and up outputs (tokens, 2I), gate first, no bias."""
     m: Any = module
     if not getattr(module, "is_concatenated", True):

@@ -1,1 +1,224 @@
+"""Measures of every routed expert: how it is used, how sensitive it is, and what each precision would cost it."""
 
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mopeq import adapters
+from mopeq.analyze.activation import expert_tokens, frequency, gate_mass, usage
+from mopeq.analyze.cost import COSTS, layer_costs
+from mopeq.analyze.fisher import fisher
+from mopeq.analyze.forward import Batch, check_batches, experts_module
+from mopeq.analyze.hessian import hessian_trace
+from mopeq.analyze.moments import Moments, moments
+from mopeq.analyze.observe import Routed, expert_rows, observe
+from mopeq.analyze.weight_norm import hutchinson_norm_trace, inverse_norm, norm_trace
+from mopeq.errors import DataError, MapError
+from mopeq.precision import GROUPS, Precision
+from mopeq.progress import Track, silent
+from mopeq.quantizers import QUANTIZERS
+from mopeq.source import Source, read_group
+from mopeq.spec import ExpertId, MoESpec
+from mopeq.stats import Stats
+
+__all__ = [
+    "COSTS",
+    "METRICS",
+    "Batch",
+    "Moments",
+    "Routed",
+    "analyze",
+    "expert_rows",
+    "expert_tokens",
+    "fisher",
+    "frequency",
+    "gate_mass",
+    "hessian_trace",
+    "hutchinson_norm_trace",
+    "inverse_norm",
+    "layer_costs",
+    "moments",
+    "norm_trace",
+    "observe",
+]
+
+METRICS = {
+    "frequency": "share of the layer's routed slots; also tokens, the counts; apart for image and text tokens",
+    "gate_mass": "sum of the routing weights; apart for image and text tokens",
+    "inverse_norm": "MoPEQ's score from the weights alone: 1/||W||_F summed over gate, up and down",
+    "hessian_trace": "trace of the Hessian of the calibration loss, by Hutchinson's estimator, with its standard error",
+    "fisher": "trace of the true Fisher information per token, labels drawn from the model, with its standard error",
+    "output_error": "squared change of the layer's output per token, for each unit and option",
+    "fisher_error": "the same weighted by squared gradients, a diagonal estimate of the KL divergence it causes",
+}
+"""What :func:`analyze` can measure."""
+
+DATA_FREE = ("inverse_norm",)
+WITHOUT_MOMENTS = ("rtn",)
+"""Quantizers that take no calibration inputs."""
+
+
+def analyze(
+    model: nn.Module | None,
+    source: Source,
+    spec: MoESpec,
+    batches: Sequence[Batch],
+    metrics: Sequence[str],
+    *,
+    options: Sequence[Precision] = (),
+    quantizer: str = "gptq",
+    seed: int = 0,
+    minimum_tokens: int | None = None,
+    probes: int = 8,
+    routed: Mapping[int, Routed] | None = None,
+    info: Mapping[str, Any] | None = None,
+    track: Track = silent,
+) -> Stats:
+    """Measure the named metrics and nothing else; the model runs over the data at most once for all that can share it.
+
+    Args:
+        model: the loaded original; None where only ``inverse_norm`` is asked for.
+        source: its checkpoint, from which weights are read in float32 layer by layer.
+        spec: its specification.
+        batches: calibration data (:func:`observe`).
+        metrics: names in :data:`METRICS`.
+        options: precisions at which ``output_error`` and ``fisher_error`` are measured.
+        quantizer: name of the quantizer they are measured with.
+        seed: of sampled labels and probes.
+        minimum_tokens: experts with fewer tokens are listed, and quantized with moments filled up from their layer's
+            mean; None for a quarter of a matrix's inputs.
+        probes: of ``hessian_trace``.
+        routed: what :func:`observe` returned for these batches, if it was called already.
+        info: facts about the data to keep.
+        track: progress.
+
+    Returns:
+        Stats, whose ``info`` has ``seconds`` by metric, ``tokens``, ``sequences``, ``seed``, ``quantizer``,
+        ``options``, ``minimum_tokens`` and ``starved``: ``{"3.17": tokens}`` of the experts below it, fewest first.
+
+    Raises:
+        MapError: an unknown metric or quantizer, no options for a cost, or options that do not fit the model's shapes.
+        DataError: no calibration tokens.
+        ModelError: weights or activations that are not finite.
+    """
+    metrics = tuple(dict.fromkeys(metrics))
+    _check_names(metrics, METRICS, "metric")
+    _check_names((quantizer,), QUANTIZERS, "quantizer")
+    inventory = adapters.inventory_of(source, spec)
+    costs = [name for name in COSTS if name in metrics]
+    options = tuple(sorted(set(options)))
+    if costs and not options:
+        raise MapError(f"{costs[0]} without precisions to measure it at; give options such as 2, 3 and 4 bits")
+    for precision in options if costs else ():
+        for layer in spec.layers:
+            for group in GROUPS:
+                inventory.unit_bytes(layer.index, group, precision)
+    seconds: dict[str, float] = {}
+    found: dict[str, Mapping[int, Sequence[float]]] = {}
+    facts: dict[str, Any] = {"seed": seed, **(info or {})}
+
+    if "inverse_norm" in metrics:
+        with _timed(seconds, "inverse_norm"):
+            found["inverse_norm"] = inverse_norm(source, spec, track)
+    with_data = [name for name in metrics if name not in DATA_FREE]
+    if with_data:
+        if model is None:
+            raise DataError(f"{with_data[0]} runs the model over calibration data, found none; load the model")
+        check_batches(model, batches)
+        routed = dict(routed or {})
+        if _lacks(routed, spec, with_data):
+            with _timed(seconds, "observe"):
+                routed = observe(model, spec, batches, gradients="fisher_error" in metrics, seed=seed, track=track)
+    if with_data and model is not None and routed:
+        names = ("tokens", *(n for n in ("frequency", "gate_mass") if n in metrics))
+        with _timed(seconds, "usage"):
+            found.update(usage(routed, inventory.experts, names))
+        minimum = minimum_tokens if minimum_tokens is not None else max(layer.hidden_size for layer in spec.layers) // 4
+        facts |= {
+            "tokens": len(routed[spec.layers[0].index].hidden),
+            "sequences": sum(len(batch["input_ids"]) for batch in batches),
+            "minimum_tokens": minimum,
+            "starved": _starved(found["tokens"], minimum),
+        }
+    for name, measure in _ESTIMATORS.items():
+        if name in metrics and model is not None:
+            with _timed(seconds, name):
+                extra = {"probes": probes} if name == "hessian_trace" else {}
+                found[name], found[f"{name}.stderr"] = measure(model, spec, batches, seed=seed, track=track, **extra)
+            facts |= {f"{name}_probes": probes} if extra else {}
+    if costs and model is not None and routed:
+        facts |= {"quantizer": quantizer, "options": [str(p) for p in options]}
+        with _timed(seconds, ", ".join(costs)):
+            found.update(_costs(model, source, spec, routed, costs, options, quantizer, minimum_tokens, track))
+    return Stats(inventory, {}, facts).with_metrics(found, seconds=seconds)
+
+
+_ESTIMATORS: dict[str, Callable[..., tuple[dict[int, list[float]], dict[int, list[float]]]]] = {
+    "fisher": fisher,
+    "hessian_trace": hessian_trace,
+}
+
+
+def _costs(
+    model: nn.Module,
+    source: Source,
+    spec: MoESpec,
+    routed: Mapping[int, Routed],
+    costs: Sequence[str],
+    options: Sequence[Precision],
+    quantizer: str,
+    minimum_tokens: int | None,
+    track: Track,
+) -> dict[str, dict[int, list[float]]]:
+    """The cost metrics of all layers, one layer in memory at a time."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for layer in track(spec.layers, f"costs with {quantizer}", len(spec.layers)):
+        module, seen = experts_module(model, layer), routed[layer.index]
+        device = next(module.parameters()).device
+        weights = {group: read_group(source, layer, group).to(device) for group in GROUPS}
+        inputs = None if quantizer in WITHOUT_MOMENTS else moments(seen, module, weights["gate_up"])
+        values = layer_costs(
+            seen, module, weights, inputs, options, QUANTIZERS[quantizer], costs=costs, minimum_tokens=minimum_tokens
+        )
+        for name, row in values.items():
+            found.setdefault(name, {})[layer.index] = row
+    return found
+
+
+def _lacks(routed: Mapping[int, Routed], spec: MoESpec, metrics: Sequence[str]) -> bool:
+    """Whether a pass over the data is needed for these metrics."""
+    if not set(routed) >= {layer.index for layer in spec.layers}:
+        return True
+    return "fisher_error" in metrics and any(seen.gradient is None for seen in routed.values())
+
+
+def _starved(tokens: Mapping[int, Sequence[float]], minimum: int) -> dict[str, int]:
+    """Experts with fewer than ``minimum`` tokens and their counts, fewest first."""
+    few = {str(ExpertId(layer, e)): int(n) for layer, row in tokens.items() for e, n in enumerate(row) if n < minimum}
+    return dict(sorted(few.items(), key=lambda item: item[1]))
+
+
+def _check_names(names: Sequence[str], known: Mapping[str, object], kind: str) -> None:
+    if not names:
+        raise MapError(f"no {kind} asked for; expected some of {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise MapError(f"unknown {kind} {name!r}; expected one of {', '.join(known)}{hint}")
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[name] = round(time.perf_counter() - started, 3)

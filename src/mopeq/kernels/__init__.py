@@ -1,1 +1,9 @@
+"""Matrix products with packed weights. A kernel is one function, and ``naive`` is the definition of correct:
 
+``grouped_linear(x (rows, in), packed: PackedGroup, offsets (experts + 1,)) -> (rows, out)``: rows ``offsets[e]`` to
+``offsets[e + 1]`` of ``x`` go through expert e; other rows belong to no expert and come out as zeros.
+"""
+
+from mopeq.kernels.layout import GroupLayout, PackedGroup
+
+__all__ = ["GroupLayout", "PackedGroup"]

@@ -1,0 +1,142 @@
+"""The supported architectures by ``model_type``: one declaration each.
+
+The facts are those of the transformers 5 model classes and of the checkpoints on the Hugging Face Hub. Families that
+the Hub stores expert by expert may also be stored fused, as transformers keeps them in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mopeq.adapters.family import MLA, MLA_QUERIES, Config, Family, count, numbers
+from mopeq.adapters.layouts import fused, per_expert
+
+__all__ = ["FAMILIES"]
+
+
+def _every(text: Config, index: int) -> bool:
+    return True
+
+
+def _sparse_step(text: Config, index: int) -> bool:
+    dense = numbers(text, "mlp_only_layers") or []
+    return index not in dense and (index + 1) % count(text, "decoder_sparse_step", default=1) == 0
+
+
+def _after_first(usual: int) -> Callable[[Config, int], bool]:
+    def is_moe(text: Config, index: int) -> bool:
+        return index >= count(text, "first_k_dense_replace", default=usual, least=0)
+
+    return is_moe
+
+
+def _interval(text: Config, index: int) -> bool:
+    last = count(text, "moe_layer_end_index", default=-1, least=-1)
+    return (
+        index >= count(text, "moe_layer_start_index", default=1, least=0)
+        and (last == -1 or index <= last)
+        and (index + 1) % count(text, "moe_layer_interval", default=1) == 0
+    )
+
+
+def _listed(text: Config, index: int) -> bool:
+    listed = numbers(text, "moe_layers")
+    if listed is not None:
+        return index in listed
+    return (index + 1) % count(text, "interleave_moe_layer_step", default=1) == 0
+
+
+_NAMES = ("gate_proj", "up_proj", "down_proj")
+_W = ("w1", "w3", "w2")
+_MLP_FUSED = fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_CORRECTION = r"mlp\.gate\.(weight|e_score_correction_bias)"
+
+_OLMOE = Family(
+    block="mlp",
+    router="mlp.gate",
+    layouts=(per_expert("mlp.experts", *_NAMES), _MLP_FUSED),
+    router_keys=r"mlp\.gate\.weight",
+    is_moe=_every,
+)
+_MIXTRAL = replace(
+    _OLMOE,
+    stored_block="block_sparse_moe",
+    matrices=_W,
+    layouts=(per_expert("block_sparse_moe.experts", *_W), _MLP_FUSED),
+    router_keys=r"(block_sparse_moe|mlp)\.gate\.weight",
+)
+_QWEN3_MOE = replace(_OLMOE, width="moe_intermediate_size", is_moe=_sparse_step)
+_GLM4_MOE = replace(
+    _OLMOE,
+    width="moe_intermediate_size",
+    is_moe=_after_first(1),
+    shared="shared_experts",
+    router_keys=_CORRECTION,
+    extra_layers=True,
+)
+_DEEPSEEK_V3 = replace(_GLM4_MOE, attention=MLA, alternatives=MLA_QUERIES, is_moe=_after_first(3))
+_LLAMA4_TEXT = Family(
+    block="feed_forward",
+    router="feed_forward.router",
+    layouts=(fused("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj", stored="in_out"),),
+    router_keys=r"feed_forward\.router\.weight",
+    is_moe=_listed,
+    shared="shared_expert",
+)
+
+FAMILIES: dict[str, Family] = {
+    "olmoe": _OLMOE,
+    "mixtral": _MIXTRAL,
+    "phimoe": replace(_MIXTRAL, router="mlp.router", router_keys=r"block_sparse_moe\.gate\.weight|mlp\.router\.weight"),
+    "granitemoe": replace(
+        _OLMOE,
+        block="block_sparse_moe",
+        router="block_sparse_moe.router",
+        layouts=(
+            fused("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+            fused("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+        ),
+        router_keys=r"block_sparse_moe\.router\.(layer\.)?weight",
+    ),
+    "qwen2_moe": replace(_QWEN3_MOE, shared="shared_expert", router_keys=r"mlp\.(gate|shared_expert_gate)\.weight"),
+    "qwen3_moe": _QWEN3_MOE,
+    "qwen3_vl_moe": replace(
+        _QWEN3_MOE,
+        layouts=(fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj", stored="either"),),
+        text="text_config",
+        prefix="model.language_model.",
+        towers={
+            "model.visual.": "vision",
+            "model.visual.merger.": "projector",
+            "model.visual.deepstack_merger_list.": "projector",
+        },
+    ),
+    "deepseek_v2": replace(_DEEPSEEK_V3, is_moe=_after_first(0), router_keys=r"mlp\.gate\.weight", extra_layers=False),
+    "deepseek_v3": _DEEPSEEK_V3,
+    "glm4_moe": _GLM4_MOE,
+    "gpt_oss": replace(
+        _OLMOE,
+        router="mlp.router",
+        layouts=(fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj", stored="in_out", interleaved=True),),
+        router_keys=r"mlp\.router\.(weight|bias)",
+        biases=r"mlp\.experts\.(gate_up|down)_proj_bias",
+        other=r"self_attn\.sinks",
+    ),
+    "llama4_text": _LLAMA4_TEXT,
+    "llama4": replace(
+        _LLAMA4_TEXT,
+        text="text_config",
+        prefix="language_model.model.",
+        head="language_model.lm_head",
+        towers={"vision_model.": "vision", "multi_modal_projector.": "projector"},
+    ),
+    "ernie4_5_moe": replace(
+        _GLM4_MOE,
+        is_moe=_interval,
+        router_keys=r"mlp\.(gate\.weight|(gate\.)?moe_statics\.e_score_correction_bias)",
+        extra_layers=False,
+        dropped=r"(model\.)?mtp_.*",
+        tied=True,
+    ),
+}

@@ -1,0 +1,316 @@
+"""The multiple-choice knapsack in bytes: one option per unit, least summed loss, never above a number of bytes.
+
+Two solvers. :func:`greedy` takes the steps of every unit's lower convex hull in the order of loss saved per byte,
+which is the optimum of the linear relaxation up to one step (Sinha and Zoltners 1979), and fills what is left.
+:func:`exact` uses the relaxation's multiplier to discard every option that no better solution can contain, and gives
+the few units that remain to HiGHS. Options that are not allowed have infinite loss.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopeq.allocate.budget import Budget, check_budget, parse_budget
+from mopeq.errors import BudgetError, MapError
+from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
+from mopeq.stats import CostTable, Stats, cost_table
+
+__all__ = ["Solution", "exact", "greedy", "knapsack_map", "relaxation"]
+
+TOLERANCE = 1e-6
+"""Relative distance to the proven least loss at which :func:`exact` stops."""
+EXCHANGES = 100
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """choice: option of each unit (units,); loss: their sum; size: their bytes; bound: no solution has less loss."""
+
+    choice: Ints
+    loss: float
+    size: int
+    bound: float
+    solver: str
+
+
+def greedy(loss: Floats, size: Ints, budget: int) -> Solution:
+    """Convex-hull greedy. loss, size: (units, options); loss infinite where an option is not allowed.
+
+    At most one hull step's loss above the optimum. Raises :class:`BudgetError` if the cheapest choice exceeds
+    ``budget``.
+    """
+    choice, bound, _ = _hull_greedy(loss, size, budget)
+    _fill(choice, loss, size, budget)
+    return _solution(choice, loss, size, bound, "greedy")
+
+
+def exact(loss: Floats, size: Ints, budget: int, time_limit: float = 5.0) -> Solution:
+    """A choice whose loss is proven to be within ``TOLERANCE`` (relative) of the least.
+
+    The greedy choice is improved by exchanges of pairs. Unless it then meets the relaxation's bound, options that no
+    better solution can contain are dropped: those whose reduced loss at the relaxation's multiplier exceeds the
+    distance to the bound. HiGHS solves what remains. If it does not finish within ``time_limit`` seconds, the best
+    choice so far is returned and ``solver`` says so. Raises :class:`BudgetError` if the cheapest choice exceeds
+    ``budget``.
+    """
+    choice, bound, multiplier = _hull_greedy(loss, size, budget)
+    _fill(choice, loss, size, budget)
+    _exchange(choice, loss, size, budget)
+    start = _solution(choice, loss, size, bound, "exact")
+    gap = start.loss - bound
+    rounding = 1e-14 * float(np.abs(loss[np.isfinite(loss)]).sum())
+    if gap <= TOLERANCE * abs(start.loss) + rounding:
+        return start
+    reduced = loss + multiplier * size
+    reduced -= reduced.min(1, keepdims=True)
+    keep = reduced <= gap + rounding
+    choice = reduced.argmin(1)
+    free = np.flatnonzero(keep.sum(1) > 1)
+    held = np.ones(len(loss), dtype=bool)
+    held[free] = False
+    loss_held, size_held = float(_at(loss, choice)[held].sum()), int(_at(size, choice)[held].sum())
+    found, finished = _core(keep[free], loss[free], size[free], budget - size_held, loss_held, gap, time_limit)
+    best = start
+    if found is not None:
+        choice[free] = found
+        other = _solution(choice, loss, size, bound, "exact")
+        best = other if other.size <= budget and other.loss < start.loss else start
+    if finished:
+        return replace(best, bound=max(best.bound, best.loss - TOLERANCE * abs(best.loss)))
+    return replace(
+        best, solver=f"greedy, exchanges and HiGHS, stopped after {time_limit:g} s before the proof was complete"
+    )
+
+
+def relaxation(loss: Floats, size: Ints, budget: int, multiplier: float) -> float:
+    """Lagrangian bound: every choice within ``budget`` has a loss of at least this, for every multiplier m >= 0.
+
+    ``sum over units of min over options of (loss + m size), less m budget``.
+    """
+    return float((loss + multiplier * size).min(1).sum() - multiplier * budget)
+
+
+def knapsack_map(
+    stats: Stats,
+    cost: str,
+    budget: str | float | Budget,
+    options: Sequence[Precision] | None = None,
+    *,
+    granularity: str = "group",
+    rest: Mapping[str, Precision] | None = None,
+    floors: Mapping[int, Precision | int] | None = None,
+    ceilings: Mapping[int, Precision | int] | None = None,
+    exactly: bool = True,
+    time_limit: float = 5.0,
+) -> PrecisionMap:
+    """The map of least predicted loss within a budget.
+
+    ``cost`` names a measured cost, ``options`` (default: all measured) the precisions to choose from, ``granularity``
+    whether gate_up and down of an expert choose apart (``group``) or together (``expert``). ``floors`` and
+    ``ceilings`` bound the bits of single layers. ``exactly`` chooses the solver. Raises :class:`BudgetError` for a
+    budget outside what the options can reach, :class:`MapError` for costs, layers or bounds that do not exist.
+    """
+    rest = DEFAULT_REST if rest is None else rest
+    asked = parse_budget(budget)
+    table = cost_table(stats, cost, options, granularity)
+    loss = np.where(_allowed(table, floors or {}, ceilings or {}), table.loss, np.inf)
+    cheapest = int(np.where(np.isfinite(loss), table.size, np.iinfo(np.int64).max).min(1).sum())
+    available = check_budget(asked, stats.model, rest, cheapest)
+    solved = exact(loss, table.size, available, time_limit) if exactly else greedy(loss, table.size, available)
+    note: dict[str, Any] = {"method": "knapsack", "cost": cost, "granularity": granularity, "budget": str(asked)}
+    note |= {"options": [str(p) for p in table.options], "solver": solved.solver, "lower_bound": solved.bound}
+    note |= {name: {str(k): _bits(v) for k, v in sorted(b.items())} for name, b in
+             (("floors", floors), ("ceilings", ceilings)) if b}  # fmt: skip
+    made = table.to_map(solved.choice, rest, note)
+    stats.model.check(made)
+    return made
+
+
+def _bits(bound: Precision | int) -> int:
+    return bound.bits if isinstance(bound, Precision) else int(bound)
+
+
+def _allowed(
+    table: CostTable, floors: Mapping[int, Precision | int], ceilings: Mapping[int, Precision | int]
+) -> NDArray[np.bool_]:
+    """Options (units, options) within the bounds of their layers."""
+    bits = np.array([p.bits for p in table.options])
+    layer = np.array([u.layer for u in table.units])
+    allowed = np.ones(table.loss.shape, dtype=bool)
+    unknown = sorted((set(floors) | set(ceilings)) - set(layer.tolist()))
+    if unknown:
+        raise MapError(f"bounds for layers {unknown}, which have no experts; layers are {layer.min()} to {layer.max()}")
+    for index, floor in floors.items():
+        allowed[layer == index] &= bits >= _bits(floor)
+    for index, ceiling in ceilings.items():
+        allowed[layer == index] &= bits <= _bits(ceiling)
+    empty = sorted(set(layer[~allowed.any(1)].tolist()))
+    if empty:
+        raise BudgetError(
+            f"no option is left for layers {empty}: the options are {', '.join(map(str, table.options))}; "
+            "widen the floors and ceilings, or add options"
+        )
+    return allowed
+
+
+def _at(values: NDArray[Any], choice: Ints) -> NDArray[Any]:
+    return values[np.arange(len(choice)), choice]
+
+
+def _solution(choice: Ints, loss: Floats, size: Ints, bound: float, solver: str) -> Solution:
+    total = float(_at(loss, choice).sum())
+    return Solution(choice, total, int(_at(size, choice).sum()), min(bound, total), solver)
+
+
+def _hull_greedy(loss: Floats, size: Ints, budget: int) -> tuple[Ints, float, float]:
+    """Greedy choice, lower bound and multiplier of the linear relaxation."""
+    unit, target, rate, extra, choice = _hull_steps(loss, size)
+    room = budget - int(_at(size, choice).sum())
+    if room < 0:
+        raise BudgetError(
+            f"{budget} bytes for the experts; the options need at least {budget - room}; raise the budget"
+        )
+    reach = _reachable(size, budget)
+    order = np.argsort(-rate, kind="stable")
+    fits = int(np.searchsorted(np.cumsum(extra[order]), room, side="right"))
+    taken = order[:fits]
+    last = np.full(len(loss), -1)
+    np.maximum.at(last, unit[taken], taken)
+    moved = last >= 0
+    choice[moved] = target[last[moved]]
+    multiplier = float(rate[order[fits]]) if fits < len(order) else 0.0
+    return choice, relaxation(loss, size, reach, multiplier), multiplier
+
+
+def _reachable(size: Ints, budget: int) -> int:
+    """The most bytes within the budget that sizes can add up to as far as their common divisor tells."""
+    base = size.min(1)
+    divisor = int(np.gcd.reduce((size - base[:, None]).ravel()))
+    total = int(base.sum())
+    return total + (budget - total) // divisor * divisor if divisor else budget
+
+
+def _hull_steps(loss: Floats, size: Ints) -> tuple[Ints, Ints, Floats, Ints, Ints]:
+    """Steps along the lower convex hull of every unit, from its smallest option to its least loss.
+
+    Returns unit, option after the step, loss saved per byte, bytes added (each (steps,)), and the options to start from
+    (units,). A later step of a unit has a larger index and no larger rate than an earlier one.
+    """
+    units = np.arange(len(loss))
+    smallest = np.where(np.isfinite(loss), size, np.iinfo(np.int64).max).min(1, keepdims=True)
+    start = np.where(size == smallest, loss, np.inf).argmin(1)
+    here, rates = start.copy(), np.full(len(loss), np.inf)
+    parts = [(units[:0], units[:0], rates[:0], units[:0])]
+    while True:
+        saved = _at(loss, here)[:, None] - loss
+        extra = size - _at(size, here)[:, None]
+        slope = np.where((saved > 0) & (extra > 0), saved / np.maximum(extra, 1), -np.inf)
+        best = np.where(slope == slope.max(1, keepdims=True), extra, -1).argmax(1)  # of equally steep steps the longest
+        go = np.flatnonzero(_at(slope, best) > 0)
+        if not len(go):
+            break
+        rates[go] = np.minimum(rates[go], _at(slope, best)[go])  # equal up to rounding where points are on one line
+        parts.append((go, best[go], rates[go], _at(extra, best)[go]))
+        here[go] = best[go]
+    unit, target, rate, added = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return unit, target, rate, added, start
+
+
+def _fill(choice: Ints, loss: Floats, size: Ints, budget: int) -> None:
+    """Spend what is left, in place: the single change of option that fits and saves most, until there is none."""
+    room = budget - int(_at(size, choice).sum())
+    saved, extra = _at(loss, choice)[:, None] - loss, size - _at(size, choice)[:, None]
+    while True:
+        gain = np.where(extra <= room, saved, 0.0)
+        unit, option = divmod(int(gain.argmax()), loss.shape[1])
+        if gain[unit, option] <= 0:
+            return
+        choice[unit] = option
+        room -= int(extra[unit, option])
+        saved[unit] = loss[unit, option] - loss[unit]
+        extra[unit] = size[unit] - size[unit, option]
+
+
+def _exchange(choice: Ints, loss: Floats, size: Ints, budget: int) -> None:
+    """Improve in place by the best pair of changes in two units that together fit, until there is none."""
+    options = loss.shape[1]
+    for _ in range(EXCHANGES):
+        room = budget - int(_at(size, choice).sum())
+        saved, extra = (_at(loss, choice)[:, None] - loss).ravel(), (size - _at(size, choice)[:, None]).ravel()
+        order = np.flatnonzero(np.isfinite(saved))
+        order = order[np.argsort(extra[order], kind="stable")]
+        saved, extra = saved[order], extra[order]
+        running = np.maximum.accumulate(saved)
+        first = np.maximum.accumulate(np.where(saved == running, np.arange(len(saved)), 0))
+        upto = np.searchsorted(extra, room - extra, side="right") - 1
+        partner = first[np.maximum(upto, 0)]
+        gain = np.where((upto >= 0) & (order // options != order[partner] // options), saved + saved[partner], -np.inf)
+        best = int(gain.argmax())
+        if not gain[best] > 1e-12 * abs(saved[best]):
+            return
+        for i in (best, partner[best]):
+            unit, option = divmod(int(order[i]), options)
+            choice[unit] = option
+        _fill(choice, loss, size, budget)
+
+
+def _core(
+    keep: NDArray[np.bool_], loss: Floats, size: Ints, room: int, offset: float, gap: float, time_limit: float
+) -> tuple[Ints | None, bool]:
+    """Best kept options (units,) within ``room`` bytes, None if nothing fits; and whether that is proven.
+
+    Losses count in thousandths of ``gap`` and bytes in their common divisor, so that the absolute tolerances of HiGHS
+    are far below one of either. A constant variable carries ``offset``, so that the relative tolerance is one of the
+    whole.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    unit, option = np.nonzero(keep)
+    base = np.where(keep, size, np.iinfo(np.int64).max).min(1)
+    room -= int(base.sum())
+    if room < 0:
+        return None, True
+    least = np.where(keep, loss, np.inf).min(1)
+    extra = (size - base[:, None])[unit, option]
+    divisor = max(1, int(np.gcd.reduce(extra)))
+    n = len(unit)
+    one = csr_array((np.ones(n), (unit, np.arange(n))), shape=(len(loss), n + 1))
+    total = csr_array(np.append(extra // divisor, 0).astype(np.float64)[None])
+    value = np.append((loss - least[:, None])[unit, option], least.sum() + offset) * (1000 / gap)
+    with _stdout_to_stderr():
+        result = milp(
+            value,
+            constraints=[LinearConstraint(one, 1, 1), LinearConstraint(total, -np.inf, room // divisor)],
+            integrality=np.ones(n + 1),
+            bounds=Bounds(np.append(np.zeros(n), 1), 1),
+            options={"time_limit": time_limit, "mip_rel_gap": TOLERANCE},
+        )
+    if result.x is None:
+        return None, result.status == 2
+    weight = np.zeros(loss.shape)
+    weight[unit, option] = result.x[:n]
+    return np.asarray(weight.argmax(1), dtype=np.int64), result.status == 0
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """HiGHS writes debugging lines to file descriptor 1, which belongs to the command's own output."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

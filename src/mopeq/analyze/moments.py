@@ -1,0 +1,71 @@
+"""Second moments of what an expert's matrices see: the curvature that quantizers such as GPTQ minimise against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mopeq.analyze.observe import Routed, expert_rows
+from mopeq.seam import activate
+
+__all__ = ["Moments", "expert_inputs", "moments"]
+
+CHUNK = 4096
+"""Tokens of one expert worked on at a time."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over an expert's tokens of c^2 x x^T, with x the input of a projection group and c the routing weight.
+
+    gate_up: float32 (experts, H, H); down: float32 (experts, I, I); tokens: int64 (experts,). An expert without tokens
+    has zeros.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    tokens: Tensor
+
+
+def expert_inputs(
+    routed: Routed, rows: Tensor, weights: Tensor, device: torch.device, chunk: int = CHUNK
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """An expert's tokens in chunks: rows int64 (n,), inputs float32 (n, H), and the weights of its outputs (n, 1).
+
+    Where routing weights scale the input, the inputs are scaled and the weights of the outputs are 1.
+    """
+    for r, c in zip(torch.split(rows, chunk), torch.split(weights, chunk), strict=True):
+        if not len(r):
+            return
+        x, c = routed.hidden[r].to(device).float(), c.to(device).unsqueeze(-1)
+        yield (r, x * c, torch.ones_like(c)) if routed.weighs_input else (r, x, c)
+
+
+def moments(routed: Routed, module: nn.Module, gate_up: Tensor, chunk: int = CHUNK) -> Moments:
+    """Moments of a layer's experts from its recorded tokens.
+
+    The weight c^2 makes ``tr(D M D^T)`` the squared error that a change D of a matrix of ``down`` makes in the layer's
+    output, and the same for gate and up up to the gate function and ``down``.
+
+    Args:
+        routed: what the layer saw.
+        module: its experts module, asked for the gate function.
+        gate_up: float32 (experts, 2I, H), gate rows before up rows. The result is on its device.
+        chunk: tokens worked on at a time, which bounds memory.
+    """
+    experts, rows, hidden = gate_up.shape
+    device = gate_up.device
+    up = torch.zeros(experts, hidden, hidden, device=device)
+    down = torch.zeros(experts, rows // 2, rows // 2, device=device)
+    per_expert = expert_rows(routed, experts)
+    with torch.no_grad():
+        for e, (tokens, weights) in enumerate(per_expert):
+            for _, x, c in expert_inputs(routed, tokens, weights, device, chunk):
+                h = activate(module, x @ gate_up[e].T, e) * c
+                x = x * c
+                up[e].addmm_(x.T, x)
+                down[e].addmm_(h.T, h)
+    return Moments(up, down, torch.tensor([len(r) for r, _ in per_expert]))

@@ -1,0 +1,235 @@
+"""One pass of calibration data through a model, recorded at the experts modules from outside.
+
+Everything else is a pure function of what is recorded here. Memory, per token and MoE layer: ``hidden_size`` values of
+the model's type (2 bytes each in bfloat16), as many again with gradients, and 12 bytes for each chosen expert.
+OLMoE-1B-7B (16 layers, 2048 wide, 8 experts a token) takes 64 KiB a token, 128 KiB with gradients, 1.5 KiB of it for
+the routing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopeq.analyze.forward import (
+    Batch,
+    all_finite,
+    check_batches,
+    experts_module,
+    frozen,
+    inputs_of,
+    logits_of,
+    sampled_loss,
+    sensible,
+    token_mask,
+    vision_mask,
+)
+from mopeq.errors import ModelError
+from mopeq.progress import Track, silent
+from mopeq.seam import weighs_input
+from mopeq.spec import MoELayer, MoESpec
+
+__all__ = ["Routed", "expert_rows", "observe"]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What one MoE layer saw of the calibration tokens; padding is left out. All on the CPU.
+
+    hidden: (tokens, H), the experts' input. index: int64 (tokens, k), the chosen experts, -1 where a slot chose none.
+    weights: float32 (tokens, k), the routing weights; with ``weighs_input`` they scale the input, otherwise the output.
+    gradient: (tokens, H), dL/d(experts' output) of L = sum of -log p(y|x) over all tokens, y drawn from p; or None.
+    vision: bool (tokens,), the image tokens; None for text alone.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    weighs_input: bool
+    gradient: Tensor | None = None
+    vision: Tensor | None = None
+
+
+def expert_rows(routed: Routed, experts: int) -> list[tuple[Tensor, Tensor]]:
+    """For each expert the tokens (rows) routed to it, int64 (n,), in order, and their routing weights, float32 (n,)."""
+    flat = routed.index.flatten()
+    order = flat.argsort(stable=True)
+    order = order[int((flat < 0).sum()) :]
+    counts = torch.bincount(flat[order], minlength=experts)
+    rows, weights = order // routed.index.shape[1], routed.weights.flatten()[order]
+    return list(zip(torch.split(rows, counts.tolist()), torch.split(weights, counts.tolist()), strict=True))
+
+
+def observe(
+    model: nn.Module,
+    spec: MoESpec,
+    batches: Sequence[Batch],
+    *,
+    gradients: bool = False,
+    seed: int = 0,
+    store_dtype: torch.dtype | None = None,
+    track: Track = silent,
+) -> dict[int, Routed]:
+    """Run the batches through the model and record every MoE layer's inputs, choices and routing weights.
+
+    Args:
+        model: a transformers model with the modules that ``spec`` names; its weights, modes and flags stay as they are.
+        spec: the model's specification.
+        batches: dictionaries of ``input_ids``, ``attention_mask``, optionally ``modality`` (nonzero at image tokens)
+            and what else the model takes.
+        gradients: also record the gradients at the experts' outputs, by one backward pass a batch.
+        seed: of the labels that the gradients need.
+        store_dtype: type of the stored inputs and gradients; None keeps the model's.
+        track: progress.
+
+    Returns:
+        ``{MoE layer: Routed}``, tokens in the order of the batches.
+
+    Raises:
+        DataError: no tokens, or tokens outside the vocabulary.
+        ModelError: values that are not finite, with the layer in which they first appear; or a model without the
+            modules.
+    """
+    check_batches(model, batches)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    taps = [_Tap(layer, experts_module(model, layer), gradients, store_dtype) for layer in spec.layers]
+    visions: list[Tensor | None] = []
+    handles: list[Any] = []
+    try:
+        for tap in taps:
+            handles += tap.attach(model)
+        with frozen(model), torch.set_grad_enabled(gradients):
+            for number, batch in enumerate(track(batches, "calibration data through the model", len(batches))):
+                keep = token_mask(batch)
+                for tap in taps:
+                    tap.begin(keep.flatten())
+                logits = logits_of(model, inputs_of(batch, device))
+                _check(taps, logits.detach()[keep.to(device)], number)
+                if gradients:
+                    sampled_loss(logits, batch, generator).backward()  # type: ignore[no-untyped-call]
+                del logits
+                for tap in taps:
+                    tap.end()
+                vision = vision_mask(batch)
+                visions.append(None if vision is None else vision[keep].cpu())
+    finally:
+        for handle in handles:
+            handle.remove()
+    vision = _vision(visions, [int(token_mask(batch).sum()) for batch in batches])
+    return {tap.layer.index: tap.finish(vision) for tap in taps}
+
+
+def _vision(parts: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
+    """One bool (tokens,) over all batches, where any of them has images."""
+    if all(part is None for part in parts):
+        return None
+    return torch.cat([torch.zeros(n, dtype=torch.bool) if p is None else p for p, n in zip(parts, counts, strict=True)])
+
+
+def _check(taps: Sequence[_Tap], logits: Tensor, number: int) -> None:
+    """Raise :class:`ModelError` naming the first place that is not finite."""
+    for tap in taps:
+        where = tap.bad
+        if where:
+            raise ModelError(
+                f"layer {tap.layer.index}: NaN or infinite values {where} {tap.layer.module} in batch {number}; "
+                f"expected finite ones; check the weights up to this layer, or run in float32 or bfloat16"
+            )
+    if not sensible(logits):
+        raise ModelError(
+            f"the logits of batch {number} are NaN or infinite though the last MoE layer gives finite values; "
+            f"check the final norm and lm_head"
+        )
+
+
+class _Tap:
+    """Hooks on one MoE layer, and what they caught."""
+
+    def __init__(self, layer: MoELayer, module: nn.Module, gradients: bool, dtype: torch.dtype | None) -> None:
+        self.layer, self.module, self.gradients, self.dtype = layer, module, gradients, dtype
+        self.weighs_input = weighs_input(module)
+        self.parts: dict[str, list[Tensor]] = {"hidden": [], "index": [], "weights": [], "gradient": []}
+        self.signature = inspect.signature(module.forward)
+        self.keep = torch.empty(0, dtype=torch.bool)
+        self.bad = ""
+        self.calls = 0
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        """Hook the module, and for experts that weigh their input the router, which alone knows the choice."""
+        if self.weighs_input:
+            first = model.get_submodule(self.layer.router).register_forward_hook(self._routing)
+        else:
+            first = self.module.register_forward_pre_hook(self._called, with_kwargs=True)
+        return [first, self.module.register_forward_hook(self._output)]
+
+    def begin(self, keep: Tensor) -> None:
+        """A batch starts; ``keep`` bool (rows,) marks the tokens that are not padding."""
+        self.keep, self.bad, self.calls = keep, "", 0
+
+    def end(self) -> None:
+        """A batch is through."""
+        wanted = len(self.parts["hidden"]) if self.gradients else 0
+        if self.calls != 1 or len(self.parts["gradient"]) != wanted:
+            raise ModelError(
+                f"{self.layer.module} was called {self.calls} times in one forward pass and its gradient came "
+                f"{len(self.parts['gradient'])} times in {len(self.parts['hidden'])}; expected once each"
+            )
+
+    def finish(self, vision: Tensor | None) -> Routed:
+        """Everything caught, joined; the parts are let go."""
+        joined = {name: torch.cat(parts) for name, parts in self.parts.items() if parts}
+        self.parts.clear()
+        return Routed(
+            joined["hidden"], joined["index"], joined["weights"], self.weighs_input, joined.get("gradient"), vision
+        )
+
+    def _store(self, name: str, value: Tensor, dtype: torch.dtype | None) -> None:
+        """The rows that count of a tensor (rows, ...), on the CPU."""
+        value = value.detach()
+        if len(value) != len(self.keep):
+            raise ModelError(
+                f"{self.layer.module} got {len(value)} rows for {len(self.keep)} tokens; expected one row a token"
+            )
+        kept = value[self.keep.to(value.device)]
+        if name == "hidden" and not all_finite(kept):
+            self.bad = self.bad or "enter"
+        self.parts[name].append(kept.to("cpu", dtype or kept.dtype))
+
+    def _caught(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        self.calls += 1
+        top_k = index.shape[-1]
+        self._store("hidden", hidden.reshape(-1, hidden.shape[-1]), self.dtype)
+        index = torch.where(index < len(self.layer.experts), index, -1)
+        self._store("index", index.reshape(-1, top_k), torch.int64)
+        self._store("weights", weights.reshape(-1, top_k), torch.float32)
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, index, weights = self.signature.bind(*args, **kwargs).args[:3]
+        self._caught(hidden, index, weights)
+
+    def _routing(self, router: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        scores, logits = output  # both (tokens, experts); scores are 0 for experts not chosen
+        index = logits.topk(self.layer.top_k, dim=-1).indices
+        self._caught(args[0], index, scores.gather(-1, index))
+
+    def _output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        flat = output.detach().reshape(
+            -1, len(self.keep), output.shape[-1]
+        )  # (1, or experts that weigh input; rows; H)
+        if not self.bad and not all_finite(flat[:, self.keep.to(flat.device)]):
+            self.bad = "leave"
+        if self.gradients:
+            if not output.requires_grad:  # nothing before it does: the graph starts here, at a copy that may be changed
+                output = output.detach().requires_grad_().clone()
+            output.register_hook(self._gradient)  # type: ignore[no-untyped-call]
+        return output
+
+    def _gradient(self, gradient: Tensor) -> None:
+        # experts that weigh their input give one output per expert and token; their sum has the gradient of each
+        self._store("gradient", gradient.reshape(-1, len(self.keep), gradient.shape[-1])[0], self.dtype)

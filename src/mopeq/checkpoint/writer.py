@@ -1,0 +1,201 @@
+"""Writing a packed checkpoint: shards, hashes, and one rename at the end."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mopeq.checkpoint.manifest import DTYPES, Header, Manifest
+from mopeq.checkpoint.reader import CONFIG, HASHES, INDEX, canonical, check_packed, check_rest
+from mopeq.errors import CheckpointError, OutputError
+from mopeq.qtensor import QTensor, packed_shapes
+from mopeq.stats import write_json
+
+__all__ = ["PackedWriter"]
+
+SHARD_BYTES = 2 << 30
+"""A shard is held in memory until it is full."""
+
+
+class PackedWriter:
+    """Writes a packed checkpoint beside its folder and renames it into place; nothing is left behind if that fails.
+
+    ::
+
+        with PackedWriter(out, needed_bytes=n) as writer:
+            writer.add("model.layers.0.mlp.experts.0.gate_proj", packed)   # a packed matrix
+            writer.add_tensor("model.norm.weight", norm)                    # any other tensor, 16-bit linears too
+            writer.copy_file(source / "tokenizer.json")
+            writer.finish(packed_config(...), {"precision.json": ..., "stats.json": ...})
+
+    Leaving the block without :meth:`finish`, by an error or Ctrl-C, removes everything. Raises :class:`OutputError`
+    where ``out`` has something in it, where ``needed_bytes`` are not free, and where the disk refuses or fills up.
+    """
+
+    def __init__(self, out: str | Path, *, needed_bytes: int = 0, max_shard_bytes: int = SHARD_BYTES) -> None:
+        self.out = Path(os.path.abspath(Path(out).expanduser()))
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.needed_bytes = needed_bytes
+        self.max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[dict[str, Header]] = []
+        self._names: set[str] = set()
+        self._total = 0
+        self._hashes: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> Self:
+        with self._disk():
+            if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+                raise OutputError(f"{self.out} exists already; give another folder or remove it")
+            if self.partial.exists():
+                raise OutputError(
+                    f"{self.partial} exists: another mopeq is writing it, or one was killed; wait for it or remove it"
+                )
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.out.parent).free
+            if free < self.needed_bytes:
+                raise OutputError(
+                    f"{self.out.parent} has {free:,} bytes free and the checkpoint needs {self.needed_bytes:,}; "
+                    f"free space or give another folder"
+                )
+            self.partial.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pending = {}
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def add(self, name: str, matrix: QTensor) -> None:
+        """A packed matrix under its base name. 16-bit matrices outside the experts go to :meth:`add_tensor` instead."""
+        for suffix in packed_shapes(matrix.shape, matrix.precision):
+            self.add_tensor(f"{name}.{suffix}", getattr(matrix, suffix))
+
+    def add_tensor(self, key: str, tensor: Tensor) -> None:
+        """Any tensor as it is. It is held until its shard is full."""
+        if key in self._names:
+            raise CheckpointError(f"tensor {key} was added twice; expected one tensor of that name")
+        nbytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + nbytes > self.max_shard_bytes:
+            self._flush()
+        self._names.add(key)
+        self._pending[key] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += nbytes
+
+    def copy_file(self, path: str | Path) -> None:
+        """A file that goes with the model, under its own name."""
+        path = Path(path)
+        with self._disk():
+            self._file(path.name, path.read_bytes())
+
+    def finish(self, config: Mapping[str, Any], mopeq_files: Mapping[str, Mapping[str, Any]] | None = None) -> int:
+        """Write what is left, check all against ``config``, rename into place; returns the safetensors files' bytes."""
+        self._flush()
+        shards = [f"model-{i + 1:05}-of-{len(self._shards):05}.safetensors" for i in range(len(self._shards))]
+        headers = {name: header for shard in self._shards for name, header in shard.items()}
+        manifest = Manifest.from_json(config.get("quantization_config"))
+        check_packed(manifest, headers)
+        check_rest(manifest, headers)
+        with self._disk():
+            for number, name in enumerate(shards):
+                (self.partial / _temporary(number)).rename(self.partial / name)
+                self._hashes[name] = self._hashes.pop(_temporary(number))
+            where = {key: name for name, shard in zip(shards, self._shards, strict=True) for key in shard}
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
+            for file, data in ((CONFIG, config), (INDEX, index)):
+                self._json(file, data)
+            (self.partial / "mopeq").mkdir()
+            for file, data in (mopeq_files or {}).items():
+                self._json(f"mopeq/{file}", data)
+            hashes = {"format": "mopeq-hashes", "version": 1, "files": self._hashes}
+            _write(self.partial / HASHES, [canonical(hashes)])
+            for folder in (self.partial / "mopeq", self.partial):
+                _sync(folder)
+            self.partial.replace(self.out)
+            _sync(self.out.parent)
+        return sum(self._hashes[name]["bytes"] for name in shards)
+
+    def _flush(self) -> None:
+        """Write the pending tensors as one shard: wide elements first, so that everything is aligned."""
+        if not self._pending:
+            return
+        ordered = sorted(self._pending.items(), key=lambda item: -item[1].element_size())
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        shard: dict[str, Header] = {}
+        end = 0
+        for key, tensor in ordered:
+            if tensor.dtype not in DTYPES:
+                raise CheckpointError(f"tensor {key} is {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+            begin, end = end, end + tensor.numel() * tensor.element_size()
+            shard[key] = (DTYPES[tensor.dtype], tuple(tensor.shape))
+            header[key] = {"dtype": shard[key][0], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        pieces = (t.reshape(-1).view(torch.uint8).numpy().data for _, t in ordered if t.numel())
+        name = _temporary(len(self._shards))
+        with self._disk():
+            self._hashes[name] = _write(self.partial / name, [len(text).to_bytes(8, "little"), text], pieces)
+        self._shards.append(shard)
+        self._total += end
+        self._pending, self._pending_bytes = {}, 0
+
+    def _json(self, name: str, data: Mapping[str, Any]) -> None:
+        write_json(self.partial / name, data)
+        self._file(name, (self.partial / name).read_bytes())
+
+    def _file(self, name: str, content: bytes) -> None:
+        if name in self._hashes:
+            raise OutputError(f"{name} would be written twice; expected one file of that name")
+        self._hashes[name] = _write(self.partial / name, [content])
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free = shutil.disk_usage(self.out.parent).free
+                raise OutputError(
+                    f"the disk is full: {self.out} needs {self.needed_bytes:,} bytes in all and {free:,} are free; "
+                    f"free space or give another folder"
+                ) from error
+            raise OutputError(f"cannot write {self.out}: {error}; give a folder that can be written to") from error
+
+
+def _temporary(number: int) -> str:
+    return f"shard-{number:05}"
+
+
+def _write(path: Path, *parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write and sync a file; its entry in the hashes."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for pieces in parts:
+            for piece in pieces:
+                digest.update(piece)
+                size += len(piece)
+                file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

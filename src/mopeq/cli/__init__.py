@@ -1,0 +1,43 @@
+"""The command line: flags in, one public function each, a short table out.
+
+Exit codes: 0 done; 1 the model or checkpoint is not what it should be; 2 the command cannot be carried out as given;
+130 interrupted. ``--json`` prints one JSON object instead of a table.
+"""
+
+from __future__ import annotations
+
+import errno
+import shlex
+import sys
+from collections.abc import Sequence
+
+from mopeq.cli.flags import parser
+from mopeq.errors import MopeqError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(given)
+    options.command_line = shlex.join(["mopeq", *given])
+    try:
+        options.run(options)
+        return 0
+    except MopeqError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; unfinished output was removed, run the same command again", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"the disk is full ({error.filename or 'while writing'}); free space and run again", 2)
+        return _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2)
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"mopeq: {sentence}", file=sys.stderr)
+    return code

@@ -1,0 +1,327 @@
+"""What each command does: one public function, and a table of what came out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mopeq.cli import show
+from mopeq.errors import InputError, OutputError
+from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
+from mopeq.progress import drawn
+from mopeq.stats import Stats, read_json, write_json
+
+__all__ = [
+    "do_allocate",
+    "do_analyze",
+    "do_chat",
+    "do_describe",
+    "do_eval",
+    "do_quantize",
+    "do_quickstart",
+    "do_report",
+    "do_run",
+]
+
+
+def do_quickstart(options: argparse.Namespace) -> None:
+    """Run the main job on the bundled model."""
+    from mopeq.quickstart import quickstart
+
+    with drawn() as track:
+        result = quickstart(options.out, command=options.command_line, track=track)
+    if options.json:
+        return show.print_json(result.to_json())
+    rows = [
+        (
+            point.name,
+            f"{point.expert_bits:.2f}",
+            show.megabytes(point.bytes),
+            show.megabytes(point.resident_bytes),
+            f"{point.perplexity:.3f}",
+            "" if point.kl is None else f"{point.kl:.4f} [{point.kl_low:.4f}, {point.kl_high:.4f}]",
+            "" if point.top1 is None else f"{100 * point.top1:.1f} %",
+        )
+        for point in result.points
+    ]
+    heads = ("model", "bits/weight", "MB on disk", "MB resident", "perplexity", "KL, nats [95 %]", "top-1 equal")
+    show.table(f"Bundled model, {result.tokens} held-out tokens", heads, rows)
+    print("\n".join(result.sentences))
+    print(f"report: {result.report}")
+    return None
+
+
+def do_describe(options: argparse.Namespace) -> None:
+    """Show what is understood of a model."""
+    from mopeq import adapters
+    from mopeq.source import open_source
+
+    source = open_source(options.model)
+    spec = adapters.describe(source)
+    inventory = adapters.inventory_of(source, spec)
+    groups = adapters.groups_table(spec, source)
+    covered = adapters.coverage(groups)
+    if options.json:
+        found = {"model": inventory.to_json(), "groups": [vars(row) for row in groups], "coverage": covered}
+        return show.print_json(found)
+    print(f"{options.model}: {spec.model_type}, {show.count(inventory.parameters)} parameters")
+    runs: dict[tuple[int, ...], list[int]] = {}
+    for layer in spec.layers:
+        key = (len(layer.experts), layer.top_k, layer.hidden_size, layer.intermediate_size)
+        runs.setdefault(key, []).append(layer.index)
+    layers = [(show.ranges(numbers), *key) for key, numbers in runs.items()]
+    show.table("Routed experts", ("layers", "experts", "per token", "hidden size", "expert width"), layers)
+    rows = [
+        (row.group, row.tensors, show.count(row.parameters), show.megabytes(row.nbytes), row.treatment, row.precision)
+        for row in groups
+    ]
+    show.table("Parameters", ("group", "tensors", "weights", "MB", "treatment", "default precision"), rows)
+    print(f"{100 * covered:.1f} % of the weights are quantized; every tensor is accounted for.")
+    return None
+
+
+def do_analyze(options: argparse.Namespace) -> None:
+    """Measure every expert."""
+    from mopeq.quantize import measure
+
+    metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    out = _new_file(options.out)
+    with drawn() as track:
+        stats = measure(
+            options.model,
+            metrics,
+            calibration=_calibration_of(options),
+            options=_precisions(options),
+            quantizer=options.method,
+            dtype=_dtype(options),
+            track=track,
+        )
+    info = {**stats.info, "command": options.command_line}
+    write_json(out, {**stats.to_json(), "info": info})
+    if options.json:
+        return show.print_json({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
+    rows = []
+    for name, values in stats.metrics.items():
+        flat = sorted(value for row in values.values() for value in row)
+        rows.append((name, *(f"{flat[int(q * (len(flat) - 1))]:.4g}" for q in (0, 0.25, 0.5, 0.75, 1))))
+    show.table("Metrics over experts", ("metric", "least", "25 %", "median", "75 %", "most"), rows)
+    show.print_starved(stats)
+    print(f"wrote {out}")
+    return None
+
+
+def do_allocate(options: argparse.Namespace) -> None:
+    """Give every expert a precision."""
+    from mopeq.allocate import allocate
+
+    out = _new_file(options.out)
+    stats = Stats.from_json(read_json(options.stats))
+    made = allocate(
+        stats,
+        method=options.method,
+        budget=options.budget,
+        cost=options.cost,
+        score_by=options.score,
+        scope=options.scope,
+        options=_precisions(options) if options.levels else None,
+        granularity=options.granularity,
+        rest={**DEFAULT_REST, **_rest_map(options.rest)},
+        seed=options.seed,
+    )
+    write_json(out, made.to_json())
+    if options.json:
+        return show.print_json({"out": str(out), "note": dict(made.note)})
+    show.map_table(made, stats.model)
+    print(f"wrote {out}")
+    return None
+
+
+def do_quantize(options: argparse.Namespace) -> None:
+    """Quantize and pack a model."""
+    from mopeq.quantize import quantize
+
+    precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
+    with drawn() as track:
+        packed = quantize(
+            options.model,
+            options.out,
+            precisions=precisions,
+            uniform=_precisions(options, options.uniform)[0] if options.uniform else None,
+            budget=options.budget,
+            method=options.method,
+            calibration=_calibration_of(options),
+            options=_precisions(options),
+            cost=options.cost,
+            granularity=options.granularity,
+            rest=_rest_map(options.rest),
+            dtype=_dtype(options),
+            evaluated=not options.no_eval,
+            command=options.command_line,
+            track=track,
+        )
+    judged = packed.evaluation
+    if options.json:
+        kl = judged.divergence.kl.value if judged and judged.divergence else None
+        found = {"out": str(packed.path), "bytes": packed.bytes, "original_bytes": packed.original_bytes, "kl": kl}
+        return show.print_json({**found, "note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks)})
+    show.map_table(packed.precisions, packed.inventory)
+    smaller = packed.original_bytes / packed.bytes
+    print(
+        f"{show.megabytes(packed.original_bytes)} MB -> {show.megabytes(packed.bytes)} MB, {smaller:.2f} times smaller"
+    )
+    if packed.fallbacks:
+        some = ", ".join(packed.fallbacks[:8]) + (" ..." if len(packed.fallbacks) > 8 else "")
+        print(f"{len(packed.fallbacks)} units saw few calibration tokens and used their layer's moments too: {some}")
+    if judged:
+        show.evaluation_table(judged)
+    print(f"wrote {packed.path}; what led to it is in {packed.path}/mopeq")
+    return None
+
+
+def do_run(options: argparse.Namespace) -> None:
+    """Generate text from a prompt."""
+    from mopeq.runtime.generate import generate
+
+    model, tokenizer = _loaded(options)
+    written = print if options.json else show.write
+    made = generate(model, tokenizer, options.prompt, **_sampling_of(options), stream=None if options.json else written)
+    if options.json:
+        return show.print_json({"text": made.text, "tokens": len(made.tokens), "seconds": made.seconds})
+    print(f"\n[{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
+    return None
+
+
+def do_chat(options: argparse.Namespace) -> None:
+    """Talk to a model."""
+    from mopeq.runtime.generate import generate
+
+    model, tokenizer = _loaded(options)
+    if not getattr(tokenizer, "chat_template", None):
+        print("this model has no chat template: it continues your text instead of answering", file=sys.stderr)
+    print("empty line or Ctrl-D ends", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            return None
+        if not said:
+            return None
+        messages.append({"role": "user", "content": said})
+        made = generate(model, tokenizer, messages, **_sampling_of(options), stream=show.write)
+        print()
+        messages.append({"role": "assistant", "content": made.text})
+
+
+def do_eval(options: argparse.Namespace) -> None:
+    """Judge a model."""
+    from mopeq.data.samples import bundled_text
+    from mopeq.evaluate import evaluate
+    from mopeq.load import is_packed
+
+    tasks = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+    out = Path(options.out) if options.out else None
+    model, tokenizer = _loaded(options)
+    if out is None and is_packed(options.model) and Path(options.model).is_dir():
+        out = Path(options.model) / "mopeq" / "evaluation.json"
+    against = _load_any(options.against, options) if options.against else None
+    scored: Any = None
+    if options.perplexity:
+        scored = Path(options.perplexity)
+    elif against is not None or not (tasks or options.speed):
+        scored = [bundled_text(name).read_text(encoding="utf-8") for name in ("heldout_code.txt", "heldout_docs.txt")]
+    with drawn() as track:
+        found = evaluate(
+            model,
+            tokenizer,
+            reference=against,
+            text=scored,
+            tasks=tasks,
+            task_folder=options.task_path,
+            speed=options.speed,
+            length=options.length,
+            limit=options.windows,
+            seed=options.seed,
+            track=track,
+        )
+    record = found.to_json()
+    record["info"] = {**record["info"], "command": options.command_line}
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, record)
+    if options.json:
+        return show.print_json(record)
+    show.evaluation_table(found)
+    if out is not None:
+        print(f"wrote {out}")
+    return None
+
+
+def do_report(options: argparse.Namespace) -> None:
+    """Make the HTML page."""
+    from mopeq.report import render
+
+    folder = Path(options.folder)
+    page = render(folder, Path(options.out) if options.out else folder / "mopeq" / "report.html")
+    if options.json:
+        return show.print_json({"out": str(page)})
+    print(f"wrote {page}")
+    return None
+
+
+def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
+    from mopeq.load import load_tokenizer
+
+    return _load_any(options.model, options), load_tokenizer(options.model)
+
+
+def _load_any(model: str, options: argparse.Namespace) -> Any:
+    """A packed or an original model."""
+    from mopeq.load import is_packed, load, load_original
+
+    device = getattr(options, "device", None)
+    made = load(model, _dtype(options), device) if is_packed(model) else load_original(model, _dtype(options))
+    return made.to(device) if device else made
+
+
+def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def _new_file(path: str) -> Path:
+    """A file that can be written: its folder exists."""
+    if not Path(path).resolve().parent.is_dir():
+        raise OutputError(f"no folder {Path(path).parent} for {Path(path).name}; make it, or give another path with -o")
+    if Path(path).is_dir():
+        raise OutputError(f"{path} is a folder; expected the path of a file; give one with -o")
+    return Path(path)
+
+
+def _precisions(options: argparse.Namespace, text: str | None = None) -> tuple[Precision, ...]:
+    base = Precision(4, options.group_size, options.symmetric)
+    return tuple(parse_precision(part, base) for part in (text or options.levels).split(",") if part.strip())
+
+
+def _rest_map(text: str) -> dict[str, Precision]:
+    made = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, sign, value = part.partition("=")
+        if not sign:
+            raise InputError(f"--rest {part!r}; expected GROUP=PRECISION, such as attention=4g64")
+        made[name.strip()] = parse_precision(value, Precision(8, 128, True))
+    return made
+
+
+def _calibration_of(options: argparse.Namespace) -> Any:
+    from mopeq.quantize import Calibration
+
+    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed)
+
+
+def _dtype(options: argparse.Namespace) -> Any:
+    import torch
+
+    return getattr(torch, options.dtype) if options.dtype else None

@@ -1,0 +1,139 @@
+"""The flags of every command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib.metadata import version
+
+from mopeq.cli import commands
+from mopeq.precision import DEFAULT_GROUP_SIZE
+
+__all__ = ["parser"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """All sub-commands and their flags."""
+    top = argparse.ArgumentParser(
+        prog="mopeq",
+        description="Give every expert of a mixture-of-experts model its own bit-width, and run the result.",
+    )
+    top.add_argument("--version", action="version", version=f"mopeq {version('mopeq')}")
+    verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text)
+        made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+        made.set_defaults(run=run)
+        return made
+
+    p = verb("quickstart", commands.do_quickstart, "run the main job on the bundled model")
+    p.add_argument("-o", "--out", default="mopeq-quickstart", help="folder for results (default: %(default)s)")
+
+    p = verb("describe", commands.do_describe, "show what mopeq understands of a model")
+    _model(p)
+
+    p = verb("analyze", commands.do_analyze, "measure every expert")
+    _model(p)
+    _calibration(p)
+    p.add_argument(
+        "--metrics", default="frequency,gate_mass,fisher_error", help="names, comma-separated (default: %(default)s)"
+    )
+    _options(p)
+    p.add_argument("-o", "--out", default="stats.json", help="file to write (default: %(default)s)")
+
+    p = verb("allocate", commands.do_allocate, "give every expert a precision")
+    p.add_argument("stats", help="stats.json from mopeq analyze")
+    p.add_argument("--method", default="knapsack", choices=("knapsack", "kmeans", "uniform", "random"))
+    p.add_argument("--budget", help="3.0bpw (bits per routed-expert weight) or 1.4GB (the whole checkpoint)")
+    p.add_argument("--cost", help="cost metric of the knapsack (default: fisher_error, else output_error)")
+    p.add_argument("--score", default="hessian_trace", help="metric, or product such as frequency*fisher, of kmeans")
+    p.add_argument("--scope", default="model", choices=("layer", "model"), help="k-means per layer or over the model")
+    p.add_argument("--levels", help="bits or precisions, comma-separated (default: those measured, or 2,3,4)")
+    p.add_argument(
+        "--granularity", default="group", choices=("group", "expert"), help="down may differ from gate and up, or not"
+    )
+    p.add_argument("--group-size", type=int, default=DEFAULT_GROUP_SIZE)
+    p.add_argument("--symmetric", action="store_true")
+    _rest(p)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("-o", "--out", default="precision.json", help="file to write (default: %(default)s)")
+
+    p = verb("quantize", commands.do_quantize, "quantize and pack a model, with a map or to a budget")
+    _model(p)
+    p.add_argument("-o", "--out", required=True, help="folder to make")
+    how = p.add_mutually_exclusive_group(required=True)
+    how.add_argument("--budget", help="3.0bpw (bits per routed-expert weight) or 1.4GB (the whole checkpoint)")
+    how.add_argument("--map", help="precision.json from mopeq allocate")
+    how.add_argument("--uniform", help="one precision for every expert, such as 3 or 4g128s")
+    _calibration(p)
+    _options(p)
+    p.add_argument("--cost", default="fisher_error", help="cost metric of the allocation (default: %(default)s)")
+    p.add_argument("--granularity", default="group", choices=("group", "expert"))
+    _rest(p)
+    p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
+
+    p = verb("run", commands.do_run, "generate text from a prompt")
+    _model(p)
+    p.add_argument("--prompt", required=True)
+    _sampling(p)
+
+    p = verb("chat", commands.do_chat, "talk to a model in the terminal")
+    _model(p)
+    _sampling(p)
+
+    p = verb("eval", commands.do_eval, "perplexity, divergence from the original, tasks, speed")
+    _model(p)
+    p.add_argument("--against", metavar="MODEL", help="the original: adds KL divergence and top-1 agreement")
+    p.add_argument("--perplexity", metavar="FILE", help="text to score (default: the bundled held-out text)")
+    p.add_argument("--tasks", help="lm-eval tasks, comma-separated")
+    p.add_argument("--task-path", metavar="DIR", help="folder with task YAML files")
+    p.add_argument("--speed", action="store_true", help="measure tokens per second")
+    p.add_argument("--windows", type=int, default=32, help="windows of text to score (default: %(default)s)")
+    p.add_argument("--length", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("-o", "--out", help="file to write; for a packed folder default DIR/mopeq/evaluation.json")
+
+    p = verb("report", commands.do_report, "make one HTML page from the files in DIR/mopeq")
+    p.add_argument("folder", metavar="DIR")
+    p.add_argument("-o", "--out", help="page to write (default: DIR/mopeq/report.html)")
+    return top
+
+
+def _model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="a local folder or a hub id")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="compute type (default: the checkpoint's)"
+    )
+
+
+def _calibration(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--data", help="text or JSONL to calibrate on (default: the bundled text)")
+    p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
+    p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=4)
+    p.add_argument("--seed", type=int, default=0)
+
+
+def _options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--method", default="gptq", help="quantizer: gptq, rtn-mse or rtn (default: %(default)s)")
+    p.add_argument("--levels", default="2,3,4", help="bits or precisions to choose from (default: %(default)s)")
+    p.add_argument("--group-size", type=int, default=DEFAULT_GROUP_SIZE, help="inputs per scale (default: %(default)s)")
+    p.add_argument("--symmetric", action="store_true", help="no zero points")
+
+
+def _rest(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--rest",
+        default="",
+        metavar="GROUP=PRECISION,...",
+        help="precision outside the experts, such as attention=4g64,lm_head=16 (default: 8g128s)",
+    )
+
+
+def _sampling(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ...")

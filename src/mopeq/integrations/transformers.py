@@ -1,0 +1,197 @@
+"""The transformers quantizer ``mopeq``: ``AutoModelForCausalLM.from_pretrained(DIR)`` gives a packed model.
+
+Importing this module registers it; ``import mopeq`` arranges for that (autoload.py). In ``from_pretrained``, the model
+is built without memory; :meth:`MopeqHfQuantizer._process_model_before_weight_loading` checks the files and swaps
+modules; transformers reads tensors, renames them, and hands the experts' to :class:`FlatConcat`; afterwards every
+packed buffer must have come from a file, because transformers replaces what is missing by uninitialised memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mopeq.checkpoint import Manifest, check_packed, read_headers
+from mopeq.errors import CheckpointError, InputError
+from mopeq.kernels.layout import PARTS
+from mopeq.precision import GROUPS, ProjectionGroup
+from mopeq.runtime.experts import MixedExperts
+from mopeq.runtime.install import install, packed_modules
+
+__all__ = ["FlatConcat", "FlatSplit", "MopeqConfig", "MopeqHfQuantizer"]
+
+_BUFFER = re.compile(rf"(?:^|\.)({'|'.join(GROUPS)})_({'|'.join(PARTS)})\Z")
+
+
+@register_quantization_config("mopeq")
+class MopeqConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a packed checkpoint; :class:`CheckpointError` where it breaks docs/format.md."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method: Any = "mopeq"
+        self.manifest = Manifest.from_json(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``config.json``."""
+        return self.manifest.to_json()
+
+
+@register_quantizer("mopeq")
+class MopeqHfQuantizer(HfQuantizer):
+    """Loads packed checkpoints; makes none (that is ``mopeq quantize``)."""
+
+    requires_calibration = True
+    quantization_config: MopeqConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what packed buffers cannot do."""
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise InputError("device_map puts packed modules on disk; expected devices and cpu; leave disk out")
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Never: nothing is quantized while loading."""
+        return False
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        manifest = self.quantization_config.manifest
+        if checkpoint_files:
+            check_packed(manifest, read_headers(checkpoint_files))
+        install(model, manifest)
+        self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
+        return model
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """One converter for each flat buffer; patterns name the experts' parent too, or shared experts would match."""
+        made: list[WeightConverter] = []
+        kinds = {
+            (".".join(e.module.split(".")[-2:]), e.names) for e in self.quantization_config.manifest.experts.values()
+        }
+        for path, (gate, up, down) in sorted(kinds):
+            for part in PARTS:
+                for group, names in (("gate_up", (gate, up)), ("down", (down,))):
+                    sources = [f"{path}.*.{name}.{part}" for name in names]
+                    made.append(WeightConverter(sources, f"{path}.{group}_{part}", [FlatConcat()]))
+        return made
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in packed_modules(model).items():
+            if isinstance(module, MixedExperts) and module.mopeq_faults:
+                raise CheckpointError(module.mopeq_faults[0])
+            for part, stored in module.named_buffers(recurse=False):
+                if not getattr(stored, "_is_hf_initialized", False):
+                    raise CheckpointError(f"{name}.{part} was not loaded: its tensors are missing from the checkpoint")
+        self._cast_renamed(model)
+        return model
+
+    def _cast_renamed(self, model: Any) -> None:
+        """Give parameters the model's type where transformers (before 5.20) left a renamed one in the file's."""
+        plan = "|".join(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) or r"(?!)"
+        plan = "|".join([plan, *(getattr(model, "_keep_in_fp32_modules", None) or ())])
+        for name, parameter in model.named_parameters():
+            expected = self._dtypes.get(name, parameter.dtype)
+            if parameter.dtype != expected and not re.search(plan, name):
+                parameter.data = parameter.data.to(expected)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """``save_pretrained`` writes the same tensors that were read."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradients."""
+        return False
+
+
+class FlatConcat(ConversionOps):
+    """One part's tensors of all experts, of different sizes, to a flat buffer: expert after expert, gate, then up."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Fill a new buffer. A fault is kept for after loading: transformers would report it and go on."""
+        module, group, part = _buffer(kwargs["model"], kwargs["full_layer_name"])
+        columns = [_listed(input_dict.pop(pattern, [])) for pattern in source_patterns]
+        try:
+            return {target_patterns[0]: _flatten(module, group, part, columns)}
+        except CheckpointError as error:
+            module.mopeq_faults.append(f"{kwargs['full_layer_name']}: {error}")
+            return {}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """For saving."""
+        return FlatSplit()
+
+
+class FlatSplit(ConversionOps):
+    """A flat buffer to the tensors that a checkpoint stores, under their whole names."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Views of the buffer."""
+        model = kwargs["model"]
+        ((source, tensors),) = input_dict.items()
+        (flat,) = _listed(tensors)
+        path = kwargs["full_layer_name"].partition(".*.")[0]
+        modules = {e.tensors: e.module for e in model.config.quantization_config.manifest.experts.values()}
+        module, group, part = _buffer(model, f"{modules.get(path, path)}.{source.rpartition('.')[2]}")
+        names = [pattern.split(".")[-2] for pattern in target_patterns]
+        layout = module.mopeq_layouts[group]
+        return {
+            f"{path}.{expert}.{name}.{part}": view
+            for expert in range(len(layout.precisions))
+            for name, view in zip(names, layout.views(flat, part, expert), strict=False)
+        }
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """For loading."""
+        return FlatConcat()
+
+
+def _listed(tensors: Any) -> list[Tensor]:
+    return [*tensors] if isinstance(tensors, list) else [tensors]
+
+
+def _buffer(model: Any, name: str) -> tuple[MixedExperts, ProjectionGroup, str]:
+    """Module, projection group and part of a flat buffer's full name."""
+    path, _, leaf = name.rpartition(".")
+    found = _BUFFER.search(leaf)
+    module = model.get_submodule(path)
+    if found is None or not isinstance(module, MixedExperts):
+        raise CheckpointError(f"{name} is no packed buffer")
+    return module, cast(ProjectionGroup, found[1]), found[2]
+
+
+def _flatten(module: MixedExperts, group: ProjectionGroup, part: str, columns: list[list[Tensor]]) -> Tensor:
+    """Columns (gate's and up's, or down's tensors, of the experts that have the part, in order) to one buffer."""
+    layout = module.mopeq_layouts[group]
+    having = [e for e in range(len(layout.precisions)) if layout.parts(e, part)]
+    for column in columns:
+        if len(column) != len(having):
+            raise CheckpointError(f"{len(column)} tensors; expected one for each of {len(having)} experts")
+    flat = torch.empty(layout.size(part), dtype=PARTS[part], device=columns[0][0].device)
+    for number, expert in enumerate(having):
+        for column, view in zip(columns, layout.views(flat, part, expert), strict=True):
+            tensor = column[number]
+            if tensor.shape != view.shape or tensor.dtype != view.dtype:
+                raise CheckpointError(
+                    f"expert {expert} has {tensor.dtype} {list(tensor.shape)}; expected {view.dtype} {list(view.shape)}"
+                )
+            view.copy_(tensor)
+            column[number] = flat  # the loaded tensor is not needed any more
+    return flat

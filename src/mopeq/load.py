@@ -1,0 +1,126 @@
+"""A folder or hub id to a model: packed by mopeq, or as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopeq.autoload import callable_module
+from mopeq.checkpoint import Manifest, read_manifest
+from mopeq.errors import CheckpointError, ModelError
+
+__all__ = ["is_packed", "load", "load_original", "load_tokenizer"]
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
+    """A packed checkpoint as a transformers model, in evaluation mode, its weights still packed.
+
+    Args:
+        path: folder or hub id of a packed checkpoint.
+        dtype: type of activations and of what is not packed; None takes the checkpoint's.
+        device: where to; None is the CPU.
+
+    Raises:
+        CheckpointError: the checkpoint breaks docs/format.md.
+        ModelError: there is no such folder.
+    """
+    if Path(path).is_dir():
+        read_manifest(path)
+    config = _config(path)
+    Manifest.from_json(getattr(config, "quantization_config", None))
+    return _load(path, config, CheckpointError, dtype, device)
+
+
+def load_original(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    experts_implementation: str | None = None,
+    device: str | torch.device | None = None,
+) -> Any:
+    """An original checkpoint as a transformers model, in evaluation mode.
+
+    Args:
+        path: folder or hub id.
+        dtype: type of its weights; None takes the checkpoint's.
+        attn_implementation: transformers' name, ``eager`` or ``sdpa`` for example.
+        experts_implementation: transformers' name, ``eager`` or ``grouped_mm`` for example.
+        device: where to; None is the CPU.
+
+    Raises:
+        ModelError: no such model, a packed one, or one whose tensors are not those of its architecture.
+    """
+    config = _config(path)
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict) and settings.get("quant_method") == "mopeq":
+        raise ModelError(f"{path} is a packed checkpoint; expected an original model; load it with mopeq.load")
+    options = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
+    return _load(path, config, ModelError, dtype, device, **{k: v for k, v in options.items() if v is not None})
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model. Raises :class:`ModelError` where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} has no tokenizer that transformers can load: {_line(error)}") from error
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a folder or hub id is a packed checkpoint, whole or not."""
+    settings = getattr(_config(path), "quantization_config", None)
+    return isinstance(settings, dict) and settings.get("quant_method") == "mopeq"
+
+
+def _config(path: str | Path) -> Any:
+    """The configuration of a model, as transformers reads it."""
+    from transformers import AutoConfig
+
+    if not Path(path).is_dir() and (isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ModelError(f"no folder {path}; expected a model's folder or its name on the Hugging Face hub")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"transformers cannot read the configuration of {path}: {_line(error)}") from error
+
+
+def _load(
+    path: str | Path, config: Any, failure: type[ModelError] | type[CheckpointError], dtype: torch.dtype | None,
+    device: str | torch.device | None, **options: Any,
+) -> Any:  # fmt: skip
+    """``from_pretrained`` with the right class; every weight must come from the files, and every tensor be used."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    try:
+        model, info = auto.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            device_map=None if device is None else {"": device},
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise failure(f"transformers cannot load {path}: {_line(error)}") from error
+    for kind, problem in (
+        ("missing_keys", "are missing from it"),
+        ("mismatched_keys", "have other shapes in it"),
+        ("unexpected_keys", "in it belong to no weight of the model"),
+    ):
+        names = sorted(str(name) for name in info[kind])
+        if names:
+            raise failure(f"{path}: {len(names)} tensors {problem}, the first is {names[0]}; download or make it again")
+    return model
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+callable_module(__name__, load)

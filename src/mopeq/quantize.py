@@ -1,0 +1,459 @@
+"""From a checkpoint to a packed one: measure, allocate, quantize, write.
+
+``prepare`` opens a model and runs it once over the calibration text; ``pack_model`` quantizes it with a map and writes
+the packed folder; ``measure`` and ``quantize`` are the verbs of the CLI, made of these two.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopeq import adapters
+from mopeq.allocate import allocate
+from mopeq.analyze import Routed, analyze, moments, observe
+from mopeq.autoload import callable_module
+from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config
+from mopeq.data.samples import bundled_text
+from mopeq.data.text import read_texts, token_batches
+from mopeq.errors import InputError, OutputError
+from mopeq.evaluate import Evaluation, evaluate
+from mopeq.load import load, load_original, load_tokenizer
+from mopeq.precision import DEFAULT_REST, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.progress import Track, silent
+from mopeq.qtensor import Codes, QTensor, pack, pack_full
+from mopeq.quantizers import QUANTIZERS, fallback_moments
+from mopeq.source import Source, open_source, read_group, read_tensor, stored_bytes
+from mopeq.spec import Inventory, MoELayer, MoESpec
+from mopeq.stats import Stats, write_json
+
+__all__ = [
+    "Calibration",
+    "Packed",
+    "Prepared",
+    "measure",
+    "measure_prepared",
+    "pack_model",
+    "prepare",
+    "quantize",
+    "run_record",
+    "split_texts",
+]
+
+DEFAULT_OPTIONS = tuple(Precision(bits) for bits in (2, 3, 4))
+DATA_FREE = ("rtn", "rtn-mse")
+"""Quantizers that run without calibration inputs."""
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "generation_config.json", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Files that go with a model and are copied as they are."""
+JUDGED_WINDOWS = 32
+"""Windows of held-out text on which a new checkpoint is compared with its original."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text is run through the model. ``data`` None is the text that comes with mopeq."""
+
+    data: str | None = None
+    samples: int = 64
+    length: int = 512
+    batch_size: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An opened model and, where it was run, what it saw."""
+
+    source: Source
+    spec: MoESpec
+    inventory: Inventory
+    model: Any = None
+    tokenizer: Any = None
+    batches: Sequence[Mapping[str, Tensor]] = ()
+    routed: Mapping[int, Routed] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed checkpoint on disk."""
+
+    path: Path
+    precisions: PrecisionMap
+    bytes: int
+    """Bytes of its safetensors files."""
+    original_bytes: int
+    seconds: float
+    fallbacks: tuple[str, ...]
+    """Units quantized with moments filled up from their layer's, because few or no calibration tokens reached them."""
+    inventory: Inventory
+    evaluation: Evaluation | None = None
+
+
+def prepare(
+    model: str | Path,
+    calibration: Calibration | None,
+    *,
+    texts: Sequence[str] | None = None,
+    gradients: bool = True,
+    dtype: torch.dtype | None = None,
+    track: Track = silent,
+) -> Prepared:
+    """Open a model; with a calibration, load it and run it once over the text.
+
+    Args:
+        model: folder or hub id of an original checkpoint.
+        calibration: which text, or None for work that needs no data.
+        texts: documents to take instead of reading ``calibration.data``.
+        gradients: record the gradients that ``fisher_error`` needs.
+        dtype: compute type of the model; None takes the checkpoint's.
+        track: progress.
+    """
+    source = open_source(model)
+    spec = adapters.describe(source)
+    prepared = Prepared(source, spec, adapters.inventory_of(source, spec))
+    if calibration is None:
+        return prepared
+    tokenizer = load_tokenizer(source.path)
+    batches = token_batches(
+        texts or read_texts(calibration.data or bundled_text("calibration.jsonl")),
+        tokenizer,
+        samples=calibration.samples,
+        length=calibration.length,
+        batch_size=calibration.batch_size,
+        seed=calibration.seed,
+    )
+    loaded = load_original(source.path, dtype=dtype)
+    started = time.perf_counter()
+    routed = observe(loaded, spec, batches, gradients=gradients, seed=calibration.seed, track=track)
+    info = {
+        "data": calibration.data or "bundled calibration text",
+        "samples": calibration.samples,
+        "length": calibration.length,
+        "seed": calibration.seed,
+        "observe_seconds": round(time.perf_counter() - started, 2),
+    }
+    return replace(prepared, model=loaded, tokenizer=tokenizer, batches=batches, routed=routed, info=info)
+
+
+def measure(
+    model: str | Path,
+    metrics: Sequence[str],
+    *,
+    calibration: Calibration | None = None,
+    options: Sequence[Precision] = (),
+    quantizer: str = "gptq",
+    dtype: torch.dtype | None = None,
+    track: Track = silent,
+) -> Stats:
+    """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``."""
+    calibration = calibration or Calibration()
+    data_free = set(metrics) == {"inverse_norm"}
+    prepared = prepare(
+        model, None if data_free else calibration, gradients="fisher_error" in metrics, dtype=dtype, track=track
+    )
+    return measure_prepared(prepared, metrics, options=options, quantizer=quantizer, seed=calibration.seed, track=track)
+
+
+def measure_prepared(
+    prepared: Prepared,
+    metrics: Sequence[str],
+    *,
+    options: Sequence[Precision] = (),
+    quantizer: str = "gptq",
+    seed: int = 0,
+    track: Track = silent,
+) -> Stats:
+    """Metrics of a model that :func:`prepare` has run."""
+    stats = analyze(
+        prepared.model,
+        prepared.source,
+        prepared.spec,
+        prepared.batches,
+        metrics,
+        routed=prepared.routed,
+        options=options,
+        quantizer=quantizer,
+        seed=seed,
+        track=track,
+    )
+    return replace(stats, info={**prepared.info, **stats.info})
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    precisions: PrecisionMap | None = None,
+    uniform: Precision | None = None,
+    budget: str | None = None,
+    method: str = "gptq",
+    calibration: Calibration | None = None,
+    options: Sequence[Precision] = DEFAULT_OPTIONS,
+    cost: str = "fisher_error",
+    granularity: str = "group",
+    rest: Mapping[str, Precision] | None = None,
+    dtype: torch.dtype | None = None,
+    evaluated: bool = True,
+    command: str = "",
+    track: Track = silent,
+) -> Packed:
+    """The ``quantize`` verb: with a map, quantize and pack; with a budget, measure and allocate first.
+
+    Everything found on the way is left in ``out/mopeq/``: ``stats.json``, ``precision.json``, ``run.json`` and, unless
+    ``evaluated`` is False, ``evaluation.json``, measured on calibration text that was kept apart.
+
+    Args:
+        model: folder or hub id of the original checkpoint.
+        out: folder to make; it must not exist.
+        precisions: a map for this model.
+        uniform: instead of a map, one precision for every expert.
+        budget: instead of a map, ``"3.0bpw"`` (bits per routed-expert weight, scales counted) or ``"1.4GB"``
+            (the whole checkpoint).
+        method: a name in ``quantizers.QUANTIZERS``; ``rtn`` needs no data if a map is given.
+        calibration: text for measuring and for the quantizer.
+        options: precisions that the allocator may choose from.
+        cost: cost metric that it reads.
+        granularity: ``group`` or ``expert``.
+        rest: precisions of the groups outside the experts, over the defaults.
+        dtype: compute type of the original model.
+        evaluated: compare the result with the original.
+        command: command line to record.
+        track: progress.
+    """
+    if sum(way is not None for way in (precisions, uniform, budget)) != 1:
+        raise InputError("give one of a precision map, a uniform precision and a budget")
+    check_method(method)
+    require_new(Path(out))
+    calibration = calibration or Calibration()
+    clock = _Clock()
+    training, heldout = split_texts(calibration)
+    prepared = prepare(
+        model,
+        calibration if budget is not None or method not in DATA_FREE else None,
+        texts=training,
+        gradients=budget is not None and cost == "fisher_error",
+        dtype=dtype,
+        track=track,
+    )
+    rest = {**DEFAULT_REST, **(rest or {})}
+    files: dict[str, Mapping[str, Any]] = {}
+    clock("observe")
+    if uniform is not None:
+        precisions = PrecisionMap.uniform(prepared.inventory.experts, uniform, rest)
+    elif precisions is None:
+        wanted = ("frequency", "gate_mass", cost)
+        stats = measure_prepared(
+            prepared, wanted, options=options, quantizer=method, seed=calibration.seed, track=track
+        )
+        clock("measure")
+        precisions = allocate(
+            stats, method="knapsack", budget=budget, cost=cost, options=options, granularity=granularity, rest=rest
+        )
+        clock("allocate")
+        files["stats.json"] = stats.to_json()
+    packed = pack_model(prepared, precisions, out, method=method, files=files, track=track)
+    clock("quantize")
+    if evaluated:
+        judged = _judge(prepared, packed, heldout, calibration, dtype, track)
+        clock("evaluate")
+        write_json(packed.path / "mopeq" / "evaluation.json", judged.to_json())
+        packed = replace(packed, evaluation=judged)
+    write_json(packed.path / "mopeq" / "run.json", run_record(prepared, packed, method, [command], clock.seconds))
+    return packed
+
+
+def _judge(
+    prepared: Prepared,
+    packed: Packed,
+    heldout: Sequence[str],
+    calibration: Calibration,
+    dtype: torch.dtype | None,
+    track: Track,
+) -> Evaluation:
+    """The packed model, as a user will load it, beside the original on text that neither was calibrated on."""
+    path = prepared.source.path
+    original = prepared.model if prepared.model is not None else load_original(path, dtype=dtype)
+    small = load(packed.path, dtype=original.dtype)
+    tokenizer = prepared.tokenizer or load_tokenizer(path)
+    return evaluate(
+        small,
+        tokenizer,
+        reference=original,
+        text=heldout,
+        length=calibration.length,
+        limit=JUDGED_WINDOWS,
+        batch_size=calibration.batch_size,
+        track=track,
+    )
+
+
+class _Clock:
+    """Seconds of each stage since the last call."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._last, 2)
+        self._last = now
+
+
+def run_record(
+    prepared: Prepared, packed: Packed, method: str, commands: Sequence[str], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """What ``run.json`` says: how the folder was made, with which versions, and which experts fell back."""
+    names = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
+    return {
+        "format": "mopeq-run",
+        "version": 1,
+        "commands": [command for command in commands if command],
+        "model": str(prepared.source.path.name),
+        "method": method,
+        "calibration": dict(prepared.info),
+        "bytes": packed.bytes,
+        "original_bytes": packed.original_bytes,
+        "expert_bits": prepared.inventory.expert_bits(packed.precisions),
+        "inventory": prepared.inventory.to_json(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "fallbacks": list(packed.fallbacks),
+        "seconds": dict(seconds),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
+    }
+
+
+def pack_model(
+    prepared: Prepared,
+    precisions: PrecisionMap,
+    out: str | Path,
+    *,
+    method: str = "gptq",
+    minimum_tokens: int | None = None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
+    track: Track = silent,
+) -> Packed:
+    """Quantize a prepared model with a map and write it, or leave nothing behind.
+
+    Raises :class:`MapError` for a map of another model, :class:`ModelError` for weights that are not finite,
+    :class:`OutputError` where the folder exists or the disk is full.
+    """
+    started = time.perf_counter()
+    source, spec, inventory = prepared.source, prepared.spec, prepared.inventory
+    inventory.check(precisions)
+    check_method(method)
+    needed = inventory.total_bytes(precisions)
+    fallbacks: list[str] = []
+    with PackedWriter(Path(out), needed_bytes=needed) as writer:
+        for layer in track(spec.layers, f"quantize with {method}", len(spec.layers)):
+            for name, tensor in _quantized_layer(prepared, layer, precisions, method, minimum_tokens, fallbacks):
+                writer.add(name, tensor)
+        for ref, precision in linear_precisions(spec, precisions).items():
+            writer.add(ref.name, _quantized_matrix(read_tensor(source, ref.key), precision))
+        for kept in spec.kept:
+            writer.add_tensor(kept.key, read_tensor(source, kept.key))
+        for pattern in COMPANIONS:
+            for path in sorted(source.path.glob(pattern)):
+                writer.copy_file(path)
+        config = packed_config(source.config, spec, precisions, inventory)
+        size = writer.finish(config, {**(files or {}), "precision.json": precisions.to_json()})
+    original = sum(stored_bytes(source, key) for key in source.shapes)
+    return Packed(Path(out), precisions, size, original, time.perf_counter() - started, tuple(fallbacks), inventory)
+
+
+def _quantized_layer(
+    prepared: Prepared,
+    layer: MoELayer,
+    precisions: PrecisionMap,
+    method: str,
+    minimum_tokens: int | None,
+    fallbacks: list[str],
+) -> Iterator[tuple[str, QTensor]]:
+    """Packed matrices of one MoE layer, in the order experts, then gate, up, down."""
+    weights = {group: read_group(prepared.source, layer, group) for group in GROUPS}
+    inputs: dict[ProjectionGroup, Tensor | None] = dict.fromkeys(GROUPS)
+    if prepared.routed and prepared.model is not None:
+        module = prepared.model.get_submodule(layer.module)
+        found = moments(prepared.routed[layer.index], module, weights["gate_up"])
+        for group in GROUPS:
+            summed: Tensor = getattr(found, group)
+            enough = minimum_tokens if minimum_tokens is not None else summed.shape[-1] // 4
+            inputs[group], short = fallback_moments(summed, found.tokens, enough)
+            fallbacks.extend(f"{layer.index}.{expert}.{group}" for expert in short)
+    made: dict[tuple[int, str], QTensor] = {}
+    for group in GROUPS:
+        buckets: dict[Precision, list[int]] = {}
+        for expert, precision in enumerate(precisions.experts[group][layer.index]):
+            buckets.setdefault(precision, []).append(expert)
+        for precision, experts in buckets.items():
+            weight, seen = weights[group][experts], inputs[group]
+            if precision.bits == 16:
+                full = {e: weight[i] for i, e in enumerate(experts)}
+                parts = {e: [pack_full(m) for m in w.chunk(len(MATRICES[group]))] for e, w in full.items()}
+            else:
+                codes = QUANTIZERS[method](weight, precision, None if seen is None else seen[experts])
+                parts = {e: [pack(c) for c in _rows(codes[i], len(MATRICES[group]))] for i, e in enumerate(experts)}
+            for expert, packed in parts.items():
+                made.update({(expert, m): q for m, q in zip(MATRICES[group], packed, strict=True)})
+    for (expert, matrix), tensor in sorted(made.items()):
+        yield layer.experts[expert].names[matrix], tensor
+
+
+def _rows(codes: Codes, parts: int) -> list[Codes]:
+    """The matrices that were stacked along the output axis."""
+    zeros = [None] * parts if codes.zeros is None else list(codes.zeros.chunk(parts))
+    both = zip(codes.codes.chunk(parts), codes.scales.chunk(parts), zeros, strict=True)
+    return [Codes(c, s, z, codes.precision) for c, s, z in both]
+
+
+def _quantized_matrix(weight: Tensor, precision: Precision) -> QTensor:
+    """A matrix outside the experts, without data: least squared error on its own grids."""
+    if precision.bits == 16:
+        return pack_full(weight)
+    return pack(QUANTIZERS["rtn-mse"](weight.float()[None], precision, None)[0])
+
+
+def check_method(method: str) -> None:
+    """Raise :class:`InputError` unless there is such a quantizer."""
+    if method not in QUANTIZERS:
+        raise InputError(f"no quantizer {method!r}; there are {', '.join(QUANTIZERS)}")
+
+
+def split_texts(calibration: Calibration) -> tuple[list[str], list[str]]:
+    """Texts to calibrate on, and texts kept apart to judge by (a tenth; the bundled held-out text for bundled data)."""
+    texts = read_texts(calibration.data or bundled_text("calibration.jsonl"))
+    if calibration.data is None:
+        names = ("heldout_code.txt", "heldout_docs.txt")
+        return texts, [text for name in names for text in read_texts(bundled_text(name))]
+    if len(texts) >= 10:
+        return [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
+    whole = "\n\n".join(texts)
+    cut = len(whole) * 9 // 10
+    return [whole[:cut]], [whole[cut:]]
+
+
+def require_new(out: Path) -> None:
+    """Raise :class:`OutputError` if something is at ``out`` already."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise OutputError(f"{out} exists already; give a new folder with -o, or remove it")
+
+
+callable_module(__name__, quantize)

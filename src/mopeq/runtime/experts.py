@@ -1,0 +1,146 @@
+"""Routed experts that stay packed: a class mixed in front of the model's own experts class.
+
+The original module keeps its configuration, gate function and biases; its two 3-D parameters give way to flat buffers
+``<gate_up|down>_<qweight|scales|zeros>`` (kernels/layout.py), and its ``forward`` to one that groups tokens by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mopeq.errors import CheckpointError
+from mopeq.kernels.layout import PARTS, GroupLayout, PackedGroup
+from mopeq.kernels.naive import grouped_linear
+from mopeq.precision import GROUPS, ProjectionGroup
+from mopeq.seam import activate, down_bias, is_experts, weighs_input
+
+__all__ = ["MixedExperts", "pack_experts"]
+
+
+class MixedExperts(nn.Module):
+    """Mixed in front of an experts class of transformers by :func:`pack_experts`; not made by itself."""
+
+    mopeq_layer: int
+    mopeq_layouts: Mapping[ProjectionGroup, GroupLayout]
+    mopeq_faults: list[str]
+    """What went wrong while its buffers were filled."""
+
+    def packed(self, group: ProjectionGroup) -> PackedGroup:
+        """The packed weights of one projection group."""
+        parts = (self._buffers[f"{group}_{part}"] for part in PARTS)
+        return PackedGroup(self.mopeq_layouts[group], *parts)  # type: ignore[arg-type]
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """As the class behind it: (tokens, H), (tokens, k), (tokens, k) to (tokens, H). Unknown expert ids are skipped.
+
+        Llama 4 gives (experts * tokens, H), already weighted, and gets as many rows back.
+        """
+        if top_k_index is None or top_k_weights is None:
+            return self._every_expert(hidden_states)
+        tokens, k = top_k_index.shape
+        ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        rows = self._run(hidden_states[order // k], ids)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        back, inside = back.view(tokens, k), (top_k_index >= 0) & (top_k_index < self._experts)
+        # float32, in the router's order: reproducible on every device, rounded once (docs/numerics.md)
+        total = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
+        for slot in range(k):
+            weight = torch.where(inside[:, slot], top_k_weights[:, slot].float(), 0.0)
+            total = total + rows[back[:, slot]].float() * weight.unsqueeze(-1)
+        return total.to(hidden_states.dtype)
+
+    @property
+    def _experts(self) -> int:
+        return len(self.mopeq_layouts["down"].precisions)
+
+    def _every_expert(self, hidden_states: Tensor) -> Tensor:
+        """Rows (experts * tokens, H), expert after expert. Rows of zeros, tokens not routed there, stay zeros."""
+        ids = torch.arange(self._experts, device=hidden_states.device).repeat_interleave(
+            hidden_states.shape[0] // self._experts
+        )
+        routed = hidden_states.abs().amax(-1).nonzero().squeeze(-1)
+        result = torch.zeros_like(hidden_states)
+        result[routed] = self._run(hidden_states[routed], ids[routed])
+        return result
+
+    def _run(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Rows ``x`` (rows, H), sorted by expert, each through its expert of ``ids`` (rows,), if that is known."""
+        experts = torch.arange(self._experts + 1, device=ids.device, dtype=ids.dtype)
+        offsets = torch.searchsorted(ids, experts)
+        known = ids.clamp(0, self._experts - 1)
+        gate_up = grouped_linear(x, self.packed("gate_up"), offsets)
+        rows = grouped_linear(activate(self, gate_up, known), self.packed("down"), offsets)
+        bias = down_bias(self, known)
+        return rows if bias is None else rows + bias.to(rows.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixedExperts:
+        keep_packed(self, lambda: super(MixedExperts, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """Experts at each precision."""
+        counts = {
+            g: {str(p): layout.precisions.count(p) for p in sorted(set(layout.precisions))}
+            for g, layout in self.mopeq_layouts.items()
+        }
+        return f"layer={self.mopeq_layer}, precisions={counts}"
+
+
+def keep_packed(module: nn.Module, move: Callable[[], object]) -> None:
+    """Run ``move``, which may cast (``model.to(torch.float32)``), and give packed buffers their own types back."""
+    before = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    move()
+    for name, buffer in before.items():
+        moved = module._buffers[name]
+        if moved is not None and moved.dtype != buffer.dtype:
+            module._buffers[name] = buffer.to(moved.device)
+
+
+@cache
+def _mixed(cls: Any) -> type[nn.Module]:
+    return type(f"Mopeq{cls.__name__}", (MixedExperts, cls), {"__module__": __name__})
+
+
+def pack_experts(module: nn.Module, layer: int, layouts: Mapping[ProjectionGroup, GroupLayout]) -> None:
+    """Turn an experts module of transformers, on any device or none, into :class:`MixedExperts` in place.
+
+    Its weights are dropped and its buffers are not yet filled. Raises :class:`CheckpointError` where the module is no
+    experts module or has other shapes.
+    """
+    name = type(module).__name__
+    if not is_experts(module) or isinstance(module, MixedExperts):
+        raise CheckpointError(
+            f"layer {layer}: {name} is no experts module of transformers 5 with gate_up_proj and down_proj"
+        )
+    m: Any = module
+    if getattr(m, "has_post_expert_norm", False) or not getattr(m, "has_gate", True):
+        raise CheckpointError(
+            f"layer {layer}: {name} has a norm after its experts or no gate; mopeq does not run such experts"
+        )
+    device = m.down_proj.device
+    for group in GROUPS:
+        weight, layout = getattr(m, f"{group}_proj"), layouts[group]
+        out, inp = sum(out for out, _ in layout.shapes), layout.shapes[0][1]
+        transposed = getattr(m, "is_transposed", weighs_input(m))
+        expected = (len(layout.precisions), *((inp, out) if transposed else (out, inp)))
+        if tuple(weight.shape) != expected:
+            raise CheckpointError(
+                f"layer {layer}: {name}.{group}_proj is {tuple(weight.shape)}, the checkpoint has {expected}"
+            )
+    for group in GROUPS:
+        delattr(m, f"{group}_proj")
+        for part, dtype in PARTS.items():
+            size = layouts[group].size(part)
+            m.register_buffer(f"{group}_{part}", torch.empty(size, dtype=dtype, device=device) if size else None)
+    m.mopeq_layer, m.mopeq_layouts, m.mopeq_faults = layer, dict(layouts), []
+    # transformers would initialise the module by its class and look for the parameters dropped here
+    m._is_hf_initialized = True
+    m.__class__ = _mixed(cast(Hashable, type(module)))

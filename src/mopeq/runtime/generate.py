@@ -1,0 +1,127 @@
+"""Text from a prompt, through transformers' ``generate``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mopeq.errors import InputError
+
+__all__ = ["Generation", "Messages", "generate", "render"]
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: ``{"role": "user" | "assistant" | "system", "content": ...}`` in order."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out: the new text, its tokens, the seconds from first to last, and the tokens of the prompt."""
+
+    text: str
+    tokens: tuple[int, ...]
+    seconds: float
+    prompt_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second, reading the prompt included."""
+        return len(self.tokens) / self.seconds if self.seconds else 0.0
+
+
+def render(tokenizer: Any, messages: Messages) -> str:
+    """A conversation as the text that the model continues.
+
+    By the tokenizer's chat template; a model without one is no chat model and gets the contents, one a line.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    return "".join(f"{message['content']}\n" for message in messages)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Messages,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stream: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue a prompt.
+
+    Args:
+        model: a transformers model, packed or not.
+        tokenizer: its tokenizer.
+        prompt: text, taken as it is, or a conversation, put through :func:`render`.
+        max_new_tokens: stop after so many.
+        temperature: 0 takes the most likely token every time.
+        top_p: sample from the smallest set of tokens with this probability.
+        seed: makes sampling repeatable; the caller's random state is left alone.
+        stream: called with each piece of text when it is known.
+
+    Raises:
+        InputError: an empty prompt, or numbers out of range.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise InputError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}; "
+            f"expected at least 1, at least 0, and above 0 up to 1"
+        )
+    templated = not isinstance(prompt, str)
+    text = render(tokenizer, prompt) if not isinstance(prompt, str) else prompt
+    has_template = templated and getattr(tokenizer, "chat_template", None)
+    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not has_template)
+    count = encoded["input_ids"].shape[1]
+    if count == 0:
+        raise InputError("the prompt is empty; give at least one token")
+    device = model.get_input_embeddings().weight.device
+    inputs = {k: encoded[k].to(device) for k in ("input_ids", "attention_mask")}
+    started = time.perf_counter()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = model.generate(
+            **inputs,
+            generation_config=_settings(model, tokenizer, max_new_tokens, temperature, top_p),
+            streamer=None if stream is None else _streamer(tokenizer, stream),
+        )
+    seconds = time.perf_counter() - started
+    tokens = output[0, count:].tolist()
+    return Generation(tokenizer.decode(tokens, skip_special_tokens=True), tuple(tokens), seconds, count)
+
+
+def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float) -> Any:
+    """Exactly what was asked for; only the special tokens are the model's."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    stop = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    pad = own.pad_token_id if own.pad_token_id is not None else tokenizer.pad_token_id
+    if pad is None:
+        pad = stop[0] if isinstance(stop, list) else stop
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=stop,
+        pad_token_id=pad,
+        bos_token_id=own.bos_token_id,
+        **sampling,
+    )
+
+
+def _streamer(tokenizer: Any, stream: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                stream(text)
+
+    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,379 @@
+"""Where an original model comes from: a local folder or a Hugging Face id, read header by header, tensor by tensor.
+
+Opening reads ``config.json``, the shard index and the safetensors headers, nothing else; weights are mapped into memory
+and only the pages that a slice touches are read. Every way in which a folder can be incomplete or damaged is a
+:class:`~mopeq.errors.ModelError`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mopeq.errors import ModelError
+from mopeq.precision import ProjectionGroup
+from mopeq.spec import MoELayer, WeightRef
+
+__all__ = ["Source", "open_source", "read_group", "read_matrix", "read_tensor", "stored_bytes"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LARGEST_HEADER = 100_000_000
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "C64": 64, "F4": 4,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64,
+}  # fmt: skip
+"""Bits of an element of each safetensors dtype."""
+WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
+"""Dtypes in which a matrix that will be quantized may be stored."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An original checkpoint: folder, ``config.json``, and shape, safetensors dtype and file of every tensor."""
+
+    path: Path
+    config: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+def open_source(model: str | Path, revision: str | None = None) -> Source:
+    """Open a local folder, or a Hugging Face id at a ``revision``, which is downloaded to the Hub's cache first.
+
+    Raises :class:`ModelError` where the folder is missing, incomplete, damaged, not safetensors, or quantized already.
+    """
+    path = _folder(model, revision)
+    config = _read_config(path)
+    headers = _read_headers(path)
+    return Source(
+        path=path,
+        config=config,
+        shapes={key: shape for header in headers.values() for key, (_, shape) in header.items()},
+        dtypes={key: dtype for header in headers.values() for key, (dtype, _) in header.items()},
+        files={key: name for name, header in headers.items() for key in header},
+    )
+
+
+def stored_bytes(source: Source, key: str) -> int:
+    """Bytes of a tensor in its file."""
+    return (prod(source.shapes[key]) * DTYPE_BITS[source.dtypes[key]] + 7) // 8
+
+
+def read_tensor(source: Source, key: str) -> Tensor:
+    """A tensor as it is stored, mapped from its file: pages are read when touched."""
+    _check_known(source, key)
+    handle = _handle(source.path / source.files[key])
+    try:
+        tensor: Tensor = handle.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(_unreadable(source.path / source.files[key], error)) from error
+    return tensor
+
+
+def read_matrix(source: Source, ref: WeightRef) -> Tensor:
+    """The canonical (out, in) matrix of ``ref`` in its stored dtype; of a fused tensor only one expert's slab is read.
+
+    Raises :class:`ModelError` that names the tensor, and the expert where it is fused, if a weight is NaN or infinite.
+    """
+    matrix = _view(source, ref)
+    if not bool(torch.isfinite(matrix).all()):
+        raise ModelError(_not_finite(source, ref, matrix))
+    return matrix
+
+
+def read_group(source: Source, layer: MoELayer, group: ProjectionGroup) -> Tensor:
+    """Weights of one projection group of all experts of a layer, float32 (experts, rows, in).
+
+    Rows are gate's then up's for ``gate_up`` (2I, H), and down's for ``down`` (H, I). Raises like :func:`read_matrix`.
+    """
+    shapes = layer.shapes(group)
+    stacked = torch.empty(len(layer.experts), sum(out for out, _ in shapes), shapes[0][1])
+    for into, expert in zip(stacked, layer.experts, strict=True):
+        refs = expert.refs(group)
+        for rows, ref in zip(into.split([ref.shape[0] for ref in refs]), refs, strict=True):
+            matrix = _view(source, ref)
+            rows.copy_(matrix)
+            if not bool(torch.isfinite(rows).all()):
+                raise ModelError(_not_finite(source, ref, matrix))
+    return stacked
+
+
+def _view(source: Source, ref: WeightRef) -> Tensor:
+    """``ref`` (out, in) as a view of the mapped file."""
+    tensor = read_tensor(source, ref.key)
+    slab = tensor if ref.expert is None else tensor[ref.expert]
+    matrix = slab.T if ref.transposed else slab
+    return matrix if ref.rows is None else matrix[slice(*ref.rows)]
+
+
+def _not_finite(source: Source, ref: WeightRef, matrix: Tensor) -> str:
+    bad = int((~torch.isfinite(matrix.float())).sum())
+    of = f", expert {ref.expert}" if ref.expert is not None else ""
+    return (
+        f"{bad} of {matrix.numel()} weights of {ref.key}{of} in {source.files[ref.key]} are NaN or infinite; "
+        f"expected finite weights; download this file again, or use a checkpoint without them"
+    )
+
+
+def _check_known(source: Source, key: str) -> None:
+    if key not in source.files:
+        raise ModelError(f"no tensor {key!r} in {source.path}; it has {len(source.files)} others")
+
+
+# --- folders
+
+
+def _folder(model: str | Path, revision: str | None) -> Path:
+    """The local folder of a model, downloading it where ``model`` is a Hub id."""
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
+        found = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a null byte, an unknown ~user
+        raise ModelError(f"{str(model)[:80]!r} cannot be a folder ({error}); expected a folder or a Hub id") from error
+    if found:
+        raise ModelError(
+            f"{model} is a file; expected a model folder or a Hugging Face id such as allenai/OLMoE-1B-7B-0924"
+        )
+    if isinstance(model, Path) or not _HUB_ID.match(model):
+        raise ModelError(
+            f"no folder {model}; expected a model folder or a Hugging Face id such as allenai/OLMoE-1B-7B-0924"
+        )
+    # config.json first: a checkpoint that will be refused is not worth downloading
+    _read_config(_download(model, revision, ["config.json"]))
+    return _download(model, revision, _DOWNLOADED)
+
+
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
+    except Exception as error:  # the client raises errors of several libraries: HTTP, file system, validation
+        at = f" at revision {revision}" if revision else ""
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(
+                f"{model}{at} is neither a folder here nor in the Hugging Face cache, and HF_HUB_OFFLINE is set; "
+                f"give a folder, or unset HF_HUB_OFFLINE to download it"
+            ) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{model}{at} is no folder here and could not be fetched from the Hugging Face Hub ({reason.rstrip('.')}); "
+            f"check the name and the connection, or give a folder"
+        ) from error
+    return Path(folder)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{path} has no config.json; expected a Hugging Face model folder{_advice(path)}")
+    config = _read_json(file)
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} holds a {type(config).__name__}; expected a JSON object; download it again")
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        settings = part.get("quantization_config") or part.get("compression_config")
+        if settings:
+            _refuse_quantized(path, settings)
+    return config
+
+
+def _refuse_quantized(path: Path, settings: object) -> None:
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    method = method if isinstance(method, str) and method.isprintable() else None
+    if method == "mopeq":
+        raise ModelError(
+            f"{path} is already packed by mopeq; expected an original model in 16 or 32 bits; "
+            f"load it as it is, or give the model that it was made from"
+        )
+    raise ModelError(
+        f"{path} is already quantized ({method or 'method unknown'}); expected weights in "
+        f"16 or 32 bits; give the bfloat16 checkpoint of this model, or dequantize it with transformers and save it"
+    )
+
+
+def _read_headers(path: Path) -> dict[str, Header]:
+    """Headers of the safetensors files by name, checked against the index where there is one."""
+    present = sorted(p.name for p in path.glob("*.safetensors") if p.is_file())
+    if not (path / INDEX).is_file():
+        if SINGLE in present:
+            return {SINGLE: _read_header(path / SINGLE)}
+        if present:
+            raise ModelError(
+                f"{path} holds {len(present)} safetensors files ({', '.join(present[:3])}) and no {INDEX}; "
+                f"expected {SINGLE}, or shards with their index; download the index"
+            )
+        raise ModelError(
+            f"{path} has no safetensors files; expected {SINGLE}, or shards with their index{_advice(path)}"
+        )
+    index = _read_json(path / INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{path / INDEX} has no weight_map of tensor names to file names; download it again")
+    shards = sorted(set(names.values()))
+    outside = [name for name in shards if Path(name).name != name or not name.isprintable()]
+    if outside:
+        raise ModelError(f"{path / INDEX} names {outside[0]!r}; expected names of files beside it; download it again")
+    if SINGLE in present and SINGLE not in shards:
+        raise ModelError(
+            f"{path} has both {SINGLE} and {INDEX}, which does not name it; remove the one that is not in use"
+        )
+    missing = [name for name in shards if name not in present]
+    if missing:
+        raise ModelError(
+            f"{len(missing)} of {len(shards)} shards are missing from {path}: {', '.join(missing[:3])}"
+            f"{' ...' if len(missing) > 3 else ''}; expected all that {INDEX} names; download them"
+        )
+    headers = {shard: _read_header(path / shard) for shard in shards}
+    listed: dict[str, set[str]] = {shard: set() for shard in shards}
+    for key, shard in names.items():
+        listed[shard].add(key)
+    for shard, header in headers.items():
+        if lacking := sorted(listed[shard] - set(header)):
+            raise _index_error(path, f"{shard} lacks {_some(lacking)}, which {INDEX} places there")
+    for shard, header in headers.items():
+        if unlisted := sorted(set(header) - listed[shard]):
+            other = names.get(unlisted[0])
+            if other is not None:
+                raise _index_error(path, f"tensor {unlisted[0]!r} is in both {other} and {shard}")
+            raise _index_error(path, f"{shard} holds {_some(unlisted)}, which {INDEX} does not name")
+    return headers
+
+
+def _index_error(path: Path, what: str) -> ModelError:
+    return ModelError(f"{what}, in {path}; expected every tensor once, where the index says; download both again")
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} tensors, among them {names[0]!r}" if len(names) > 1 else f"tensor {names[0]!r}"
+
+
+def _advice(path: Path) -> str:
+    """What else lies in the folder, as the end of a sentence."""
+    for suffix, advice in (
+        (".gguf", "this is a GGUF model, give the original safetensors checkpoint"),
+        (".bin", "these are PyTorch pickles, load them with transformers and save_pretrained to another folder"),
+        (".pt", "these are PyTorch pickles, convert them to the Hugging Face layout first"),
+        (".pth", "these are PyTorch pickles, convert them to the Hugging Face layout first"),
+    ):
+        found = sorted(path.glob(f"*{suffix}"))
+        if found:
+            return f"; found {found[0].name}: {advice}"
+    if next(path.iterdir(), None) is None:
+        return "; the folder is empty"
+    return "; check the path"
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not readable JSON ({error}); expected a JSON object; download it again") from error
+
+
+# --- safetensors headers
+
+
+Header = dict[str, tuple[str, tuple[int, ...]]]
+"""``{key: (dtype, shape)}``"""
+
+
+def _read_header(file: Path) -> Header:
+    """The header of a safetensors file, whose size must agree with it."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise ModelError(
+                    f"{file} is truncated or not a safetensors file: its first eight bytes announce a header of "
+                    f"{length} bytes, it has {size} in all; download it again"
+                )
+            raw = stream.read(length)
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(_unreadable(file, error)) from error
+    if not isinstance(header, dict):
+        raise ModelError(_unreadable(file, "its header is not a JSON object"))
+    header.pop("__metadata__", None)
+    entries = {key: _entry(file, key, entry) for key, entry in header.items()}
+    end = _covered(file, ((key, begin, stop) for key, (_, _, begin, stop) in entries.items()))
+    if end != size - 8 - length:
+        kind = "is truncated" if end > size - 8 - length else "has bytes after its last tensor"
+        raise ModelError(
+            f"{file} {kind}: {size} bytes where its header describes {8 + length + end}; download it again"
+        )
+    return {key: (dtype, shape) for key, (dtype, shape, _, _) in entries.items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"it names {next(key for key in names if names.count(key) > 1)!r} twice")
+    return made
+
+
+def _entry(file: Path, key: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, byte after the last) of one tensor of a header."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
+            if not key.isprintable():  # names go into messages, which are one line
+                raise ModelError(_unreadable(file, f"the tensor name {key!r} has control characters"))
+            if dtype not in DTYPE_BITS:
+                raise ModelError(_unreadable(file, f"{key!r} has dtype {dtype!r}, unknown to this mopeq"))
+            numbers = (*shape, begin, end)
+            if all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+                bits = prod(shape) * DTYPE_BITS[dtype]
+                if bits % 8 or end - begin != bits // 8:
+                    raise ModelError(
+                        _unreadable(file, f"{key!r}, {dtype} {list(shape)}, is given bytes {begin} to {end}")
+                    )
+                return dtype, tuple(shape), begin, end
+    raise ModelError(_unreadable(file, f"its entry for {key!r} is not a dtype, a shape and two offsets"))
+
+
+def _covered(file: Path, spans: Iterable[tuple[str, int, int]]) -> int:
+    """Bytes that the tensors cover from 0 on, or an error where two overlap or leave a hole."""
+    end = 0
+    for key, begin, stop in sorted(spans, key=lambda span: span[1:]):
+        if begin != end:
+            raise ModelError(_unreadable(file, f"{key!r} begins at byte {begin} where the tensor before ends at {end}"))
+        end = stop
+    return end
+
+
+def _unreadable(file: Path, reason: object) -> str:
+    return f"{file} is not a readable safetensors file: {reason}; expected one that is complete; download it again"
+
+
+def _handle(file: Path) -> Any:
+    try:
+        status = file.stat()
+        return _mapped(file, status.st_ino, status.st_size, status.st_mtime_ns)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(_unreadable(file, error)) from error
+
+
+@lru_cache(maxsize=32)
+def _mapped(file: Path, *version: int) -> Any:
+    return safe_open(file, framework="pt")
