@@ -4,7 +4,7 @@ The parameters are those of ``transformers.OlmoeForCausalLM``; the training step
 pass over them (bfloat16 matrix products, tokens sorted by expert, gathers instead of scatters), which is
 several times faster on a CPU than the model's own. ``--check`` compares the two. The learning rate follows
 a trapezoid (warm-up, constant, linear decay to zero), so a run can be resumed with another ``--steps`` while
-it is in its constant part. The decay part uses windows as long as the model's context.
+it is in its constant part. The last steps use windows as long as the model's context.
 
     python scripts/reference_corpus.py --work build/reference-lm --text src/mopeq/assets/text
     python scripts/train_reference_lm.py --work build/reference-lm --text src/mopeq/assets/text \
@@ -47,10 +47,11 @@ BLOCK = 128
 class Settings:
     """Hyper-parameters of the training run."""
 
-    steps: int = 10_000
+    steps: int = 5_750
     batch_tokens: int = 4_096
     window: int = 256
-    decay_window: int = 1_024
+    long_window: int = 1_024
+    long_fraction: float = 0.08
     learning_rate: float = 5e-3
     warmup_steps: int = 150
     decay_fraction: float = 0.2
@@ -434,6 +435,12 @@ def rate(step: int, settings: Settings) -> float:
     return settings.learning_rate * warm * cool
 
 
+def window_length(step: int, settings: Settings) -> int:
+    """Tokens per window at ``step``: the last part of the run uses windows as long as the context."""
+    long_start = settings.steps - round(settings.steps * settings.long_fraction)
+    return settings.window if step < long_start else settings.long_window
+
+
 def balance_weight(step: int, settings: Settings) -> float:
     """Weight of the balance loss: higher at first, so that no expert dies before it has learned something."""
     return settings.balance_early if step < settings.balance_early_steps else settings.balance
@@ -594,7 +601,7 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
         }
 
     while step < settings.steps:
-        window = settings.window if step < decay_start(settings) else settings.decay_window
+        window = window_length(step, settings)
         inputs, targets = windows.batch(settings.batch_tokens // window, window)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, settings)

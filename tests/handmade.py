@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config
+from mopeq.checkpoint import PackedWriter, packed_config
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap
 from mopeq.qtensor import Codes, QTensor, pack, pack_full
 from mopeq.spec import Expert, ExpertId, KeptRef, LinearRef, MoELayer, MoESpec, WeightRef
@@ -84,9 +84,7 @@ def matrices() -> dict[str, QTensor]:
             precision = p.of(expert.id.layer, expert.id.expert, group)
             for name, ref in zip(MATRICES[group], expert.refs(group), strict=True):
                 made[expert.names[name]] = matrix(ref.shape, precision, len(made))
-    for linear, precision in linear_precisions(s, p).items():
-        if precision != FULL:
-            made[linear.name] = matrix(linear.shape, precision, len(made))
+    made["model.layers.0.attn.q"] = matrix((HIDDEN, HIDDEN), Precision(8, 32, True), len(made))
     return made
 
 

@@ -355,6 +355,10 @@ def with_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
         (lambda h: h[EXPERT].update(data_offsets=[0, 128 * 64 * 4]), "begins at byte"),
         (lambda h: h.pop(EXPERT) and None, "begins at byte"),
         (lambda _: [1], "not a JSON object"),
+        (
+            lambda h: h.update({"a\nb": {**h[EXPERT], "shape": [0], "data_offsets": [0, 0]}}),
+            r"'a\nb' has control characters",
+        ),
     ],
 )
 def test_a_header_that_contradicts_itself(folder: Path, change: Callable[[Any], object], words: str) -> None:

@@ -65,9 +65,14 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path} has no tokenizer that transformers can load: {_line(error)}") from error
+    if not tokenizer("a")["input_ids"]:  # where there are no files, transformers makes one without a vocabulary
+        raise ModelError(
+            f"{path} has no tokenizer that transformers can load: its vocabulary is empty; add tokenizer.json"
+        )
+    return tokenizer
 
 
 def is_packed(path: str | Path) -> bool:
@@ -78,10 +83,10 @@ def is_packed(path: str | Path) -> bool:
 
 def _config(path: str | Path) -> Any:
     """The configuration of a model, as transformers reads it."""
-    from transformers import AutoConfig
-
     if not Path(path).is_dir() and (isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ModelError(f"no folder {path}; expected a model's folder or its name on the Hugging Face hub")
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -92,7 +97,10 @@ def _load(
     path: str | Path, config: Any, failure: type[ModelError] | type[CheckpointError], dtype: torch.dtype | None,
     device: str | torch.device | None, **options: Any,
 ) -> Any:  # fmt: skip
-    """``from_pretrained`` with the right class; every weight must come from the files, and every tensor be used."""
+    """``from_pretrained`` with the right class; every weight must come from the files.
+
+    Every tensor of a packed checkpoint must be used; what transformers drops of an original one, ``describe`` says.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
@@ -105,13 +113,12 @@ def _load(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise failure(f"transformers cannot load {path}: {_line(error)}") from error
-    for kind, problem in (
-        ("missing_keys", "are missing from it"),
-        ("mismatched_keys", "have other shapes in it"),
-        ("unexpected_keys", "in it belong to no weight of the model"),
-    ):
+    problems = {"missing_keys": "are missing from it", "mismatched_keys": "have other shapes in it"}
+    if failure is CheckpointError:
+        problems["unexpected_keys"] = "in it belong to no weight of the model"
+    for kind, problem in problems.items():
         names = sorted(str(name) for name in info[kind])
         if names:
             raise failure(f"{path}: {len(names)} tensors {problem}, the first is {names[0]}; download or make it again")

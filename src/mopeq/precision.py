@@ -214,8 +214,9 @@ class PrecisionMap:
                 for g, rows in data["experts"].items()
             }
             rest = {str(name): parse_precision(v, base) for name, v in data.get("rest", {}).items()}
+            note = dict(data.get("note", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MapError(
                 f"malformed precision map: {error!r}; expected base, experts {{gate_up, down}} and rest"
             ) from error
-        return cls(experts, rest, dict(data.get("note", {})))
+        return cls(experts, rest, note)

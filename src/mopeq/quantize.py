@@ -1,7 +1,7 @@
-"""From a checkpoint to a packed one: measure, allocate, quantize, write.
+"""From a checkpoint and a map, or a budget, to a packed checkpoint.
 
-``prepare`` opens a model and runs it once over the calibration text; ``pack_model`` quantizes it with a map and writes
-the packed folder; ``measure`` and ``quantize`` are the verbs of the CLI, made of these two.
+``pack_model`` quantizes a model with a map and writes the packed folder; ``quantize`` is the verb: it measures and
+allocates first where a budget is given, and compares the result with the original.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,36 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq import adapters
-from mopeq.allocate import allocate
-from mopeq.analyze import Routed, analyze, moments, observe
+from mopeq.allocate import allocate, parse_budget, uniform_map
+from mopeq.allocate.budget import check_budget
+from mopeq.analyze import moments
 from mopeq.autoload import callable_module
 from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config
-from mopeq.data.samples import bundled_text
-from mopeq.data.text import read_texts, token_batches
 from mopeq.errors import InputError, OutputError
 from mopeq.evaluate import Evaluation, evaluate
 from mopeq.load import load, load_original, load_tokenizer
-from mopeq.precision import DEFAULT_REST, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.measure import Calibration, Prepared, measure_prepared, observed, open_model, split_texts
+from mopeq.precision import DEFAULT_REST, FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Track, silent
 from mopeq.qtensor import Codes, QTensor, pack, pack_full
 from mopeq.quantizers import QUANTIZERS, fallback_moments
-from mopeq.source import Source, open_source, read_group, read_tensor, stored_bytes
-from mopeq.spec import Inventory, MoELayer, MoESpec
-from mopeq.stats import Stats, write_json
+from mopeq.source import read_group, read_tensor, stored_bytes
+from mopeq.spec import Inventory, MoELayer
+from mopeq.stats import write_json
 
-__all__ = [
-    "Calibration",
-    "Packed",
-    "Prepared",
-    "measure",
-    "measure_prepared",
-    "pack_model",
-    "prepare",
-    "quantize",
-    "run_record",
-    "split_texts",
-]
+__all__ = ["Packed", "pack_model", "quantize", "run_record"]
 
 DEFAULT_OPTIONS = tuple(Precision(bits) for bits in (2, 3, 4))
 DATA_FREE = ("rtn", "rtn-mse")
@@ -61,31 +49,6 @@ COMPANIONS = (
 """Files that go with a model and are copied as they are."""
 JUDGED_WINDOWS = 32
 """Windows of held-out text on which a new checkpoint is compared with its original."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Which text is run through the model. ``data`` None is the text that comes with mopeq."""
-
-    data: str | None = None
-    samples: int = 64
-    length: int = 512
-    batch_size: int = 4
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An opened model and, where it was run, what it saw."""
-
-    source: Source
-    spec: MoESpec
-    inventory: Inventory
-    model: Any = None
-    tokenizer: Any = None
-    batches: Sequence[Mapping[str, Tensor]] = ()
-    routed: Mapping[int, Routed] = field(default_factory=dict)
-    info: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,96 +65,6 @@ class Packed:
     """Units quantized with moments filled up from their layer's, because few or no calibration tokens reached them."""
     inventory: Inventory
     evaluation: Evaluation | None = None
-
-
-def prepare(
-    model: str | Path,
-    calibration: Calibration | None,
-    *,
-    texts: Sequence[str] | None = None,
-    gradients: bool = True,
-    dtype: torch.dtype | None = None,
-    track: Track = silent,
-) -> Prepared:
-    """Open a model; with a calibration, load it and run it once over the text.
-
-    Args:
-        model: folder or hub id of an original checkpoint.
-        calibration: which text, or None for work that needs no data.
-        texts: documents to take instead of reading ``calibration.data``.
-        gradients: record the gradients that ``fisher_error`` needs.
-        dtype: compute type of the model; None takes the checkpoint's.
-        track: progress.
-    """
-    source = open_source(model)
-    spec = adapters.describe(source)
-    prepared = Prepared(source, spec, adapters.inventory_of(source, spec))
-    if calibration is None:
-        return prepared
-    tokenizer = load_tokenizer(source.path)
-    batches = token_batches(
-        texts or read_texts(calibration.data or bundled_text("calibration.jsonl")),
-        tokenizer,
-        samples=calibration.samples,
-        length=calibration.length,
-        batch_size=calibration.batch_size,
-        seed=calibration.seed,
-    )
-    loaded = load_original(source.path, dtype=dtype)
-    started = time.perf_counter()
-    routed = observe(loaded, spec, batches, gradients=gradients, seed=calibration.seed, track=track)
-    info = {
-        "data": calibration.data or "bundled calibration text",
-        "samples": calibration.samples,
-        "length": calibration.length,
-        "seed": calibration.seed,
-        "observe_seconds": round(time.perf_counter() - started, 2),
-    }
-    return replace(prepared, model=loaded, tokenizer=tokenizer, batches=batches, routed=routed, info=info)
-
-
-def measure(
-    model: str | Path,
-    metrics: Sequence[str],
-    *,
-    calibration: Calibration | None = None,
-    options: Sequence[Precision] = (),
-    quantizer: str = "gptq",
-    dtype: torch.dtype | None = None,
-    track: Track = silent,
-) -> Stats:
-    """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``."""
-    calibration = calibration or Calibration()
-    data_free = set(metrics) == {"inverse_norm"}
-    prepared = prepare(
-        model, None if data_free else calibration, gradients="fisher_error" in metrics, dtype=dtype, track=track
-    )
-    return measure_prepared(prepared, metrics, options=options, quantizer=quantizer, seed=calibration.seed, track=track)
-
-
-def measure_prepared(
-    prepared: Prepared,
-    metrics: Sequence[str],
-    *,
-    options: Sequence[Precision] = (),
-    quantizer: str = "gptq",
-    seed: int = 0,
-    track: Track = silent,
-) -> Stats:
-    """Metrics of a model that :func:`prepare` has run."""
-    stats = analyze(
-        prepared.model,
-        prepared.source,
-        prepared.spec,
-        prepared.batches,
-        metrics,
-        routed=prepared.routed,
-        options=options,
-        quantizer=quantizer,
-        seed=seed,
-        track=track,
-    )
-    return replace(stats, info={**prepared.info, **stats.info})
 
 
 def quantize(
@@ -242,15 +115,22 @@ def quantize(
     calibration = calibration or Calibration()
     clock = _Clock()
     training, heldout = split_texts(calibration)
-    prepared = prepare(
-        model,
-        calibration if budget is not None or method not in DATA_FREE else None,
-        texts=training,
-        gradients=budget is not None and cost == "fisher_error",
-        dtype=dtype,
-        track=track,
-    )
     rest = {**DEFAULT_REST, **(rest or {})}
+    prepared = open_model(model)
+    if budget is not None:
+        sizes = (prepared.inventory.expert_bytes(uniform_map(prepared.inventory, [p], None, rest)) for p in options)
+        check_budget(parse_budget(budget), prepared.inventory, rest, min(sizes))
+    if precisions is not None:
+        prepared.inventory.check(precisions)
+    if budget is not None or method not in DATA_FREE:
+        prepared = observed(
+            prepared,
+            calibration,
+            texts=training,
+            gradients=budget is not None and cost == "fisher_error",
+            dtype=dtype,
+            track=track,
+        )
     files: dict[str, Mapping[str, Any]] = {}
     clock("observe")
     if uniform is not None:
@@ -365,7 +245,11 @@ def pack_model(
             for name, tensor in _quantized_layer(prepared, layer, precisions, method, minimum_tokens, fallbacks):
                 writer.add(name, tensor)
         for ref, precision in linear_precisions(spec, precisions).items():
-            writer.add(ref.name, _quantized_matrix(read_tensor(source, ref.key), precision))
+            weight = read_tensor(source, ref.key)
+            if precision == FULL:
+                writer.add_tensor(ref.key, weight if weight.element_size() == 2 else weight.to(torch.bfloat16))
+            else:
+                writer.add(ref.name, pack(QUANTIZERS["rtn-mse"](weight.float()[None], precision, None)[0]))
         for kept in spec.kept:
             writer.add_tensor(kept.key, read_tensor(source, kept.key))
         for pattern in COMPANIONS:
@@ -422,30 +306,10 @@ def _rows(codes: Codes, parts: int) -> list[Codes]:
     return [Codes(c, s, z, codes.precision) for c, s, z in both]
 
 
-def _quantized_matrix(weight: Tensor, precision: Precision) -> QTensor:
-    """A matrix outside the experts, without data: least squared error on its own grids."""
-    if precision.bits == 16:
-        return pack_full(weight)
-    return pack(QUANTIZERS["rtn-mse"](weight.float()[None], precision, None)[0])
-
-
 def check_method(method: str) -> None:
     """Raise :class:`InputError` unless there is such a quantizer."""
     if method not in QUANTIZERS:
         raise InputError(f"no quantizer {method!r}; there are {', '.join(QUANTIZERS)}")
-
-
-def split_texts(calibration: Calibration) -> tuple[list[str], list[str]]:
-    """Texts to calibrate on, and texts kept apart to judge by (a tenth; the bundled held-out text for bundled data)."""
-    texts = read_texts(calibration.data or bundled_text("calibration.jsonl"))
-    if calibration.data is None:
-        names = ("heldout_code.txt", "heldout_docs.txt")
-        return texts, [text for name in names for text in read_texts(bundled_text(name))]
-    if len(texts) >= 10:
-        return [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
-    whole = "\n\n".join(texts)
-    cut = len(whole) * 9 // 10
-    return [whole[:cut]], [whole[cut:]]
 
 
 def require_new(out: Path) -> None:

@@ -18,9 +18,10 @@ from mopeq.data.text import text_windows
 from mopeq.errors import OutputError
 from mopeq.evaluate import Comparison, Evaluation, evaluate_many, paired_difference, resident_bytes
 from mopeq.load import load, load_original
+from mopeq.measure import Calibration, Prepared, measure_prepared, observed, open_model
 from mopeq.precision import Precision, PrecisionMap
 from mopeq.progress import Track, silent
-from mopeq.quantize import Calibration, Packed, Prepared, measure_prepared, pack_model, prepare, run_record
+from mopeq.quantize import Packed, pack_model, run_record
 from mopeq.report import render
 from mopeq.stats import Stats, write_json
 
@@ -72,7 +73,7 @@ def quickstart(out: str | Path = "mopeq-quickstart", *, command: str = "", track
     earlier quickstart there is replaced, anything else is refused with :class:`OutputError`.
     """
     folder = _fresh(Path(out))
-    prepared = prepare(bundled_model(), CALIBRATION, dtype=torch.float32, track=track)
+    prepared = observed(open_model(bundled_model()), CALIBRATION, dtype=torch.float32, track=track)
     metrics = ("frequency", "gate_mass", "inverse_norm", COST)
     stats = measure_prepared(prepared, metrics, options=OPTIONS, track=track)
     packed = {}

@@ -50,7 +50,7 @@ def activate(module: nn.Module, gate_up: Tensor, expert: int | Tensor) -> Tensor
         gate_up = torch.stack((gate, up), dim=-1).flatten(-2)
     bias = gate_up_bias(module, expert)
     if bias is not None:
-        gate_up = gate_up + bias.to(gate_up.dtype)
+        gate_up = gate_up + bias.to(gate_up)
     if hasattr(module, "_apply_gate"):
         out: Tensor = m._apply_gate(gate_up)
         return out

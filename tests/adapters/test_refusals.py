@@ -110,6 +110,22 @@ def test_a_router_of_another_size(olmoe: Source) -> None:
     refused(olmoe.config, {k: s for k, s in olmoe.shapes.items() if k != key}, "layer 1 has no router")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("model.layers.0.self_attn.k_proj.weight", (32, 48), "expected [32, 64]"),
+        ("model.layers.1.self_attn.o_proj.weight", (48, 64), "expected [64, 64]"),
+        ("model.layers.1.self_attn.o_proj.weight", (64,), "expected a matrix"),
+        ("lm_head.weight", (264, 48), "expected [264, 64]"),
+        ("model.embed_tokens.weight", (264, 48), "expected [264, 64]"),
+    ],
+)
+def test_matrices_that_do_not_fit_the_hidden_size(
+    olmoe: Source, name: str, shape: tuple[int, ...], expected: str
+) -> None:
+    refused(olmoe.config, {**olmoe.shapes, name: shape}, f"{name} has shape {list(shape)}", expected)
+
+
 def test_weights_that_are_not_floats(olmoe: Source) -> None:
     key = "model.layers.0.self_attn.q_proj.weight"
     with pytest.raises(ModelError, match=rf"{re.escape(key)} is stored as I8; expected one of F16, BF16, F32, F64"):

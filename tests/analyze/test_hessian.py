@@ -9,14 +9,6 @@ from torch.func import functional_call
 from mopeq.analyze.hessian import hessian_trace, slice_traces
 from mopeq.errors import DataError, ModelError
 
-MICRO = {
-    "hidden_size": 16,
-    "intermediate_size": 8,
-    "num_experts": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-
 
 def quadratic(experts: int, n: int) -> tuple[Tensor, Tensor]:
     """Weights (experts, 2, n/2) and a symmetric matrix (experts * n, experts * n) that couples all of them."""
@@ -70,16 +62,20 @@ def exact_trace(model: Any, data: list[dict[str, Tensor]], layer: int, expert: i
 
 def test_agrees_with_the_exact_hessian_of_a_small_model(tiny_model: Make) -> None:
     model, _, spec = case(tiny_model, **MICRO)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)  # curvature of a softmax grows with the square, traces stand clear of the noise
     data = batches((2, 5), (1, 4), words=9)
     data[0]["attention_mask"][1, 4:] = 0
-    means, errors = hessian_trace(model, spec, data, probes=64, seed=1)
+    means, errors = hessian_trace(model, spec, data, probes=250, seed=1)
     model.set_experts_implementation("eager")
     model.set_attn_implementation("eager")
-    for layer, expert in ((0, 1), (1, 2)):
-        exact = exact_trace(model, data, layer, expert)
-        assert errors[layer][expert] > 0
-        assert abs(means[layer][expert] - exact) < 4 * errors[layer][expert]
-        assert errors[layer][expert] < abs(exact)
+    clear = 0
+    for layer, expert in ((0, 1), (0, 3), (1, 0), (1, 2)):
+        exact, error = exact_trace(model, data, layer, expert), errors[layer][expert]
+        assert error > 0
+        assert abs(means[layer][expert] - exact) < 4 * error
+        clear += abs(exact) > 3 * error
+    assert clear >= 2  # the others are too near to zero to tell a right estimate from none
 
 
 def test_experts_without_tokens_have_no_curvature(tiny_model: Make) -> None:

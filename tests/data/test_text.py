@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ def write(path: Path, *lines: object) -> Path:
 
 def test_reads_text_jsonl_and_folders(tmp_path: Path) -> None:
     assert read_texts(write(tmp_path / "a.txt", "one\ntwo")) == ["one\ntwo"]
-    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "yo"}]}]
+    conversation = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "text", "text": "yo"}]},
+    ]
     lines = ({"text": "first"}, "", {"messages": conversation}, {"text": "  "})
     assert read_texts(write(tmp_path / "b.jsonl", *lines)) == ["first", "hi\n\nyo"]
     write(tmp_path / "0.txt", "zero")
@@ -63,7 +67,11 @@ def test_reads_text_jsonl_and_folders(tmp_path: Path) -> None:
         ("a.jsonl", '\n{"txt": "x"}', 'line 2 is an object with txt; expected one object with "text" or "messages"'),
         ("a.jsonl", "[1]", r"line 1 is \[1\]"),
         ("a.jsonl", '{"text": 3}', "line 1 has text that is not a string"),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}', "line 1 has text that is not a string, or messages without content"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user"}]}',
+            "line 1 has text that is not a string, or messages without content",
+        ),
         ("a.json", "[]", "is a .json file; expected .txt, or .jsonl"),
         ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
     ],
@@ -99,7 +107,7 @@ def test_batches_are_seeded_windows_that_do_not_overlap() -> None:
     assert all(b["input_ids"].dtype == b["attention_mask"].dtype == torch.int64 for b in batches)
     assert all(bool(b["attention_mask"].all()) for b in batches)
     found = rows(batches)
-    assert all(b - a == 1 for row in found for a, b in zip(row, row[1:], strict=False))
+    assert all(b - a == 1 for row in found for a, b in pairwise(row))
     assert len({token for row in found for token in row}) == 63
     again = token_batches(texts, Letters(), samples=7, length=9, batch_size=3, seed=1)
     other = token_batches(texts, Letters(), samples=7, length=9, batch_size=3, seed=2)
@@ -122,7 +130,9 @@ def test_numbers_must_be_positive(name: str) -> None:
 
 
 def test_too_little_text_for_one_window() -> None:
-    with pytest.raises(DataError, match="the text has 3 tokens, fewer than one window of 4; give more text or a shorter"):
+    with pytest.raises(
+        DataError, match="the text has 3 tokens, fewer than one window of 4; give more text or a shorter"
+    ):
         token_batches(["abc"], Letters(), samples=1, length=4, batch_size=1, seed=0)
 
 

@@ -109,7 +109,7 @@ def test_save_pretrained_writes_what_was_read(case: Case, tmp_path: Path) -> Non
     assert verify(tmp_path / "again", hashes=False) == read_manifest(case.packed)
     again = from_pretrained(tmp_path / "again", case.family, dtype=torch.float32)
     with torch.no_grad():
-        assert torch.equal(again(IDS).logits, case.model(IDS).logits)
+        assert error(again(IDS).logits, case.model(IDS).logits) < 1e-5  # alignment in memory may change the last bits
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt_oss", "deepseek_v3"])
@@ -181,7 +181,7 @@ def test_uniform_maps_without_zeros_or_scales(
     assert tiny.tensors(tmp_path / "again").keys() == tiny.tensors(tmp_path / "packed").keys()
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_another_model_under_the_same_name(olmoe: Path, tiny_model: Callable[...
 
 
 def test_an_unfilled_buffer_is_an_error(olmoe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory takes the place of what transformers did not find; this check does not trust the other one."""
+    """Where transformers finds no tensor it leaves uninitialised memory; this check does not rely on the files'."""
     from mopeq.integrations import transformers as ours
 
     monkeypatch.setattr(ours, "check_packed", lambda manifest, headers: None)

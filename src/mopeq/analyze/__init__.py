@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mopeq import adapters
+from mopeq.adapters import inventory_of
 from mopeq.analyze.activation import expert_tokens, frequency, gate_mass, usage
 from mopeq.analyze.cost import COSTS, layer_costs
 from mopeq.analyze.fisher import fisher
@@ -111,7 +111,7 @@ def analyze(
     metrics = tuple(dict.fromkeys(metrics))
     _check_names(metrics, METRICS, "metric")
     _check_names((quantizer,), QUANTIZERS, "quantizer")
-    inventory = adapters.inventory_of(source, spec)
+    inventory = inventory_of(source, spec)
     costs = [name for name in COSTS if name in metrics]
     options = tuple(sorted(set(options)))
     if costs and not options:

@@ -6,11 +6,11 @@ the MoE layer changes by dz (tokens, H), the routing weight included. Per calibr
     output_error = sum_t sum_d dz_td^2 / tokens
     fisher_error = sum_t sum_d g_td^2 dz_td^2 / tokens
 
-where g = dL/d(layer output) with labels drawn from the model: the diagonal of the Gauss-Newton form of the KL divergence
-(the weighting of GEMQ, arXiv 2605.23078, with the true instead of the empirical Fisher). It ranks units; as a prediction of
-the divergence in nats it is low, because it leaves out correlations between channels and tokens, and tokens that a changed
-input sends to other experts further up. Usage is in the sum over tokens already and does not multiply it again. Units whose
-expert saw no tokens cost 0.
+where g = dL/d(layer output) with labels drawn from the model: the diagonal of the Gauss-Newton form of the KL
+divergence (the weighting of GEMQ, arXiv 2605.23078, with the true instead of the empirical Fisher). It ranks units; as
+a prediction of the divergence in nats it is low, because it leaves out correlations between channels and tokens, and
+tokens that a changed input sends to other experts further up. Usage is in the sum over tokens already and does not
+multiply it again. Units whose expert saw no tokens cost 0.
 """
 
 from __future__ import annotations

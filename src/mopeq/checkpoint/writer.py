@@ -34,8 +34,8 @@ class PackedWriter:
     ::
 
         with PackedWriter(out, needed_bytes=n) as writer:
-            writer.add("model.layers.0.mlp.experts.0.gate_proj", packed)   # a packed matrix
-            writer.add_tensor("model.norm.weight", norm)                    # any other tensor, 16-bit linears too
+            writer.add("model.layers.0.mlp.experts.0.gate_proj", packed)
+            writer.add_tensor("model.norm.weight", norm)    # 16-bit linears too
             writer.copy_file(source / "tokenizer.json")
             writer.finish(packed_config(...), {"precision.json": ..., "stats.json": ...})
 

@@ -55,14 +55,15 @@ def do_quickstart(options: argparse.Namespace) -> None:
 
 def do_describe(options: argparse.Namespace) -> None:
     """Show what is understood of a model."""
-    from mopeq import adapters
+    from mopeq.adapters import coverage, groups_table, inventory_of
+    from mopeq.adapters import describe as described
     from mopeq.source import open_source
 
     source = open_source(options.model)
-    spec = adapters.describe(source)
-    inventory = adapters.inventory_of(source, spec)
-    groups = adapters.groups_table(spec, source)
-    covered = adapters.coverage(groups)
+    spec = described(source)
+    inventory = inventory_of(source, spec)
+    groups = groups_table(spec, source)
+    covered = coverage(groups)
     if options.json:
         found = {"model": inventory.to_json(), "groups": [vars(row) for row in groups], "coverage": covered}
         return show.print_json(found)
@@ -84,7 +85,7 @@ def do_describe(options: argparse.Namespace) -> None:
 
 def do_analyze(options: argparse.Namespace) -> None:
     """Measure every expert."""
-    from mopeq.quantize import measure
+    from mopeq.measure import measure
 
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     out = _new_file(options.out)
@@ -123,7 +124,7 @@ def do_allocate(options: argparse.Namespace) -> None:
         method=options.method,
         budget=options.budget,
         cost=options.cost,
-        score_by=options.score,
+        score=options.score,
         scope=options.scope,
         options=_precisions(options) if options.levels else None,
         granularity=options.granularity,
@@ -316,7 +317,7 @@ def _rest_map(text: str) -> dict[str, Precision]:
 
 
 def _calibration_of(options: argparse.Namespace) -> Any:
-    from mopeq.quantize import Calibration
+    from mopeq.measure import Calibration
 
     return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed)
 

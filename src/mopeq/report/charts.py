@@ -12,6 +12,8 @@ from mopeq.report.maps import number
 
 __all__ = ["Plot", "coverage", "frontier", "megabytes", "prediction", "rank_correlation"]
 
+_Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 WIDTH, HEIGHT = 420, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 412, 12, 274
 CHARACTER = 6.2
@@ -190,32 +192,35 @@ def _mark(point: Point, x: float, y: _Axis) -> Mark:
 
 
 def _labelled(marks: Sequence[Mark]) -> tuple[Mark, ...]:
-    """Labels beside their points, each where it covers neither a point nor an earlier label, or left out."""
-    taken = [(m.x - 5, min(m.y, m.high or m.y) - 4, m.x + 5, max(m.y, m.low or m.y) + 4) for m in marks]
+    """Labels beside their points: where they cover nothing, else where they cover only bars, else left out."""
+    points = [(m.x - 5, m.y - 5, m.x + 5, m.y + 5) for m in marks]
+    bars = [(m.x - 3, m.high, m.x + 3, m.low) for m in marks if m.low is not None and m.high is not None]
+    labels: list[_Box] = []
     placed = []
     for mark in marks:
-        width = len(mark.label) * CHARACTER
-        choices = (
-            (mark.x + 9, mark.y + 4, "start", mark.x + 9),
-            (mark.x - 9, mark.y + 4, "end", mark.x - 9 - width),
-            (mark.x + 7, mark.y - 9, "start", mark.x + 7),
-            (mark.x + 7, mark.y + 16, "start", mark.x + 7),
-            (mark.x - 7, mark.y - 9, "end", mark.x - 7 - width),
-            (mark.x - 7, mark.y + 16, "end", mark.x - 7 - width),
-        )
-        for x, y, anchor, left in choices:
-            area = (left, y - 10, left + width, y + 3)
-            inside = area[0] >= LEFT and area[2] <= RIGHT and area[1] >= TOP - 8 and area[3] <= BOTTOM
-            if inside and not any(_overlap(area, other) for other in taken):
-                taken.append(area)
-                placed.append(replace(mark, label_at=(x, y, anchor)))
-                break
-        else:
+        found = _label_place(mark, [*points, *bars, *labels]) or _label_place(mark, [*points, *labels])
+        if found is None:
             placed.append(replace(mark, label=""))
+        else:
+            labels.append(found[1])
+            placed.append(replace(mark, label_at=found[0]))
     return tuple(placed)
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _label_place(mark: Mark, taken: Sequence[_Box]) -> tuple[tuple[float, float, str], _Box] | None:
+    """Where a label fits inside the frame, and the box it takes: right, left, then the four corners of its point."""
+    width = len(mark.label) * CHARACTER
+    for right, down in ((1, 4), (-1, 4), (1, -9), (1, 16), (-1, -9), (-1, 16)):
+        x, y = mark.x + right * (9 if down == 4 else 7), mark.y + down
+        left = x if right == 1 else x - width
+        box = (left, y - 10, left + width, y + 3)
+        inside = box[0] >= LEFT and box[2] <= RIGHT and box[1] >= TOP - 8 and box[3] <= BOTTOM
+        if inside and not any(_overlap(box, other) for other in taken):
+            return (x, y, "start" if right == 1 else "end"), box
+    return None
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 

@@ -68,7 +68,7 @@ def generate(
     Raises:
         InputError: an empty prompt, or numbers out of range.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise InputError(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}; "
             f"expected at least 1, at least 0, and above 0 up to 1"
@@ -89,7 +89,7 @@ def generate(
         output = model.generate(
             **inputs,
             generation_config=_settings(model, tokenizer, max_new_tokens, temperature, top_p),
-            streamer=None if stream is None else _streamer(tokenizer, stream),
+            streamer=None if stream is None else _Pieces(tokenizer, count, stream),
         )
     seconds = time.perf_counter() - started
     tokens = output[0, count:].tolist()
@@ -116,12 +116,26 @@ def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: floa
     )
 
 
-def _streamer(tokenizer: Any, stream: Callable[[str], None]) -> Any:
-    from transformers import TextStreamer
+class _Pieces:
+    """transformers' streamer protocol: gives text on as soon as its bytes are whole."""
 
-    class Pieces(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                stream(text)
+    def __init__(self, tokenizer: Any, prompt_tokens: int, give: Callable[[str], None]) -> None:
+        self.tokenizer, self.skip, self.give = tokenizer, prompt_tokens, give
+        self.tokens: list[int] = []
+        self.given = ""
 
-    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def put(self, value: torch.Tensor) -> None:
+        new = value.flatten().tolist()
+        self.tokens += new[self.skip :]
+        self.skip = max(0, self.skip - len(new))
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # an unfinished character
+            self._give(text)
+
+    def end(self) -> None:
+        self._give(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+
+    def _give(self, text: str) -> None:
+        if len(text) > len(self.given):
+            self.give(text[len(self.given) :])
+            self.given = text
