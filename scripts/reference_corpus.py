@@ -354,7 +354,7 @@ def collect(work: Path, text_dir: Path, calibration_bytes: int) -> dict[str, obj
         for n in HELDOUT_DOCS
     ] + topics_held
 
-    paths = sorted(p for p in library.rglob("*.py") if usable(p, library) and "topics.py" != p.name)
+    paths = sorted(p for p in library.rglob("*.py") if usable(p, library) and p.name != "topics.py")
     paths = [
         p
         for p in paths

@@ -107,7 +107,7 @@ def test_every_weight_comes_from_the_files(packed: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=rf"1 tensors are missing from it, the first is {norm}"):
         load(packed)
     tiny.rewrite(packed, {norm: saved[:8].clone()})
-    with pytest.raises(CheckpointError, match=r"transformers cannot load|have other shapes"):
+    with pytest.raises(CheckpointError, match=r"transformers cannot load|is \[8\] in the checkpoint"):
         load(packed)
     tiny.rewrite(packed, {norm: saved, "model.extra.weight": saved.clone()})
     with pytest.raises(CheckpointError, match=r"1 tensors in it belong to no weight .*model\.extra\.weight"):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from textbook import gptq as textbook_gptq
+from textbook import grid_of, inputs, moments_of, values, weights
 from torch import Tensor
 
 from mopeq.errors import DataError
@@ -15,8 +17,6 @@ from mopeq.precision import BITS, GROUP_SIZES, Precision
 from mopeq.qtensor import Codes, dequantize
 from mopeq.quantizers import QUANTIZERS, gptq, moment_error, rtn, rtn_mse
 from mopeq.quantizers.grid import minmax, nearest
-from textbook import gptq as textbook_gptq
-from textbook import grid_of, inputs, moments_of, values, weights
 
 module = importlib.import_module("mopeq.quantizers.gptq")
 QUANTIZED = [Precision(b, g, s) for b in BITS if b < 16 for g in GROUP_SIZES for s in (False, True)]

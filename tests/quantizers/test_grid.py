@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from textbook import grid_of, inputs, moments_of, values, weights
+from textbook import minmax as textbook_minmax
+from textbook import nearest as textbook_nearest
 from torch import Tensor
 
 from mopeq.errors import MapError, ModelError
@@ -14,12 +17,10 @@ from mopeq.precision import BITS, FULL, GROUP_SIZES, Precision
 from mopeq.qtensor import Codes, dequantize
 from mopeq.quantizers import QUANTIZERS, grid, moment_error, rtn, rtn_mse
 from mopeq.quantizers.grid import minmax, nearest, searched
-from textbook import grid_of, inputs, moments_of, values, weights
-from textbook import minmax as textbook_minmax
-from textbook import nearest as textbook_nearest
 
 QUANTIZED = [Precision(b, g, s) for b in BITS if b < 16 for g in GROUP_SIZES for s in (False, True)]
-some = pytest.mark.parametrize("precision", [Precision(2, 32), Precision(3, 64, True), Precision(4, -1), Precision(8, 32, True)], ids=str)  # fmt: skip
+SOME = (Precision(2, 32), Precision(3, 64, True), Precision(4, -1), Precision(8, 32, True))
+some = pytest.mark.parametrize("precision", SOME, ids=str)
 
 
 def group_errors(weight: Tensor, codes: Codes) -> Tensor:
@@ -81,7 +82,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(precision: Precision, shift: 
 @pytest.mark.parametrize("name", ["rtn", "rtn-mse"])
 @pytest.mark.parametrize("precision", QUANTIZED, ids=str)
 def test_groups_of_one_value_are_exact(precision: Precision, name: str) -> None:
-    constants = torch.tensor([0.0, 1.0, -1.0, 0.0078125, -0.333251953125, 65504.0, -2.0**-24, 2.0**-20])
+    constants = torch.tensor([0.0, 1.0, -1.0, 0.0078125, -0.333251953125, 65504.0, -(2.0**-24), 2.0**-20])
     weight = constants[None, :, None].expand(1, 8, 128).contiguous()
     assert torch.equal(dequantize(QUANTIZERS[name](weight, precision)), weight)
 
@@ -118,7 +119,9 @@ def test_weights_up_to_the_limit_are_stored_and_larger_ones_refused(precision: P
     weight[1, 2, 5] = limit
     assert torch.isfinite(dequantize(rtn(weight, precision))).all()
     weight[1, 2, 5] = -1.01 * limit
-    with pytest.raises(ModelError, match=r"weights of magnitude .* in matrix 1 of the batch; .*; keep this matrix at 16"):
+    with pytest.raises(
+        ModelError, match=r"weights of magnitude .* in matrix 1 of the batch; .*; keep this matrix at 16"
+    ):
         rtn(weight, precision)
 
 
@@ -157,7 +160,7 @@ def test_a_searched_grid_is_never_worse_in_any_group(precision: Precision) -> No
 
 
 @some
-def test_the_search_comes_within_two_percent_of_trying_everything(precision: Precision) -> None:
+def test_the_search_comes_close_to_trying_everything(precision: Precision) -> None:
     weight = weights(1, 8, 64, seed=2)
     got = (weight - dequantize(rtn_mse(weight, precision))).square().sum()
     matrix = weight[0].double().numpy()
@@ -172,7 +175,7 @@ def test_the_search_comes_within_two_percent_of_trying_everything(precision: Pre
             k = np.clip(np.round(matrix / s.repeat(size, 1)) + z.repeat(size, 1), 0, precision.levels - 1)
             error = (values(k, s, z) - matrix) ** 2
             best = np.minimum(best, error.reshape(*scale.shape, -1).sum(-1))
-    slack = 1.02 if precision.bits < 8 else 1.25  # at 8 bits the error of one group hangs on single weights
+    slack = 1.004 if precision.bits < 8 else 1.25  # at 8 bits the error of one group hangs on single weights
     assert got <= slack * best.sum()
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from textbook import inputs, moments_of, weights
 
 from mopeq.precision import Precision
 from mopeq.qtensor import dequantize
 from mopeq.quantizers import fallback_moments, moment_error, rtn
-from textbook import inputs, moments_of, weights
 
 
 def test_enough_tokens_change_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,4 +117,4 @@ def kmeans_map(
 def _spread(distinct: int, levels: int) -> list[int]:
     if distinct == 1:
         return [(levels - 1) // 2]
-    return [round(i * (levels - 1) / (distinct - 1)) for i in range(distinct)]
+    return [math.ceil(i * (levels - 1) / (distinct - 1) - 0.5) for i in range(distinct)]

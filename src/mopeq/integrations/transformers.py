@@ -68,7 +68,7 @@ class MopeqHfQuantizer(HfQuantizer):
         if checkpoint_files:
             check_packed(manifest, read_headers(checkpoint_files))
         install(model, manifest)
-        self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
+        self._made = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
         return model
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -91,17 +91,36 @@ class MopeqHfQuantizer(HfQuantizer):
             for part, stored in module.named_buffers(recurse=False):
                 if not getattr(stored, "_is_hf_initialized", False):
                     raise CheckpointError(f"{name}.{part} was not loaded: its tensors are missing from the checkpoint")
-        self._cast_renamed(model)
+        self._settle(model)
+        self._release_files(model)
         return model
 
-    def _cast_renamed(self, model: Any) -> None:
-        """Give parameters the model's type where transformers (before 5.20) left a renamed one in the file's."""
-        plan = "|".join(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) or r"(?!)"
-        plan = "|".join([plan, *(getattr(model, "_keep_in_fp32_modules", None) or ())])
+    def _settle(self, model: Any) -> None:
+        """Shapes and types of the other parameters as the model was made, which transformers before 5.20 leaves open.
+
+        It compares no shapes in a quantized model, and leaves a renamed parameter in the type of its file.
+        """
+        float32 = [*(getattr(model, f"_keep_in_fp32_modules{s}", None) or () for s in ("", "_strict"))]
+        kept = re.compile("|".join(name for names in float32 for name in names) or r"(?!)")
         for name, parameter in model.named_parameters():
-            expected = self._dtypes.get(name, parameter.dtype)
-            if parameter.dtype != expected and not re.search(plan, name):
-                parameter.data = parameter.data.to(expected)
+            shape, dtype = self._made.get(name, (parameter.shape, parameter.dtype))
+            if parameter.shape != shape:
+                raise CheckpointError(
+                    f"tensor {name} is {[*parameter.shape]} in the checkpoint, the model has {[*shape]}"
+                )
+            if parameter.dtype != dtype and not kept.search(name):
+                parameter.data = parameter.data.to(dtype)
+
+    def _release_files(self, model: Any) -> None:
+        """Copy tensors that are views of a mapped file, so that the file, most of it packed already, leaves memory."""
+        for module in model.modules():
+            tensors = [
+                *module._parameters.values(),
+                *([] if isinstance(module, MixedExperts) else module._buffers.values()),
+            ]
+            for tensor in tensors:
+                if tensor is not None and tensor.device.type == "cpu":
+                    tensor.data = tensor.data.clone()
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """``save_pretrained`` writes the same tensors that were read."""
