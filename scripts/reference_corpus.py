@@ -75,9 +75,7 @@ DISTRIBUTIONS: dict[str, float] = {
     "packaging": 0.2,
     "tabulate": 0.1,
 }
-PERMISSIVE = re.compile(
-    r"\b(MIT|BSD|Apache|PSF|PSFL|ISC|Python Software Foundation|0BSD|MIT-CMU)\b", re.IGNORECASE
-)
+PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|PSFL|ISC|Python Software Foundation|0BSD|MIT-CMU)\b", re.IGNORECASE)
 RESTRICTED = re.compile(r"\b(A?GPL|LGPL|MPL|Mozilla|GNU)\b", re.IGNORECASE)
 
 #: Standard library modules held out whole: as source text, and as docstrings.
@@ -326,12 +324,7 @@ def calibration_passages(documents: list[Document], size: int) -> list[str]:
             text += lines[start]
             start += 1
         text = text.strip("\n") + "\n"
-        if (
-            not 1_000 <= len(text) <= 3_200
-            or MACHINE_PATH.search(text)
-            or not text.isascii()
-            or text in passages
-        ):
+        if not 1_000 <= len(text) <= 3_200 or MACHINE_PATH.search(text) or not text.isascii() or text in passages:
             continue
         passages.append(text)
         total += len(text)
@@ -348,18 +341,12 @@ def collect(work: Path, text_dir: Path, calibration_bytes: int) -> dict[str, obj
         Document("python-stdlib", "code", n, (library / n).read_text("utf-8")) for n in HELDOUT_DOCS
     ]
     held_docs = [
-        Document(
-            "python-stdlib", "docs", n, docstrings((library / n).read_text("utf-8"), n.removesuffix(".py"))
-        )
+        Document("python-stdlib", "docs", n, docstrings((library / n).read_text("utf-8"), n.removesuffix(".py")))
         for n in HELDOUT_DOCS
     ] + topics_held
 
     paths = sorted(p for p in library.rglob("*.py") if usable(p, library) and p.name != "topics.py")
-    paths = [
-        p
-        for p in paths
-        if p.relative_to(library).as_posix() not in held_names and "_sysconfigdata" not in p.name
-    ]
+    paths = [p for p in paths if p.relative_to(library).as_posix() not in held_names and "_sysconfigdata" not in p.name]
     stdlib = list(python_documents("python-stdlib", library, paths)) + topics_train
     include = Path(sysconfig.get_paths()["include"]).resolve()
     for path in sorted(include.rglob("*.h")):
@@ -454,13 +441,9 @@ def collect(work: Path, text_dir: Path, calibration_bytes: int) -> dict[str, obj
 
 def main() -> None:
     """Collect the corpus and print what it holds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for train.jsonl and corpus.json")
-    parser.add_argument(
-        "--text", type=Path, required=True, help="folder for the held-out and calibration texts"
-    )
+    parser.add_argument("--text", type=Path, required=True, help="folder for the held-out and calibration texts")
     parser.add_argument("--calibration-bytes", type=int, default=300_000)
     arguments = parser.parse_args()
     description = collect(arguments.work, arguments.text, arguments.calibration_bytes)

@@ -669,12 +669,8 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder with train.jsonl; holds the checkpoint"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder with train.jsonl; holds the checkpoint")
     parser.add_argument("--text", type=Path, required=True, help="folder with the held-out text")
     parser.add_argument("--out", type=Path, help="folder for the finished model")
     parser.add_argument("--steps", type=int, default=Settings.steps)

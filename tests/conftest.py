@@ -1,4 +1,4 @@
-"""Shared fixtures. Everything runs offline and on two threads."""
+"""Shared fixtures. Everything runs offline and on one thread."""
 
 from __future__ import annotations
 

@@ -112,15 +112,17 @@ class MopeqHfQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(dtype)
 
     def _release_files(self, model: Any) -> None:
-        """Copy tensors that are views of a mapped file, so that the file, most of it packed already, leaves memory."""
+        """Copy what lies in a mapped file, so that the file, most of it packed already, leaves memory.
+
+        A buffer is replaced as a whole: as a view it would keep its base alive.
+        """
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
         for module in model.modules():
-            tensors = [
-                *module._parameters.values(),
-                *([] if isinstance(module, MixedExperts) else module._buffers.values()),
-            ]
-            for tensor in tensors:
-                if tensor is not None and tensor.device.type == "cpu":
-                    tensor.data = tensor.data.clone()
+            for name, buffer in [] if isinstance(module, MixedExperts) else list(module.named_buffers(recurse=False)):
+                if buffer.device.type == "cpu":
+                    module._buffers[name] = buffer.clone()
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """``save_pretrained`` writes the same tensors that were read."""
