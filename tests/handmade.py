@@ -60,7 +60,7 @@ def precisions() -> PrecisionMap:
     )
     down = ((Precision(8, 64), FULL, Precision(3, 64)), (Precision(2, 32, True),) * 3)
     return PrecisionMap({"gate_up": dict(enumerate(up)), "down": dict(enumerate(down))},
-                        {"attention": Precision(8, 128, True), "lm_head": Precision(4)},
+                        {"attention": Precision(8, 128, True), "lm_head": Precision(4, 64)},
                         {"method": "by hand", "bulk": [1, 2]})  # fmt: skip
 
 

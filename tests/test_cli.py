@@ -206,7 +206,13 @@ def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "found"), [("", "has no text"), ("\n \n", "has no text"), ("short", "fewer than one window")]
+    ("content", "found"),
+    [
+        ("", "has no text"),
+        ("\n \n", "has no text"),
+        ("short", "kept apart"),
+        ("a short line of text", "fewer than one"),
+    ],
 )
 def test_empty_calibration(
     content: str, found: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -318,6 +324,92 @@ def test_small_disk(
     assert "disk" in said
     assert not out.exists()
     assert not list(tmp_path.glob("*partial*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--uniform", "3,4"], "expected one precision"),
+        (["--uniform", ","], "expected one precision"),
+        (["--uniform", "3", "--data", ""], "--data is empty"),
+        (["--uniform", "3", "--rest", "attention=4,attention=8"], "names attention twice"),
+        (["--uniform", "3", "--rest", "embedding=4", "--method", "rtn"], "unknown groups ['embedding']"),
+        (["--uniform", "3", "--length", "600"], "takes at most 512"),
+        (["--budget", "4bpw", "--cost", "frequency"], "no cost 'frequency'"),
+    ],
+)
+def test_quantize_refuses(
+    arguments: list[str], found: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = fails(capsys, "quantize", folder, "-o", tmp_path / "out", "--group-size", "32", *arguments)
+    assert code == 2
+    assert found in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_map_brings_its_own_rest(folder: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = packed / "mopeq" / "precision.json"
+    out = packed.with_name("other")
+    _, said = fails(capsys, "quantize", folder, "-o", out, "--map", made, "--rest", "attention=4")
+    assert 'edit "rest"' in said
+
+
+def test_output_where_no_folder_can_be(folder: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = fails(capsys, "quantize", folder, "-o", text / "out", "--budget", "4bpw", *SMALL)
+    assert code == 2
+    assert "no folder that can be written to" in said
+
+
+def test_run_and_eval_refuse(folder: Path, packed: Path, tiny_model: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tiny_model("mixtral")
+    for arguments, found in (
+        (("run", packed, "--prompt", "x", "--max-new-tokens", "512"), "at most 512 in all"),
+        (("run", packed, "--prompt", "x", "--device", "nowhere"), "'nowhere' cannot be used"),
+        (("eval", packed, "--length", "513"), "takes at most 512"),
+        (("eval", packed, "--against", other), "is not the original of"),
+        (("eval", packed, "-o", packed / "no" / "evaluation.json"), "no folder"),
+        (("allocate", packed / "mopeq" / "precision.json", "--symmetric", "--budget", "3"), "apply to --levels"),
+    ):
+        code, said = fails(capsys, *arguments)
+        assert code == 2
+        assert found in said
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "x"])
+def test_seeds_that_not_every_library_takes(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["allocate", "stats.json", "--budget", "3", "--seed", seed])
+    assert stop.value.code == 2
+    assert "expected a whole number" in capsys.readouterr().err
+
+
+def test_asked_to_terminate(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(quantize_module, "read_group", lambda *_: signal.raise_signal(signal.SIGTERM))
+    command = ("quantize", folder, "-o", tmp_path / "out", "--uniform", "4g32", "--method", "rtn", "--no-eval")
+    code, said = fails(capsys, *command)
+    assert code == 130
+    assert "interrupted" in said
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_interrupted_while_comparing(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize_module, "_judge", interrupted)
+    out = tmp_path / "out"
+    command = ("quantize", folder, "-o", out, "--uniform", "4g32", "--method", "rtn", "--data", text, *SMALL)
+    code, said = fails(capsys, *command)
+    assert code == 130
+    assert f"{out} is complete" in said
+    verify(out)
+    assert read_json(out / "mopeq" / "run.json")["format"] == "mopeq-run"
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])

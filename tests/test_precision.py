@@ -177,6 +177,12 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(experts={"gate_up": {"0": [None]}, "down": {"0": [3]}}), "precision None"),
         (changed(rest={"lm_head": "8x"}), "precision '8x'"),
         (changed(rest=[1]), "malformed precision map"),
+        (changed(base={"group_size": 64, "symmetric": "false"}), "symmetric true or false"),
+        (changed(base={"group_size": 64.5, "symmetric": False}), "expected a whole group_size"),
+        (changed(experts={"gate_up": {"0": "32"}, "down": {"0": "32"}}), "layer 0 gate_up is '32'; expected a list"),
+        (changed(experts={"gate_up": {"00": [3]}, "down": {"0": [3]}}), "layer '00'; expected its number"),
+        (changed(experts={"gate_up": {"0": [3, 9]}, "down": {"0": [3]}}), "layer 0 gate_up, expert 1: precision of 9"),
+        (changed(note={"predicted_loss": math.nan}), "malformed precision map"),
         (changed(note=[1]), "malformed precision map"),
     ],
 )

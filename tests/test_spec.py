@@ -199,3 +199,16 @@ def test_a_map_whose_groups_do_not_fit_is_refused_with_the_place() -> None:
     model = inventory()
     with pytest.raises(MapError, match="layer 1 down at 3g128: groups of 128 do not fit rows of 64 inputs"):
         model.check(PrecisionMap.uniform(model.experts, Precision(3, 128)))
+
+
+def test_default_groups_fit_every_row() -> None:
+    def sizes(hidden: int, width: int) -> set[int]:
+        made = inventory(layers={0: LayerShape(2, 128, 128, 1), 1: LayerShape(2, hidden, width, 1)})
+        return {p.group_size for p in made.precisions()}
+
+    assert sizes(256, 128) == {128}
+    assert sizes(192, 128) == {64}
+    assert sizes(128, 96) == {32}
+    assert sizes(128, 40) == {-1}
+    assert [str(p) for p in inventory().precisions([2, 3], symmetric=True)] == ["2g32s", "3g32s"]
+    assert [str(p) for p in inventory().precisions([4], 64)] == ["4g64"]

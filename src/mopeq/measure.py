@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mopeq.adapters import describe, inventory_of
-from mopeq.analyze import Routed, analyze, observe
+from mopeq.analyze import Routed, analyze, check_request, observe
 from mopeq.data.samples import bundled_text
-from mopeq.data.text import read_texts, token_batches
+from mopeq.data.text import check_length, read_texts, token_batches
 from mopeq.load import load_original, load_tokenizer
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
@@ -91,6 +91,7 @@ def observed(
         seed=calibration.seed,
     )
     loaded = load_original(source.path, dtype=dtype)
+    check_length(loaded, calibration.length)
     started = time.perf_counter()
     routed = observe(loaded, spec, batches, gradients=gradients, seed=calibration.seed, track=track)
     info = {
@@ -108,7 +109,7 @@ def measure(
     metrics: Sequence[str],
     *,
     calibration: Calibration | None = None,
-    options: Sequence[Precision] = (),
+    options: Sequence[Precision] | None = None,
     quantizer: str = "gptq",
     dtype: torch.dtype | None = None,
     track: Track = silent,
@@ -116,6 +117,7 @@ def measure(
     """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``."""
     calibration = calibration or Calibration()
     prepared = open_model(model)
+    check_request(prepared.inventory, metrics, options or prepared.inventory.precisions(), quantizer)
     if set(metrics) - {"inverse_norm"}:
         gradients = "fisher_error" in metrics
         prepared = observed(prepared, calibration, gradients=gradients, dtype=dtype, track=track)
@@ -126,7 +128,7 @@ def measure_prepared(
     prepared: Prepared,
     metrics: Sequence[str],
     *,
-    options: Sequence[Precision] = (),
+    options: Sequence[Precision] | None = None,
     quantizer: str = "gptq",
     seed: int = 0,
     track: Track = silent,
@@ -139,7 +141,7 @@ def measure_prepared(
         prepared.batches,
         metrics,
         routed=prepared.routed,
-        options=options,
+        options=options or prepared.inventory.precisions(),
         quantizer=quantizer,
         seed=seed,
         track=track,

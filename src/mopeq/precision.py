@@ -6,6 +6,7 @@ A *unit* is one projection group (``gate_up`` or ``down``) of one routed expert.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from mopeq.errors import MapError
 
 __all__ = [
     "BITS",
+    "DEFAULT_BITS",
     "DEFAULT_GROUP_SIZE",
     "DEFAULT_REST",
     "FULL",
@@ -34,7 +36,9 @@ MATRICES: dict[ProjectionGroup, tuple[str, ...]] = {"gate_up": ("gate", "up"), "
 
 BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128, -1)
-DEFAULT_GROUP_SIZE = 64
+DEFAULT_BITS = (2, 3, 4, 5, 6)
+"""What an allocator chooses from unless told otherwise: docs/results.md, levels and group sizes."""
+DEFAULT_GROUP_SIZE = 128
 MAP_FORMAT = "mopeq-precision"
 MAP_VERSION = 1
 
@@ -206,17 +210,42 @@ class PrecisionMap:
             raise MapError(f"precision map has unknown keys {sorted(unknown)}; remove them")
         try:
             raw = data["base"]
-            base = Precision(4, int(raw["group_size"]), bool(raw["symmetric"]))
+            if type(raw["group_size"]) is not int or type(raw["symmetric"]) is not bool:
+                raise MapError(
+                    f"malformed precision map: base {dict(raw)!r}; expected a whole group_size, symmetric true or false"
+                )
+            base = Precision(4, raw["group_size"], raw["symmetric"])
             experts = {
-                cast(ProjectionGroup, g): {
-                    int(layer): tuple(parse_precision(v, base) for v in row) for layer, row in rows.items()
-                }
+                cast(ProjectionGroup, g): {_layer(layer): _row(g, layer, row, base) for layer, row in rows.items()}
                 for g, rows in data["experts"].items()
             }
             rest = {str(name): parse_precision(v, base) for name, v in data.get("rest", {}).items()}
             note = dict(data.get("note", {}))
+            json.dumps(note, allow_nan=False)  # ValueError: it is written again, and JSON has no NaN
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MapError(
                 f"malformed precision map: {error!r}; expected base, experts {{gate_up, down}} and rest"
             ) from error
         return cls(experts, rest, note)
+
+
+def _layer(text: str) -> int:
+    """A layer's number, in the one way it is written."""
+    if not text.isdecimal() or str(int(text)) != text:
+        raise MapError(f"malformed precision map: layer {text!r}; expected its number, such as 3")
+    return int(text)
+
+
+def _row(group: str, layer: str, row: object, base: Precision) -> tuple[Precision, ...]:
+    """One precision for each expert of a layer."""
+    if not isinstance(row, list):
+        raise MapError(
+            f"malformed precision map: layer {layer} {group} is {row!r}; expected a list, one entry for each expert"
+        )
+    made = []
+    for expert, value in enumerate(row):
+        try:
+            made.append(parse_precision(value, base))
+        except MapError as error:
+            raise MapError(f"malformed precision map: layer {layer} {group}, expert {expert}: {error}") from error
+    return tuple(made)

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.allocate import allocate, parse_budget, uniform_map
+from mopeq.allocate import COSTS, allocate, parse_budget, uniform_map
 from mopeq.allocate.budget import check_budget
-from mopeq.analyze import moments
+from mopeq.analyze import check_request, moments
 from mopeq.autoload import callable_module
 from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config
-from mopeq.errors import InputError, OutputError
+from mopeq.data.text import text_windows
+from mopeq.errors import DataError, InputError, OutputError
 from mopeq.evaluate import Evaluation, evaluate
 from mopeq.load import load, load_original, load_tokenizer
 from mopeq.measure import Calibration, Prepared, measure_prepared, observed, open_model, split_texts
@@ -39,7 +40,6 @@ from mopeq.stats import write_json
 
 __all__ = ["Packed", "pack_model", "quantize", "run_record"]
 
-DEFAULT_OPTIONS = tuple(Precision(bits) for bits in (2, 3, 4))
 DATA_FREE = ("rtn", "rtn-mse")
 """Quantizers that run without calibration inputs."""
 COMPANIONS = (
@@ -76,7 +76,7 @@ def quantize(
     budget: str | None = None,
     method: str = "gptq",
     calibration: Calibration | None = None,
-    options: Sequence[Precision] = DEFAULT_OPTIONS,
+    options: Sequence[Precision] | None = None,
     cost: str = "fisher_error",
     granularity: str = "group",
     rest: Mapping[str, Precision] | None = None,
@@ -99,7 +99,7 @@ def quantize(
             (the whole checkpoint).
         method: a name in ``quantizers.QUANTIZERS``; ``rtn`` needs no data if a map is given.
         calibration: text for measuring and for the quantizer.
-        options: precisions that the allocator may choose from.
+        options: precisions that the allocator may choose from; None for ``Inventory.precisions()``.
         cost: cost metric that it reads.
         granularity: ``group`` or ``expert``.
         rest: precisions of the groups outside the experts, over the defaults.
@@ -110,6 +110,8 @@ def quantize(
     """
     if sum(way is not None for way in (precisions, uniform, budget)) != 1:
         raise InputError("give one of a precision map, a uniform precision and a budget")
+    if precisions is not None and rest:
+        raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
     check_method(method)
     require_new(Path(out))
     calibration = calibration or Calibration()
@@ -117,11 +119,20 @@ def quantize(
     training, heldout = split_texts(calibration)
     rest = {**DEFAULT_REST, **(rest or {})}
     prepared = open_model(model)
+    options = options or prepared.inventory.precisions()
     if budget is not None:
         sizes = (prepared.inventory.expert_bytes(uniform_map(prepared.inventory, [p], None, rest)) for p in options)
         check_budget(parse_budget(budget), prepared.inventory, rest, min(sizes))
+        if cost not in COSTS:
+            raise InputError(f"no cost {cost!r}; there are {', '.join(COSTS)}")
+        check_request(prepared.inventory, (cost,), options, method)
     if precisions is not None:
         prepared.inventory.check(precisions)
+    if evaluated:  # text that cannot be scored is found before hours of work
+        try:
+            text_windows(heldout, load_tokenizer(prepared.source.path), calibration.length, limit=JUDGED_WINDOWS)
+        except DataError as error:
+            raise DataError(f"of the tenth of the data kept apart for comparing, {error}, or use --no-eval") from error
     if budget is not None or method not in DATA_FREE:
         prepared = observed(
             prepared,
@@ -146,14 +157,23 @@ def quantize(
         )
         clock("allocate")
         files["stats.json"] = stats.to_json()
+        seen = {layer: replace(routed, gradient=None) for layer, routed in prepared.routed.items()}
+        prepared = replace(prepared, routed=seen)  # the gradients take half the memory and are done with
     packed = pack_model(prepared, precisions, out, method=method, files=files, track=track)
     clock("quantize")
+    run = packed.path / "mopeq" / "run.json"
+    write_json(run, run_record(prepared, packed, method, [command], clock.seconds))
     if evaluated:
-        judged = _judge(prepared, packed, heldout, calibration, dtype, track)
+        try:
+            judged = _judge(prepared, packed, heldout, calibration, dtype, track)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(
+                f"interrupted while comparing; {out} is complete, mopeq eval {out} --against {model} compares it"
+            ) from stop
         clock("evaluate")
         write_json(packed.path / "mopeq" / "evaluation.json", judged.to_json())
         packed = replace(packed, evaluation=judged)
-    write_json(packed.path / "mopeq" / "run.json", run_record(prepared, packed, method, [command], clock.seconds))
+        write_json(run, run_record(prepared, packed, method, [command], clock.seconds))
     return packed
 
 
@@ -313,11 +333,15 @@ def check_method(method: str) -> None:
 
 
 def require_new(out: Path) -> None:
-    """Raise :class:`OutputError` if something is at ``out`` already."""
+    """Raise :class:`OutputError` if something is at ``out`` already, or if nothing can be made there."""
+    out = Path(os.path.abspath(out.expanduser()))
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():
         raise OutputError(f"{out} exists already; give a new folder with -o, or remove it")
+    above = next(folder for folder in out.parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise OutputError(f"cannot make {out}: {above} is no folder that can be written to; give another with -o")
 
 
 callable_module(__name__, quantize)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from mopeq.errors import OutputError
 from mopeq.evaluate import Comparison, Evaluation, evaluate_many, paired_difference, resident_bytes
 from mopeq.load import load, load_original
 from mopeq.measure import Calibration, Prepared, measure_prepared, observed, open_model
-from mopeq.precision import Precision, PrecisionMap
+from mopeq.precision import PrecisionMap
 from mopeq.progress import Track, silent
 from mopeq.quantize import Packed, pack_model, run_record
 from mopeq.report import render
@@ -30,7 +29,8 @@ __all__ = ["Point", "Quickstart", "quickstart"]
 MARK = "mopeq-quickstart.json"
 CALIBRATION = Calibration(samples=64, length=256, batch_size=8)
 WINDOWS = 64
-OPTIONS = tuple(Precision(bits) for bits in (2, 3, 4))
+BITS = (2, 3, 4)
+WIDE = (2, 3, 4, 5, 6)
 COST = "fisher_error"
 
 
@@ -69,13 +69,15 @@ class Quickstart:
 def quickstart(out: str | Path = "mopeq-quickstart", *, command: str = "", track: Track = silent) -> Quickstart:
     """Measure the bundled model once, pack it uniformly and mixed, load each back, and compare all with the original.
 
-    The mixed models have the bytes of uniform 3 bits or fewer. ``out`` gets one folder for each model and a report; an
-    earlier quickstart there is replaced, anything else is refused with :class:`OutputError`.
+    Mixed models choose from 2, 3 and 4 bits, wide ones from 2 to 6; each has no more bytes than the uniform model of
+    its number, or than halfway between two. ``out`` gets one folder for each model and a report; an earlier quickstart
+    there is replaced, anything else is refused with :class:`OutputError`.
     """
     folder = _fresh(Path(out))
     prepared = observed(open_model(bundled_model()), CALIBRATION, dtype=torch.float32, track=track)
     metrics = ("frequency", "gate_mass", "inverse_norm", COST)
-    stats = measure_prepared(prepared, metrics, options=OPTIONS, track=track)
+    inventory = prepared.inventory
+    stats = measure_prepared(prepared, metrics, options=inventory.precisions(WIDE), track=track)
     packed = {}
 
     def pack(name: str, made: PrecisionMap) -> Packed:
@@ -83,10 +85,13 @@ def quickstart(out: str | Path = "mopeq-quickstart", *, command: str = "", track
         packed[name] = pack_model(prepared, made, folder / name.replace(" ", "-"), files=files, track=track)
         return packed[name]
 
-    uniform = [pack(f"uniform {p.bits}", PrecisionMap.uniform(prepared.inventory.experts, p)) for p in OPTIONS]
+    narrow, wide = inventory.precisions(BITS), inventory.precisions(WIDE)
+    uniform = [pack(f"uniform {p.bits}", PrecisionMap.uniform(inventory.experts, p)) for p in narrow]
     two, three, four = (made.bytes for made in uniform)
-    for name, budget in (("mixed 2.5", (two + three) // 2), ("mixed 3", three), ("mixed 3.5", (three + four) // 2)):
-        pack(name, allocate(stats, budget=f"{budget}B", cost=COST))
+    sizes = {"mixed 2.5": (two + three) // 2, "mixed 3": three, "wide 3.5": (three + four) // 2, "wide 4": four}
+    for name, budget in sizes.items():
+        options = narrow if name.startswith("mixed") else wide
+        pack(name, allocate(stats, budget=f"{budget}B", cost=COST, options=options))
     texts = [bundled_text(name).read_text(encoding="utf-8") for name in ("heldout_code.txt", "heldout_docs.txt")]
     windows = text_windows(texts, prepared.tokenizer, CALIBRATION.length, limit=WINDOWS)
     candidates = {name: partial(load, made.path, dtype=torch.float32) for name, made in packed.items()}
@@ -126,7 +131,7 @@ def _point(name: str, packed: Packed, seen: Comparison, resident: int, stats: St
     kl = seen.divergence.kl
     return Point(
         name=name,
-        kind=name.split()[0],
+        kind="uniform" if name.startswith("uniform") else "mixed",
         expert_bits=packed.inventory.expert_bits(packed.precisions),
         bytes=packed.bytes,
         resident_bytes=resident,
@@ -142,23 +147,16 @@ def _point(name: str, packed: Packed, seen: Comparison, resident: int, stats: St
 def _sentences(points: list[Point], judged: Mapping[str, Comparison]) -> tuple[str, ...]:
     """What the table says, in words that are true of its numbers."""
     by_name = {point.name: point for point in points}
-    mixed, uniform = by_name["mixed 3"], by_name["uniform 3"]
-    difference = paired_difference(judged["uniform 3"].divergence, judged["mixed 3"].divergence)
-    sure = "beyond" if difference.excludes_zero else "within"
-    first = (
-        f"At no more bytes than uniform 3 ({mixed.bytes} <= {uniform.bytes}), mixed precision has KL {mixed.kl:.4f} "
-        f"against {uniform.kl:.4f}; the difference is {sure} its 95 % interval."
-    )
-    half, two = by_name["mixed 2.5"], by_name["uniform 2"]
-    if not (half.kl and two.kl and uniform.kl):
-        return (first,)
-    share = (half.bytes - two.bytes) / (uniform.bytes - two.bytes)
-    between = math.exp((1 - share) * math.log(two.kl) + share * math.log(uniform.kl))
-    second = (
-        f"Halfway to uniform 2 it has KL {half.kl:.4f}; uniform models would have about {between:.4f} at those bytes "
-        "(log-linear between 2 and 3)."
-    )
-    return (first, second)
+    made = []
+    for ours, theirs, levels in (("mixed 3", "uniform 3", BITS), ("wide 4", "uniform 4", WIDE)):
+        mine, other = by_name[ours], by_name[theirs]
+        difference = paired_difference(judged[theirs].divergence, judged[ours].divergence)
+        sure = "beyond" if difference.excludes_zero else "within"
+        made.append(
+            f"{ours} ({levels[0]} to {levels[-1]} bits, {mine.bytes} bytes) has KL {mine.kl:.4f}; "
+            f"{theirs} ({other.bytes} bytes) has {other.kl:.4f}; the difference is {sure} its 95 % interval."
+        )
+    return tuple(made)
 
 
 def _describe_home(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from mopeq.errors import MapError
-from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
 
 __all__ = ["Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "WeightRef"]
 
@@ -200,6 +200,19 @@ class Inventory:
         """All weights."""
         return self.expert_parameters + self.linear_parameters + self.kept_parameters
 
+    def precisions(
+        self, bits: Iterable[int] = DEFAULT_BITS, group_size: int | None = None, symmetric: bool = False
+    ) -> tuple[Precision, ...]:
+        """A precision for each number of bits.
+
+        Groups are of ``group_size``, or of the largest of 128, 64 and 32 inputs that fits every expert's rows, or else
+        whole rows.
+        """
+        rows = {shape[1] for layer in self.layers.values() for g in GROUPS for shape in layer.matrices(g)}
+        fits = (size for size in (128, 64, 32) if all(row % size == 0 for row in rows))
+        size = group_size if group_size is not None else next(fits, -1)
+        return tuple(Precision(b, size, symmetric) for b in bits)
+
     def unit_bytes(self, layer: int, group: ProjectionGroup, precision: Precision) -> int:
         """Bytes of one unit at one precision."""
         return sum(precision.nbytes(*shape) for shape in self.layers[layer].matrices(group))
@@ -292,6 +305,8 @@ class Inventory:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MapError(f"malformed model block: {error!r}; make the file again with mopeq analyze") from error
+        if min(made.kept_parameters, made.kept_bytes, made.header_bytes) < 0:
+            raise MapError("model block with negative counts of kept weights; make the file again with mopeq analyze")
         if data.get("fingerprint") != made.fingerprint:
             raise MapError(
                 f"model block with fingerprint {data.get('fingerprint')!r}, its shapes give {made.fingerprint!r}; "

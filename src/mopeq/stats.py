@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -168,7 +169,10 @@ def cost_table(
     missing = [str(p) for p in chosen if p not in known]
     if missing or not chosen:
         have = ", ".join(map(str, known)) or "none"
-        raise MapError(f"cost {cost!r} was not measured at {', '.join(missing) or 'any precision'}; it was at: {have}")
+        raise MapError(
+            f"cost {cost!r} was not measured at {', '.join(missing) or 'any precision'}; it was at: {have}; "
+            "choose among those with --levels, or measure it with mopeq analyze"
+        )
     if granularity not in ("group", "expert"):
         raise MapError(f"granularity {granularity!r}; expected group or expert")
     units: list[Unit] = []
@@ -204,7 +208,7 @@ def read_json(path: str | Path) -> Any:
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write JSON beside the target and rename it into place; rows of numbers stay on one line."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.partial")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two processes may write the same file
     try:
         beside.write_text(_rows(data) + "\n", encoding="utf-8")
         beside.replace(path)

@@ -8,13 +8,13 @@ import sys
 from typing import Any
 
 import pytest
-from tables import OPTIONS, P2, P3, P4, measured, model
 
 from mopeq.allocate import METHODS, allocate, predicted, scored
 from mopeq.allocate.scores import normalized
 from mopeq.errors import BudgetError, MapError
 from mopeq.precision import DEFAULT_REST, FULL, GROUPS, Precision, PrecisionMap
 from mopeq.stats import Stats, cost_metric
+from tables import OPTIONS, P2, P3, P4, measured, model
 
 KEYWORDS: dict[str, dict[str, Any]] = {
     "knapsack": {"budget": "3.0bpw"},
@@ -156,7 +156,7 @@ def test_no_tensor_library_is_loaded() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_options_default_to_two_three_and_four_bits() -> None:
-    stats = measured(options=[Precision(b) for b in (2, 3, 4)])
+def test_options_default_to_two_three_and_four_bits_in_the_largest_groups_that_fit() -> None:
+    stats = measured(options=[Precision(b, 64) for b in (2, 3, 4)])
     made = allocate(stats, method="uniform", budget=3.5)
-    assert made.histogram() == {Precision(3): 48}
+    assert made.histogram() == {Precision(3, 64): 48}

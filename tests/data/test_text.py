@@ -53,6 +53,7 @@ def test_reads_text_jsonl_and_folders(tmp_path: Path) -> None:
     ]
     lines = ({"text": "first"}, "", {"messages": conversation}, {"text": "  "})
     assert read_texts(write(tmp_path / "b.jsonl", *lines)) == ["first", "hi\n\nyo"]
+    assert read_texts(write(tmp_path / "marked.jsonl", "\ufeff" + json.dumps({"text": "first"}))) == ["first"]
     write(tmp_path / "0.txt", "zero")
     assert read_texts(tmp_path) == ["zero", "one\ntwo"]
 

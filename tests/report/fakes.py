@@ -12,7 +12,7 @@ from mopeq.precision import DEFAULT_REST, GROUPS, Precision, PrecisionMap
 from mopeq.spec import Inventory, LayerShape
 from mopeq.stats import Stats, cost_metric, write_json
 
-OPTIONS = (Precision(2), Precision(3), Precision(4))
+OPTIONS = (Precision(2, 64), Precision(3, 64), Precision(4, 64))
 
 
 def estimate(value: float) -> dict[str, float]:

@@ -111,7 +111,7 @@ def test_sizes_are_decimal() -> None:
 
 
 def test_bits_share_colours_and_a_legend() -> None:
-    levels = [Precision(2), Precision(3), Precision(3, 128)]
+    levels = [Precision(2, 64), Precision(3, 64), Precision(3, 128)]
     drawn = bit_map("b", "t", "c", {0: levels, 4: levels[::-1]}, levels)
     assert [s.label for s in drawn.legend] == ["2g64", "3g64", "3g128"]
     assert [s.tone for s in drawn.legend] == ["t0", f"t{round((TONES - 1) / 2)}", f"t{TONES - 1}"]

@@ -36,8 +36,8 @@ __all__ = [
 METHODS = ("knapsack", "kmeans", "uniform", "random")
 COSTS = ("fisher_error", "output_error")
 """Cost metrics in the order in which they are preferred where none is named."""
-LEVELS = (Precision(2), Precision(3), Precision(4))
-"""The levels of MoPEQ, for methods that need no measured cost."""
+LEVELS = (2, 3, 4)
+"""The bits of MoPEQ, for methods that need no measured cost."""
 
 
 def allocate(
@@ -69,6 +69,7 @@ def allocate(
     :class:`BudgetError` and :class:`MapError`.
     """
     rest = DEFAULT_REST if rest is None else rest
+    mopeq_levels = stats.model.precisions(LEVELS)
     if budget is None and method in ("knapsack", "random"):
         raise BudgetError(f"{method} needs a budget, found none; give one such as 3.0bpw or 1.4GB")
     if method != "knapsack" and (floors or ceilings):
@@ -82,14 +83,16 @@ def allocate(
             raise BudgetError(
                 f"k-means decides the size itself and cannot keep the budget {budget}; use knapsack, or leave it out"
             )
-        levels = options or LEVELS
+        levels = options or mopeq_levels
         note = {"method": "kmeans", "score": score, "scope": scope, "options": [str(p) for p in sorted(set(levels))]}
         made = kmeans_map(stats.model, scored(stats, score), levels, scope=scope, rest=rest, note=note)
     elif method == "uniform":
-        made = uniform_map(stats.model, options or (LEVELS if budget is not None else ()), budget, rest)
+        made = uniform_map(stats.model, options or (mopeq_levels if budget is not None else ()), budget, rest)
     elif method == "random":
         assert budget is not None
-        made = interpolated_map(stats.model, options or LEVELS, budget, granularity=granularity, seed=seed, rest=rest)
+        made = interpolated_map(
+            stats.model, options or mopeq_levels, budget, granularity=granularity, seed=seed, rest=rest
+        )
     else:
         raise MapError(f"method {method!r}; expected {', '.join(METHODS)}")
     return described(stats, made, cost)

@@ -25,7 +25,7 @@ from mopeq.precision import GROUPS, Precision
 from mopeq.progress import Track, silent
 from mopeq.quantizers import QUANTIZERS
 from mopeq.source import Source, read_group
-from mopeq.spec import ExpertId, MoESpec
+from mopeq.spec import ExpertId, Inventory, MoESpec
 from mopeq.stats import Stats
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Moments",
     "Routed",
     "analyze",
+    "check_request",
     "expert_rows",
     "expert_tokens",
     "fisher",
@@ -109,17 +110,10 @@ def analyze(
         ModelError: weights or activations that are not finite.
     """
     metrics = tuple(dict.fromkeys(metrics))
-    _check_names(metrics, METRICS, "metric")
-    _check_names((quantizer,), QUANTIZERS, "quantizer")
     inventory = inventory_of(source, spec)
-    costs = [name for name in COSTS if name in metrics]
     options = tuple(sorted(set(options)))
-    if costs and not options:
-        raise MapError(f"{costs[0]} without precisions to measure it at; give options such as 2, 3 and 4 bits")
-    for precision in options if costs else ():
-        for layer in spec.layers:
-            for group in GROUPS:
-                inventory.unit_bytes(layer.index, group, precision)
+    check_request(inventory, metrics, options, quantizer)
+    costs = [name for name in COSTS if name in metrics]
     seconds: dict[str, float] = {}
     found: dict[str, Mapping[int, Sequence[float]]] = {}
     facts: dict[str, Any] = {"seed": seed, **(info or {})}
@@ -158,6 +152,19 @@ def analyze(
         with _timed(seconds, ", ".join(costs)):
             found.update(_costs(model, source, spec, routed, costs, options, quantizer, minimum_tokens, track))
     return Stats(inventory, {}, facts).with_metrics(found, seconds=seconds)
+
+
+def check_request(inventory: Inventory, metrics: Sequence[str], options: Sequence[Precision], quantizer: str) -> None:
+    """What :func:`analyze` refuses before it needs a model or data; raises :class:`MapError`."""
+    _check_names(metrics, METRICS, "metric")
+    _check_names((quantizer,), QUANTIZERS, "quantizer")
+    costs = [name for name in COSTS if name in metrics]
+    if costs and not options:
+        raise MapError(f"{costs[0]} without precisions to measure it at; give options such as 2, 3 and 4 bits")
+    for precision in options if costs else ():
+        for layer in inventory.layers:
+            for group in GROUPS:
+                inventory.unit_bytes(layer, group, precision)
 
 
 _ESTIMATORS: dict[str, Callable[..., tuple[dict[int, list[float]], dict[int, list[float]]]]] = {

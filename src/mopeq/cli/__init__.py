@@ -1,7 +1,7 @@
 """The command line: flags in, one public function each, a short table out.
 
 Exit codes: 0 done; 1 the model or checkpoint is not what it should be; 2 the command cannot be carried out as given;
-130 interrupted. ``--json`` prints one JSON object instead of a table.
+130 interrupted, by Ctrl-C or by a request to terminate. ``--json`` prints one JSON object instead of a table.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from mopeq.cli.flags import parser
 from mopeq.errors import MopeqError
@@ -26,12 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     options.command_line = shlex.join(["mopeq", *given])
     try:
-        options.run(options)
+        with _terminable():
+            options.run(options)
         return 0
     except MopeqError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted; unfinished output was removed, run the same command again", 130)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "interrupted; nothing unfinished was left behind", 130)
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -39,6 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno == errno.ENOSPC:
             return _fail(f"the disk is full ({error.filename or 'while writing'}); free space and run again", 2)
         return _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A request to terminate (SIGTERM) cleans up as Ctrl-C does; signals can be handled in the main thread alone."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(sentence: str, code: int) -> int:

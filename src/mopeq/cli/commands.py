@@ -11,6 +11,7 @@ from mopeq.cli import show
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
+from mopeq.spec import Inventory
 from mopeq.stats import Stats, read_json, write_json
 
 __all__ = [
@@ -85,16 +86,17 @@ def do_describe(options: argparse.Namespace) -> None:
 
 def do_analyze(options: argparse.Namespace) -> None:
     """Measure every expert."""
-    from mopeq.measure import measure
+    from mopeq.measure import measure, open_model
 
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     out = _new_file(options.out)
+    model = open_model(options.model).inventory
     with drawn() as track:
         stats = measure(
             options.model,
             metrics,
             calibration=_calibration_of(options),
-            options=_precisions(options),
+            options=_precisions(options, model),
             quantizer=options.method,
             dtype=_dtype(options),
             track=track,
@@ -118,6 +120,8 @@ def do_allocate(options: argparse.Namespace) -> None:
     from mopeq.allocate import allocate
 
     out = _new_file(options.out)
+    if not options.levels and (options.group_size is not None or options.symmetric):
+        raise InputError("--group-size and --symmetric apply to --levels; give --levels too, such as 2,3,4")
     stats = Stats.from_json(read_json(options.stats))
     made = allocate(
         stats,
@@ -126,7 +130,7 @@ def do_allocate(options: argparse.Namespace) -> None:
         cost=options.cost,
         score=options.score,
         scope=options.scope,
-        options=_precisions(options) if options.levels else None,
+        options=_precisions(options, stats.model) if options.levels else None,
         granularity=options.granularity,
         rest={**DEFAULT_REST, **_rest_map(options.rest)},
         seed=options.seed,
@@ -141,19 +145,21 @@ def do_allocate(options: argparse.Namespace) -> None:
 
 def do_quantize(options: argparse.Namespace) -> None:
     """Quantize and pack a model."""
+    from mopeq.measure import open_model
     from mopeq.quantize import quantize
 
+    model = open_model(options.model).inventory
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
     with drawn() as track:
         packed = quantize(
             options.model,
             options.out,
             precisions=precisions,
-            uniform=_precisions(options, options.uniform)[0] if options.uniform else None,
+            uniform=_one_precision(options, model) if options.uniform is not None else None,
             budget=options.budget,
             method=options.method,
             calibration=_calibration_of(options),
-            options=_precisions(options),
+            options=_precisions(options, model),
             cost=options.cost,
             granularity=options.granularity,
             rest=_rest_map(options.rest),
@@ -223,7 +229,9 @@ def do_eval(options: argparse.Namespace) -> None:
     from mopeq.load import is_packed
 
     tasks = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
-    out = Path(options.out) if options.out else None
+    out = _new_file(options.out) if options.out else None
+    if options.against:
+        _check_original(options.model, options.against)
     model, tokenizer = _loaded(options)
     if out is None and is_packed(options.model) and Path(options.model).is_dir():
         out = Path(options.model) / "mopeq" / "evaluation.json"
@@ -250,7 +258,7 @@ def do_eval(options: argparse.Namespace) -> None:
     record = found.to_json()
     record["info"] = {**record["info"], "command": options.command_line}
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(exist_ok=True)  # DIR/mopeq, which a packed folder may lack
         write_json(out, record)
     if options.json:
         return show.print_json(record)
@@ -282,9 +290,43 @@ def _load_any(model: str, options: argparse.Namespace) -> Any:
     """A packed or an original model."""
     from mopeq.load import is_packed, load, load_original
 
-    device = getattr(options, "device", None)
+    device = _device(options)
     made = load(model, _dtype(options), device) if is_packed(model) else load_original(model, _dtype(options))
     return made.to(device) if device else made
+
+
+def _device(options: argparse.Namespace) -> str | None:
+    """The device asked for, if this machine has it."""
+    import torch
+
+    name: str | None = getattr(options, "device", None)
+    if name is None:
+        return None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used ({reason}); give another, such as cpu") from error
+    return name
+
+
+def _check_original(model: str, against: str) -> None:
+    """Raise :class:`InputError` where a packed folder is compared with a model of other shapes."""
+    from mopeq.adapters import describe, inventory_of
+    from mopeq.checkpoint import read_manifest
+    from mopeq.load import is_packed
+    from mopeq.source import open_source
+
+    if not (Path(model).is_dir() and is_packed(model)) or is_packed(against):
+        return
+    source = open_source(against)
+    found, expected = inventory_of(source, describe(source)), read_manifest(model).inventory
+    if found.fingerprint != expected.fingerprint:
+        raise InputError(
+            f"{against} ({found.model_type}, {found.parameters:,} weights) is not the original of {model} "
+            f"({expected.model_type}, {expected.parameters:,} weights): their shapes differ; "
+            "give the model that was quantized"
+        )
 
 
 def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -297,13 +339,20 @@ def _new_file(path: str) -> Path:
     if not Path(path).resolve().parent.is_dir():
         raise OutputError(f"no folder {Path(path).parent} for {Path(path).name}; make it, or give another path with -o")
     if Path(path).is_dir():
-        raise OutputError(f"{path} is a folder; expected the path of a file; give one with -o")
+        raise OutputError(f"{Path(path)} is a folder; expected the path of a file; give one with -o")
     return Path(path)
 
 
-def _precisions(options: argparse.Namespace, text: str | None = None) -> tuple[Precision, ...]:
-    base = Precision(4, options.group_size, options.symmetric)
+def _precisions(options: argparse.Namespace, model: Inventory, text: str | None = None) -> tuple[Precision, ...]:
+    (base,) = model.precisions([4], options.group_size, options.symmetric)
     return tuple(parse_precision(part, base) for part in (text or options.levels).split(",") if part.strip())
+
+
+def _one_precision(options: argparse.Namespace, model: Inventory) -> Precision:
+    found = _precisions(options, model, options.uniform) if options.uniform else ()
+    if len(found) != 1:
+        raise InputError(f"--uniform {options.uniform!r}; expected one precision, such as 3 or 4g128s")
+    return found[0]
 
 
 def _rest_map(text: str) -> dict[str, Precision]:
@@ -312,6 +361,8 @@ def _rest_map(text: str) -> dict[str, Precision]:
         name, sign, value = part.partition("=")
         if not sign:
             raise InputError(f"--rest {part!r}; expected GROUP=PRECISION, such as attention=4g64")
+        if name.strip() in made:
+            raise InputError(f"--rest names {name.strip()} twice; expected each group once")
         made[name.strip()] = parse_precision(value, Precision(8, 128, True))
     return made
 
@@ -319,6 +370,8 @@ def _rest_map(text: str) -> dict[str, Precision]:
 def _calibration_of(options: argparse.Namespace) -> Any:
     from mopeq.measure import Calibration
 
+    if options.data == "":
+        raise InputError("--data is empty; expected a text or JSONL file; leave it out for the bundled text")
     return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed)
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from mopeq.cli import commands
-from mopeq.precision import DEFAULT_GROUP_SIZE
+from mopeq.precision import DEFAULT_BITS
 
 __all__ = ["parser"]
+
+FITS = "(default: the largest of 128, 64, 32 that fits the model)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,9 +23,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"mopeq {version('mopeq')}")
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, *, json: bool = True
+    ) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=text, description=text)
-        made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+        if json:
+            made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
         made.set_defaults(run=run)
         return made
 
@@ -53,10 +58,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--granularity", default="group", choices=("group", "expert"), help="down may differ from gate and up, or not"
     )
-    p.add_argument("--group-size", type=int, default=DEFAULT_GROUP_SIZE)
-    p.add_argument("--symmetric", action="store_true")
+    p.add_argument("--group-size", type=int, help=f"inputs per scale of --levels {FITS}")
+    p.add_argument("--symmetric", action="store_true", help="no zero points in --levels")
     _rest(p)
-    p.add_argument("--seed", type=int, default=0)
+    _seed(p)
     p.add_argument("-o", "--out", default="precision.json", help="file to write (default: %(default)s)")
 
     p = verb("quantize", commands.do_quantize, "quantize and pack a model, with a map or to a budget")
@@ -78,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", required=True)
     _sampling(p)
 
-    p = verb("chat", commands.do_chat, "talk to a model in the terminal")
+    p = verb("chat", commands.do_chat, "talk to a model in the terminal", json=False)
     _model(p)
     _sampling(p)
 
@@ -91,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--speed", action="store_true", help="measure tokens per second")
     p.add_argument("--windows", type=int, default=32, help="windows of text to score (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a window (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0)
+    _seed(p)
     p.add_argument("-o", "--out", help="file to write; for a packed folder default DIR/mopeq/evaluation.json")
 
     p = verb("report", commands.do_report, "make one HTML page from the files in DIR/mopeq")
@@ -112,13 +117,14 @@ def _calibration(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=4)
-    p.add_argument("--seed", type=int, default=0)
+    _seed(p)
 
 
 def _options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--method", default="gptq", help="quantizer: gptq, rtn-mse or rtn (default: %(default)s)")
-    p.add_argument("--levels", default="2,3,4", help="bits or precisions to choose from (default: %(default)s)")
-    p.add_argument("--group-size", type=int, default=DEFAULT_GROUP_SIZE, help="inputs per scale (default: %(default)s)")
+    usual = ",".join(map(str, DEFAULT_BITS))
+    p.add_argument("--levels", default=usual, help="bits or precisions to choose from (default: %(default)s)")
+    p.add_argument("--group-size", type=int, help=f"inputs per scale {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points")
 
 
@@ -131,9 +137,20 @@ def _rest(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _seed(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--seed", type=_seed_number, default=0, help="of everything random, 0 to 2**32 - 1 (default: 0)")
+
+
+def _seed_number(text: str) -> int:
+    number = int(text) if text.isdecimal() else -1
+    if not 0 <= number < 2**32:  # what torch, numpy and lm-eval all take
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from 0 to {2**32 - 1}")
+    return number
+
+
 def _sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0)
+    _seed(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1 ...")

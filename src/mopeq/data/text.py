@@ -17,7 +17,16 @@ from torch import Tensor
 
 from mopeq.errors import DataError
 
-__all__ = ["Window", "fingerprint", "read_texts", "sliding_windows", "text_windows", "token_batches", "token_stream"]
+__all__ = [
+    "Window",
+    "check_length",
+    "fingerprint",
+    "read_texts",
+    "sliding_windows",
+    "text_windows",
+    "token_batches",
+    "token_stream",
+]
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -48,7 +57,7 @@ def read_texts(path: str | Path) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark, which is no text
     except FileNotFoundError as error:
         raise DataError(
             f"no file {path}; expected a .txt or .jsonl file or a folder of .txt files; check the path"
@@ -92,6 +101,18 @@ def _text_of(record: dict[str, Any]) -> str:
         else:
             parts.append(content)
     return "\n\n".join(parts)
+
+
+def check_length(model: Any, length: int) -> None:
+    """Raise :class:`DataError` where ``length`` tokens are more than the positions a transformers model is made for.
+
+    A model whose configuration names no ``max_position_embeddings``, or that has none, takes any length.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise DataError(f"{length} tokens in one sequence; this model takes at most {most}; give a shorter length")
 
 
 def token_stream(texts: Sequence[str], tokenizer: Any) -> Tensor:

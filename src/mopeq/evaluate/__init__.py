@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from mopeq.data.text import text_windows
+from mopeq.data.text import check_length, text_windows
 from mopeq.errors import MapError
 from mopeq.evaluate.bootstrap import RESAMPLES, Estimate
 from mopeq.evaluate.divergence import Comparison, Divergence, compare, divergence, evaluate_many, paired_difference
@@ -137,6 +137,7 @@ def evaluate(
     info: dict[str, Any] = {"device": str(first.device), "dtype": dtype, "seed": seed, "resamples": resamples}
     found: dict[str, Any] = {}
     if text is not None:
+        check_length(model, length)
         windows = text_windows(text, tokenizer, length, stride=stride, limit=limit)
         size = text_bytes(windows, tokenizer)
         info |= {"text": text.name if isinstance(text, Path) else None, "windows": len(windows), "length": length,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopeq.data.text import Window, fingerprint, text_windows
+from mopeq.data.text import Window, check_length, fingerprint, text_windows
 from mopeq.errors import ModelError
 from mopeq.evaluate.bootstrap import RESAMPLES, Estimate, ratio_estimate
 from mopeq.progress import Track, silent
@@ -96,6 +96,7 @@ def perplexity(
         resamples: of the bootstrap.
         track: progress.
     """
+    check_length(model, length)
     windows = text_windows(text, tokenizer, length, stride=stride, limit=limit)
     nats = score_windows(model, windows, batch_size=batch_size, track=track)
     return summarize(nats, windows, text_bytes(windows, tokenizer), seed=seed, resamples=resamples)

@@ -44,7 +44,7 @@ def render(folder: str | Path, out: str | Path | None = None) -> Path:
         beside.replace(out)
     except OSError as error:
         raise OutputError(
-            f"cannot write {out}: {error.strerror}; expected a folder to write to; choose another"
+            f"cannot write {out}: {error.strerror}; expected the path of a file that can be written; choose another"
         ) from error
     finally:
         with suppress(OSError):

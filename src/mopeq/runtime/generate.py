@@ -66,7 +66,7 @@ def generate(
         stream: called with each piece of text when it is known.
 
     Raises:
-        InputError: an empty prompt, or numbers out of range.
+        InputError: an empty prompt, more tokens than the model has positions, or numbers out of range.
     """
     if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise InputError(
@@ -80,6 +80,12 @@ def generate(
     count = encoded["input_ids"].shape[1]
     if count == 0:
         raise InputError("the prompt is empty; give at least one token")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and count + max_new_tokens > most:
+        raise InputError(
+            f"{count} tokens of prompt and {max_new_tokens} new ones; this model takes at most {most} in all; "
+            "shorten the prompt, or ask for fewer new tokens"
+        )
     device = model.get_input_embeddings().weight.device
     inputs = {k: encoded[k].to(device) for k in ("input_ids", "attention_mask")}
     started = time.perf_counter()

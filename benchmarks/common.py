@@ -1,0 +1,77 @@
+"""What every benchmark shares: one thread, and a results file that says where its numbers come from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
+
+
+def arguments(description: str, name: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS / f"{name}.json", help="results file")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    return parser
+
+
+def store(path: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results`` with machine, commit, command, date and versions, beside the target and renamed into place."""
+    from mopeq.stats import write_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**START, "date": _now(), "results": results})
+
+
+def provenance() -> dict[str, Any]:
+    """Where and how this process runs."""
+    words = ["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "memory_bytes": _memory()},
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_since_commit": _git("diff", "--name-only", "HEAD", "--", "src").splitlines(),
+        "command": "python " + shlex.join(words),
+        "started": _now(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+START = provenance()
+"""Taken on import: the tree may change while a benchmark runs."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"

@@ -1,0 +1,58 @@
+"""Run all benchmarks, or those named, and store ``benchmarks/results/<name>.json``."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MODEL, LABEL = "../shared/models/olmoe-25m", "25 M development model"
+DATA = "../shared/data"
+DOMAINS = ("c", "docs", "pep", "prose", "python", "wiki")
+
+
+def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, list[str]]:
+    """Command line of each benchmark, without the interpreter."""
+    named = ["--model", model, "--label", label, "--data", data]
+    fidelity = ["fidelity.py", *named, "--text", *text]
+    return {
+        "solver": ["solver.py"],
+        "fidelity": [*fidelity, "--studies", "maps"],
+        "choices": [*fidelity, "--studies", "groups", "quantizers", "--seeds", "0",
+                    "-o", "benchmarks/results/choices.json"],
+        "levels": [*fidelity, "--studies", "levels", "grids", "--seeds", "0", "-o", "benchmarks/results/levels.json"],
+        "scores": ["scores.py", *named],
+        "resident_memory": ["resident_memory.py", *named],
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="benchmarks; none for all")
+    parser.add_argument("--model", default=MODEL, help="folder of the model of the quality benchmarks")
+    parser.add_argument("--label", help="how results call it")
+    parser.add_argument("--data", default=f"{DATA}/calibration.jsonl", help="calibration text")
+    parser.add_argument("--text", nargs="+", default=[f"{DATA}/eval_{d}.txt" for d in DOMAINS], help="held-out text")
+    asked = parser.parse_args()
+    label = asked.label or (LABEL if asked.model == MODEL else Path(asked.model).name)
+    known = commands(asked.model, label, asked.data, asked.text)
+    unknown = [name for name in asked.names if name not in known]
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(known)}")
+    chosen = asked.names or list(known)
+    absent = [p for p in (asked.model, asked.data, *asked.text) if not Path(p).exists()]
+    if absent and set(chosen) != {"solver"}:
+        parser.error(f"no {absent[0]}; give --model, --data and --text, or run solver alone")
+    for name in chosen:
+        print(f"== {name}", flush=True)
+        script, *words = known[name]
+        done = subprocess.run([sys.executable, f"benchmarks/{script}", *words], cwd=HERE.parent, check=False)
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""The tables of docs/results.md, printed from the files in benchmarks/results and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from common import RESULTS, table
+from mopeq.evaluate.bootstrap import Estimate, ratio_estimate
+
+Row = dict[str, Any]
+NUMBER = re.compile(r"random \d+ =")
+COMPARISONS = (
+    ("knapsack = uniform 3", "uniform 3"),
+    *((f"knapsack = k-means {score} {scope}", f"k-means {score} {scope}")
+      for score in ("frequency", "inverse_norm", "hessian_trace") for scope in ("layer", "model")),
+    ("knapsack 2.5", "random = knapsack 2.5"),
+    ("knapsack 2.5", "by frequency = knapsack 2.5"),
+    ("knapsack 2.5", "by inverse_norm = knapsack 2.5"),
+    ("knapsack 2.5", "inverted = knapsack 2.5"),
+    ("by frequency = knapsack 2.5", "random = knapsack 2.5"),
+    ("by inverse_norm = knapsack 2.5", "random = knapsack 2.5"),
+    ("k-means inverse_norm layer", "random = k-means inverse_norm layer"),
+    ("k-means inverse_norm layer", "inverted = k-means inverse_norm layer"),
+    ("k-means frequency layer", "random = k-means frequency layer"),
+    ("knapsack 2.5", "knapsack 2.5 whole experts"),
+    ("knapsack 3.0", "knapsack 3.0 whole experts"),
+    ("knapsack 2.5", "knapsack 2.5 output_error"),
+    ("knapsack 3.0", "knapsack 3.0 output_error"),
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", type=Path, help="page whose blocks <!-- table NAME --> ... <!-- end --> to renew")
+    asked = parser.parse_args()
+    blocks: dict[str, str] = {}
+    for name, made in PRINTED.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            blocks |= made(stored["results"])
+            blocks[f"{name} command"] = f"```\n{stored['command']}\n```\n"
+            blocks[f"{name} origin"] = _origin(stored)
+    if asked.write is None:
+        for name, block in blocks.items():
+            print(f"## {name}\n\n{block}")
+        return
+    page = asked.write.read_text(encoding="utf-8")
+    for name, block in blocks.items():
+        pattern = rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)"
+        page = re.sub(pattern, rf"\g<1>\n{block.replace(chr(92), chr(92) * 2)}\n\g<2>", page, flags=re.DOTALL)
+    asked.write.write_text(page, encoding="utf-8")
+
+
+def _origin(stored: Mapping[str, Any]) -> str:
+    machine, versions = stored["machine"], stored["versions"]
+    changed = stored["changed_since_commit"]
+    tree = f" with changes in {len(changed)} files of src" if changed else ""
+    return (
+        f"{stored['date'][:10]}, commit {stored['commit'][:10]}{tree}, {machine['processor']}, "
+        f"{machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, python {versions['python']}, "
+        f"torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, scipy {versions['scipy']}.\n"
+    )
+
+
+def by_name(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[list[Row]]]:
+    """``{name: for each run its rows}``; random draws of one histogram share a name."""
+    made: dict[str, list[list[Row]]] = {}
+    for number, run in enumerate(runs):
+        uniform = sorted((r["bytes"], r["kl"]) for r in run["rows"] if re.fullmatch(r"uniform \d", r["name"]))
+        for row in run["rows"]:
+            name = NUMBER.sub("random =", row["name"])
+            columns = made.setdefault(name, [])
+            columns += [[] for _ in range(number + 1 - len(columns))]
+            columns[number].append({**row, "by_uniform": row["kl"] / interpolated(uniform, row["bytes"])})
+    return made
+
+
+def interpolated(points: Sequence[tuple[int, float]], size: int) -> float:
+    """KL of uniform models at ``size`` bytes: log-linear between neighbours, or along the last two outside."""
+    if len(points) < 2:
+        return math.nan
+    at = max(i for i in range(len(points) - 1) if i == 0 or points[i][0] <= size)
+    (x0, y0), (x1, y1) = points[at], points[at + 1]
+    share = (size - x0) / (x1 - x0)
+    return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
+
+
+def pooled(columns: Sequence[Sequence[Row]]) -> list[float]:
+    """KL of every window, the mean over all rows."""
+    rows = [row["window_kl"] for column in columns for row in column]
+    return [sum(values) / len(values) for values in zip(*rows, strict=True)]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    return ratio_estimate(values, [1] * len(values))
+
+
+def mean(columns: Sequence[Sequence[Row]], key: str) -> float:
+    values: list[float] = [row[key] for column in columns for row in column]
+    return sum(values) / len(values)
+
+
+def spread(columns: Sequence[Sequence[Row]], key: str, digits: int) -> str:
+    values = [row[key] for column in columns for row in column]
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def maps(results: Mapping[str, Any]) -> dict[str, str]:
+    """The main table, controls, paired comparisons at equal bytes, and how well predictions rank."""
+    named = by_name(results["runs"])
+    ordered = sorted(named, key=lambda name: mean(named[name], "bytes"))
+    main = [name for name in ordered if " = " not in name and not name.endswith(("whole experts", "output_error"))]
+    head = ["map", "bits per expert weight", "MB", "resident MB", "KL", "95 % interval", "over seeds", "perplexity",
+            "top-1 %", "KL / uniform at these bytes", "predicted"]  # fmt: skip
+    pairs = [compared(named, *pair) for pair in COMPARISONS if set(pair) <= set(named)]
+    versus = ["first", "second, equal bytes", "KL of first", "KL of second", "first - second, 95 %", "ratio",
+              "seeds won"]  # fmt: skip
+    other = ["map", "bits per expert weight", "MB", "KL", "over seeds", "KL / uniform at these bytes"]
+    original = results["runs"][0]["rows"][0]["perplexity_original"]
+    first = ["original", "16", f"{results['original_bytes'] / 1e6:.2f}", f"{results['original_bytes'] / 1e6:.2f}", "0",
+             "", "", f"{original:.2f}", "100", "", ""]  # fmt: skip
+    return {
+        "maps": table(head, [*(_line(name, named[name]) for name in main), first]),
+        "others": table(other, [_brief(name, named[name]) for name in ordered if name not in main]),
+        "comparisons": table(versus, pairs),
+        "ranks": table(["seed", "maps", "fisher_error", "output_error"], [correlated(r) for r in results["runs"]]),
+    }
+
+
+def _line(name: str, columns: Sequence[Sequence[Row]]) -> list[str]:
+    kl = estimate(pooled(columns))
+    rows = [row for column in columns for row in column]
+    guess = sum(row["predicted"]["fisher_error"] for row in rows) / len(rows)
+    return [
+        name, f"{mean(columns, 'expert_bits'):.3f}", f"{mean(columns, 'bytes') / 1e6:.2f}",
+        f"{mean(columns, 'resident_bytes') / 1e6:.2f}", f"{kl.value:.4f}", f"{kl.low:.4f} to {kl.high:.4f}",
+        spread(columns, "kl", 4), f"{mean(columns, 'perplexity'):.2f}", f"{100 * mean(columns, 'top1'):.1f}",
+        "" if "g128" in name else f"{mean(columns, 'by_uniform'):.2f}", f"{guess:.4f}",
+    ]  # fmt: skip
+
+
+def _brief(name: str, columns: Sequence[Sequence[Row]]) -> list[str]:
+    return [name, f"{mean(columns, 'expert_bits'):.3f}", f"{mean(columns, 'bytes') / 1e6:.2f}",
+            f"{mean(columns, 'kl'):.4f}", spread(columns, "kl", 4), f"{mean(columns, 'by_uniform'):.2f}"]  # fmt: skip
+
+
+def compared(named: Mapping[str, Sequence[Sequence[Row]]], first: str, second: str) -> list[str]:
+    """A paired comparison: windows resampled together, after the mean over seeds (and draws)."""
+    a, b = pooled(named[first]), pooled(named[second])
+    gap = estimate([x - y for x, y in zip(a, b, strict=True)])
+    won = sum(
+        sum(r["kl"] for r in x) / len(x) < sum(r["kl"] for r in y) / len(y)
+        for x, y in zip(named[first], named[second], strict=True)
+    )
+    value, other = estimate(a).value, estimate(b).value
+    interval = f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
+    return [first, second, f"{value:.4f}", f"{other:.4f}", interval, f"{value / other:.2f}",
+            f"{won} of {len(named[first])}"]  # fmt: skip
+
+
+def correlated(run: Mapping[str, Any]) -> list[str]:
+    """Spearman's rank correlation of predicted and measured loss over the mixed maps of one run."""
+    rows = [r for r in run["rows"] if not r["name"].startswith("uniform")]
+    found = [
+        spearmanr([r["predicted"][cost] for r in rows], [r["kl"] for r in rows]).statistic
+        for cost in ("fisher_error", "output_error")
+    ]
+    return [str(run["seed"]), str(len(rows)), *(f"{value:.3f}" for value in found)]
+
+
+def choices(results: Mapping[str, Any]) -> dict[str, str]:
+    """Group sizes at equal bits per weight, and quantizers at uniform bits."""
+    rows = {row["name"]: row for run in results["runs"] for row in run["rows"]}
+    sizes = ("g32", "g64", "g128", "g64 and g128", "g32, g64 and g128")
+    budgets = sorted({name.rpartition(" at ")[2] for name in rows if " at " in name}, key=float)
+    grid = [
+        [bits, *(_cell(rows.get(f"{size} at {bits}"), rows.get(f"g64 at {bits}")) for size in sizes)]
+        for bits in budgets
+    ]
+    methods = ("rtn", "rtn-mse", "gptq")
+    bits = sorted({name.split()[1] for name in rows if name.split()[0] in methods})
+    other = [[b, *(_cell(rows[f"{m} {b}"], rows[f"gptq {b}"]) for m in methods)] for b in bits]
+    return {
+        "groups": table(["bits per expert weight", *sizes], grid),
+        "quantizers": table(["uniform bits", *methods], other),
+    }
+
+
+def levels(results: Mapping[str, Any]) -> dict[str, str]:
+    """Offered bits at equal bits per weight, and GPTQ's grids at uniform bits."""
+    rows = {row["name"]: row for run in results["runs"] for row in run["rows"]}
+    named = [name.split(" at ") for name in rows if " at " in name]
+    offered = list(dict.fromkeys(found[0] for found in named))
+    grid = [
+        [bits, *(_cell(rows[f"{one} at {bits}"], rows[f"2, 3, 4 at {bits}"]) for one in offered)]
+        for bits in dict.fromkeys(found[1] for found in named)
+    ]
+    uniform = [name.removeprefix("gptq ") for name in rows if name.startswith("gptq ")]
+    other = [[p, *(_cell(rows[f"{m} {p}"], rows[f"gptq {p}"]) for m in ("gptq", "gptq-minmax"))] for p in uniform]
+    return {
+        "levels": table(["bits per expert weight", *offered], grid),
+        "grids": table(["uniform", "searched grids", "min-max grids"], other),
+    }
+
+
+def _cell(row: Row | None, beside: Row | None) -> str:
+    """KL, and the interval of its paired difference from another."""
+    if row is None:
+        return "not reachable"
+    if beside is None or row is beside:
+        return f"{row['kl']:.4f}"
+    gap = estimate([x - y for x, y in zip(row["window_kl"], beside["window_kl"], strict=True)])
+    return f"{row['kl']:.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
+
+
+def memory(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = []
+    for name, found in results.items():
+        copies = [copy for run in found["packed"] for copy in run["copies"]]
+        made = found["quantize"]
+        rows.append([
+            name, f"{made['parameters'] / 1e6:.1f}", f"{made['expert_bits']:.2f}",
+            f"{found['original_bytes'] / 1e6:.1f}", f"{found['packed_bytes'] / 1e6:.1f}",
+            f"{found['resident_further_copy'] / 1e6:.1f}", f"{found['ratio_further_copy']:.3f}",
+            f"{found['resident_first_copy'] / 1e6:.1f}", f"{found['constant'] / 1e6:.1f}",
+            f"{max(c['peak_loading'] for c in copies) / 1e6:.0f}",
+            f"{max(c['peak_forward'] for c in copies) / 1e6:.0f}",
+            f"{made['peak'] / 1e6:.0f}", f"{made['seconds']:.0f}",
+        ])  # fmt: skip
+    head = ["model", "M parameters", "bits", "original MB", "packed MB", "resident MB", "resident / packed",
+            "first copy MB", "constant MB", "peak loading MB", "peak forward MB", "peak quantize MB",
+            "quantize s"]  # fmt: skip
+    return {"memory": table(head, rows)}
+
+
+def solver(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [f"{r['units']:,} ({r['like']})", r["solver"], f"{1000 * r['seconds_median']:.1f}",
+         f"{1000 * r['seconds_max']:.1f}", f"{r['gap_max']:.1e}", f"{r['proven']} of {r['instances']}"]
+        for r in results["rows"]
+    ]  # fmt: skip
+    head = ["units", "solver", "median ms", "longest ms", "largest gap", "finished"]
+    return {"solver": table(head, rows)}
+
+
+def scores(results: Mapping[str, Any]) -> dict[str, str]:
+    """Rank correlation of scores with losses: over the model, and in parentheses the mean over layers."""
+    head = ["", *(row["score"] for row in results["rows"][:-1])]
+    rows = [
+        [row["score"], *("" if (found := row.get(other)) is None else f"{found['model']:.2f} ({found['layers']:.2f})"
+                         for other in head[1:])]
+        for row in results["rows"]
+    ]  # fmt: skip
+    load = [
+        [layer, f"{100 * v['busiest']:.0f}", f"{100 * v['quarter']:.0f}", v["unused"]]
+        for layer, v in results["load"].items()
+    ]
+    return {
+        "scores": table(head, rows),
+        "load": table(["layer", "busiest expert %", "busiest quarter %", "experts without tokens"], load),
+    }
+
+
+PRINTED = {
+    "fidelity": maps,
+    "choices": choices,
+    "levels": levels,
+    "scores": scores,
+    "resident_memory": memory,
+    "solver": solver,
+}
+
+if __name__ == "__main__":
+    main()
