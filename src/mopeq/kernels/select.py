@@ -1,0 +1,91 @@
+"""Which kernel runs: the compiled one where it can, ``naive`` everywhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mopeq.errors import InputError
+from mopeq.kernels import cpu, naive
+from mopeq.kernels.layout import PackedGroup
+
+__all__ = ["Selected", "grouped_linear", "linear", "selected", "using"]
+
+NAMES = ("auto", "cpu", "naive")
+_asked: str | None = None
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The kernel for activations on the CPU. name: ``cpu`` or ``naive``; isa: of the former; reason: why not ``cpu``."""
+
+    name: str
+    isa: str | None = None
+    reason: str = ""
+
+
+def selected() -> Selected:
+    """What is used for CPU tensors, by ``MOPEQ_KERNEL`` (``auto``, ``cpu`` or ``naive``) and what is installed.
+
+    Raises :class:`InputError` where ``cpu`` is asked for and cannot be had, or the variable is something else.
+    """
+    asked = _asked or os.environ.get("MOPEQ_KERNEL") or "auto"
+    if asked not in NAMES:
+        raise InputError(f"MOPEQ_KERNEL is {asked}; expected {', '.join(NAMES)}")
+    if asked == "naive":
+        return Selected("naive", reason="asked for")
+    reason = cpu.why_not()
+    if not reason:
+        return Selected("cpu", cpu.isa())
+    if asked == "cpu":
+        cpu.library()
+    _say_once(reason)
+    return Selected("naive", reason=reason)
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logging.getLogger("mopeq").warning("packed weights run on torch alone, which is slow: %s", reason)
+
+
+@contextmanager
+def using(name: str) -> Iterator[Selected]:
+    """Within the block, ``selected()`` as if ``MOPEQ_KERNEL`` were ``name``."""
+    global _asked
+    before, _asked = _asked, name
+    try:
+        yield selected()
+    finally:
+        _asked = before
+
+
+def _compiled(x: Tensor, packed: PackedGroup) -> bool:
+    """Whether the compiled kernel takes this product: in panels, of its types, and no gradient is wanted."""
+    return (
+        packed.form == "panels"
+        and x.device.type == "cpu"
+        and x.dtype in cpu.TYPES
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and selected().name == "cpu"
+    )
+
+
+def grouped_linear(x: Tensor, packed: PackedGroup, offsets: Tensor) -> Tensor:
+    """Each expert's rows of ``x`` times its matrices, by the best kernel for them; see :mod:`mopeq.kernels`."""
+    kernel = cpu.grouped_linear if _compiled(x, packed) else naive.grouped_linear
+    return kernel(x, packed, offsets)
+
+
+def linear(x: Tensor, packed: PackedGroup) -> Tensor:
+    """``x (..., in)`` times the only matrix of a group: ``(..., out)`` in ``x``'s type."""
+    if _compiled(x, packed):
+        return cpu.grouped_linear(x.reshape(-1, x.shape[-1]), packed).view(*x.shape[:-1], packed.out_features)
+    (matrix,) = packed.matrices(0)
+    return naive.linear(x, matrix)
