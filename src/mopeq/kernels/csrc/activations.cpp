@@ -1,7 +1,6 @@
 // Activations of any type to float32 and to digits. Plain C++ without contraction: the same bits everywhere.
 #include "activations.hpp"
 
-#include <cmath>
 #include <cstring>
 
 #include "mopeq_cpu.h"
@@ -43,13 +42,14 @@ void widen(const void *x, int64_t type, int64_t count, float *to) {
 void split(const float *x, int64_t blocks, int digits, int8_t *to, float *scales, int32_t *minus) {
   constexpr float LARGEST[] = {127, 127 * 128, 127 * 16384};
   for (int64_t b = 0; b < blocks; b++, x += 32, to += 32 * digits, minus += digits) {
-    float top = 0;
-    bool finite = true;
+    int32_t bits[32], most = 0;  // bits of |x|, which order as integers do
+    std::memcpy(bits, x, sizeof bits);
     for (int i = 0; i < 32; i++) {
-      const float v = std::fabs(x[i]);
-      top = v > top ? v : top;
-      finite = finite & (v <= 0x1.fffffep127f);
+      const int32_t v = bits[i] & 0x7fffffff;
+      most = v > most ? v : most;
     }
+    const float top = as_float(uint32_t(most));
+    const bool finite = most < 0x7f800000;
     if (!finite || top < SMALLEST) {
       scales[b] = finite ? 0.0f : as_float(0x7fc00000);
       std::memset(to, 0, size_t(32 * digits));
@@ -58,23 +58,25 @@ void split(const float *x, int64_t blocks, int digits, int8_t *to, float *scales
     }
     scales[b] = top / LARGEST[digits - 1];
     const float inverse = LARGEST[digits - 1] / top;
-    int32_t q[32], sum[3] = {};
-    for (int i = 0; i < 32; i++) {
-      const float v = x[i] * inverse + ROUND;
-      int32_t bits;
-      std::memcpy(&bits, &v, 4);
-      q[i] = bits - 0x4b400000;
-    }
-    for (int d = digits - 1; d >= 0; d--) {
+    float rounded[32];
+    for (int i = 0; i < 32; i++) rounded[i] = x[i] * inverse + ROUND;
+    int32_t q[32];
+    std::memcpy(q, rounded, sizeof q);
+    for (int i = 0; i < 32; i++) q[i] -= 0x4b400000;
+    for (int d = digits - 1; d > 0; d--) {
+      int32_t sum = 0;
       for (int i = 0; i < 32; i++) {
-        // the last digit lies in [-64, 63]; what is left over belongs to the digits before
-        const int32_t rest = d ? (q[i] + 64) >> 7 : 0, digit = q[i] - rest * 128;
+        // a last digit lies in [-64, 63]; what is left over belongs to the digits before
+        const int32_t rest = (q[i] + 64) >> 7, digit = q[i] - rest * 128;
         to[32 * d + i] = int8_t(digit);
-        sum[d] += digit;
+        sum += digit;
         q[i] = rest;
       }
+      minus[d] = -sum;
     }
-    for (int d = 0; d < digits; d++) minus[d] = -sum[d];
+    int32_t sum = 0;
+    for (int i = 0; i < 32; i++) to[i] = int8_t(q[i]), sum += q[i];
+    minus[0] = -sum;
   }
 }
 
