@@ -116,7 +116,7 @@ def _parts(name: str, tensor: Tensor | None, dtype: torch.dtype) -> tuple[int | 
     """Address and elements of a buffer."""
     if tensor is None:
         return None, 0
-    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
         raise InputError(
             f"the CPU kernel got {name} as {tensor.dtype} on {tensor.device}, contiguous: {tensor.is_contiguous()}; "
             f"expected contiguous {dtype} on the CPU"
