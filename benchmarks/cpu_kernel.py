@@ -45,9 +45,7 @@ class Layer:
 
     def __init__(self, precisions: tuple[Precision, ...], seed: int) -> None:
         self.groups = {name: random_group(precisions, shapes, seed) for name, shapes in SHAPES.items()}
-        self.bytes = [
-            sum(p.nbytes(out, inp) for shapes in SHAPES.values() for out, inp in shapes) for p in precisions
-        ]
+        self.bytes = [sum(p.nbytes(out, inp) for shapes in SHAPES.values() for out, inp in shapes) for p in precisions]
 
     def run(self, kernel: Callable[..., Tensor], x: Tensor, offsets: Tensor) -> None:
         """Rows ``x`` (rows, hidden) through gate and up, the gate function, and down."""
@@ -70,7 +68,9 @@ def clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(layers: dict[str, list[Layer]], tokens: int, rounds: int, dtype: torch.dtype, digits: int | None) -> dict[str, dict[str, float]]:
+def measure(
+    layers: dict[str, list[Layer]], tokens: int, rounds: int, dtype: torch.dtype, digits: int | None
+) -> dict[str, dict[str, float]]:
     """Median GB/s of each kind of layer and of a plain read of as many bytes, in turns; and milliseconds a layer."""
     draw = random.Random(0)
     lib = cpu.library()
@@ -106,7 +106,9 @@ def measure(layers: dict[str, list[Layer]], tokens: int, rounds: int, dtype: tor
 
 def peers(dtype: torch.dtype) -> dict[str, float]:
     """Milliseconds of a layer at batch 1 with the reference kernel (3 bits) and with dense bfloat16 matrices."""
-    plain = {k: PackedGroup(g.layout, g.qweight, g.scales, g.zeros) for k, g in Layer((Precision(3),) * 16, 1).groups.items()}
+    plain = {
+        k: PackedGroup(g.layout, g.qweight, g.scales, g.zeros) for k, g in Layer((Precision(3),) * 16, 1).groups.items()
+    }
     offsets = torch.arange(17).clamp(max=8)
     x = torch.randn(8, HIDDEN).to(dtype)
     dense = [(torch.randn(2 * INNER, HIDDEN).bfloat16(), torch.randn(HIDDEN, INNER).bfloat16()) for _ in range(24)]
@@ -135,7 +137,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--copies", type=int, default=2, help="layers of each kind, so that caches do not hold them")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--digits", type=int, choices=(1, 2, 3), help="int8 digits of an activation; by default the type's")
+    parser.add_argument(
+        "--digits", type=int, choices=(1, 2, 3), help="int8 digits of an activation; by default the type's"
+    )
     parser.add_argument("--peers", action="store_true", help="the reference kernel and torch bfloat16 too")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()

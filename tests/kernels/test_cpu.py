@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import logging
@@ -16,13 +17,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_naive import error, flat, random_matrix
 from torch import Tensor
 
 from mopeq.errors import InputError
 from mopeq.kernels import GroupLayout, PackedGroup, convert, cpu, grouped_linear, linear, naive, select, selected, using
 from mopeq.precision import FULL, Precision
 from mopeq.qtensor import QTensor, dequantize
-from test_naive import error, flat, random_matrix
 
 needs_library = pytest.mark.skipif(bool(cpu.why_not()), reason="no compiled kernel")
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -103,7 +104,10 @@ def test_types_of_activations(dtype: torch.dtype) -> None:
     assert error(got, want) <= error(naive.grouped_linear(x, packed, offsets), want)
 
 
-MIX = (FULL, *(Precision(b, g, s) for b, (g, s) in zip(WIDTHS, itertools.cycle(((32, False), (-1, True), (64, False))))))  # noqa: B905
+MIX = (
+    FULL,
+    *(Precision(b, g, s) for b, (g, s) in zip(WIDTHS, itertools.cycle(((32, False), (-1, True), (64, False))))),
+)
 
 
 def total(*counts: int) -> Tensor:
@@ -211,10 +215,9 @@ def test_damaged_descriptors_are_refused(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 3))):
         which = data.draw(st.sampled_from((table.view(-1), table.view(-1), offsets)))
         which[data.draw(st.integers(0, len(which) - 1))] = data.draw(values)
-    try:
-        torch.ops.mopeq.grouped_linear(inputs(5, 64), packed.qweight, packed.scales, packed.zeros, table, offsets, 32, 3)
-    except InputError as found:
-        assert "the CPU kernel refuses its arguments" in str(found)
+    arguments = (packed.qweight, packed.scales, packed.zeros, table, offsets, 32, 3)
+    with contextlib.suppress(InputError):  # anything else, a crash above all, fails
+        torch.ops.mopeq.grouped_linear(inputs(5, 64), *arguments)
 
 
 def call(**changed: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_naive import flat, random_matrix
 from torch import Tensor
 
 from mopeq.errors import InputError
@@ -11,7 +12,6 @@ from mopeq.kernels import GroupLayout, PackedGroup, convert, cpu
 from mopeq.kernels.panels import from_panels, to_panels
 from mopeq.precision import FULL, Precision
 from mopeq.qtensor import QTensor, unpack
-from test_naive import flat, random_matrix
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 compiled = pytest.mark.skipif(bool(cpu.why_not()), reason="no compiled kernel")

@@ -11,6 +11,7 @@ import os
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ def _grouped_linear(
     return out.to(x.dtype)
 
 
-_LIBRARY = torch.library.Library("mopeq", "DEF")
+_LIBRARY: Any = torch.library.Library("mopeq", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "grouped_linear(Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor table, Tensor? offsets, "
     "int out_features, int digits) -> Tensor"
@@ -158,7 +159,7 @@ _LIBRARY.define(
 _LIBRARY.impl("grouped_linear", _grouped_linear, "CPU")
 
 
-@torch.library.register_fake("mopeq::grouped_linear", lib=_LIBRARY)
+@torch.library.register_fake("mopeq::grouped_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _shape(
     x: Tensor, qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor, offsets: Tensor | None,
     out_features: int, digits: int,

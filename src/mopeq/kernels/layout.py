@@ -62,7 +62,10 @@ class GroupLayout:
                 size = inp if precision.group_size == -1 else precision.group_size
                 rows[-1].append([precision.bits, size, int(precision.symmetric), out, inp, *at])
                 stored = packed_shapes((out, inp), precision)
-                at = [begin + (prod(stored[part][0]) if part in stored else 0) for begin, part in zip(at, PARTS, strict=True)]
+                at = [
+                    begin + (prod(stored[part][0]) if part in stored else 0)
+                    for begin, part in zip(at, PARTS, strict=True)
+                ]
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     @property

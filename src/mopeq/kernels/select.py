@@ -25,7 +25,7 @@ _compiled_selected: bool | None = None  # what selected() last found; products r
 
 @dataclass(frozen=True)
 class Selected:
-    """The kernel for activations on the CPU. name: ``cpu`` or ``naive``; isa: of the former; reason: why not ``cpu``."""
+    """The kernel for activations on the CPU: ``cpu`` with its instruction set, or ``naive`` and why not ``cpu``."""
 
     name: str
     isa: str | None = None

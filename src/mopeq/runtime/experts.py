@@ -33,8 +33,9 @@ class MixedExperts(PackedModule):
 
     def packed(self, group: ProjectionGroup) -> PackedGroup:
         """The packed weights of one projection group."""
-        parts = (self._buffers[f"{group}_{part}"] for part in PARTS)
-        return PackedGroup(self.mopeq_layouts[group], *parts, form=self.mopeq_form)  # type: ignore[arg-type]
+        qweight, scales, zeros = (self._buffers[f"{group}_{part}"] for part in PARTS)
+        assert qweight is not None
+        return PackedGroup(self.mopeq_layouts[group], qweight, scales, zeros, self.mopeq_form)
 
     def packed_groups(self) -> list[PackedGroup]:
         """Those of gate and up, and of down."""
