@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types format benchmarks clean
+.PHONY: demo test check lint types format benchmarks sanitize clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/mopeq/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -32,6 +32,14 @@ format: $(STAMP)
 
 benchmarks: $(STAMP)  ## the figures of docs/results.md
 	$(BIN)/python benchmarks/run.py
+
+SANITIZERS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+sanitize: $(STAMP)  ## the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc), then the library anew
+	CXX=g++ CXXFLAGS="$(SANITIZERS)" $(BIN)/python hatch_build.py
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest tests/kernels -k "not environment and not fork and not shapes_without"; \
+	  status=$$?; $(BIN)/python hatch_build.py && exit $$status
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -20,6 +20,7 @@ import packing
 import tiny
 from mopeq.checkpoint import read_manifest, verify
 from mopeq.errors import CheckpointError, InputError
+from mopeq.kernels import selected, using
 from mopeq.precision import Precision, PrecisionMap
 from mopeq.runtime import MixedExperts, QLinear, packed_modules
 
@@ -94,8 +95,19 @@ def test_everything_that_should_be_packed_is(case: Case) -> None:
     for m in experts:
         assert not {"gate_up_proj", "down_proj"} & set(m._parameters)
         assert m.mopeq_layouts["down"].precisions == manifest.precisions.experts["down"][m.mopeq_layer]
+    panels = {m.mopeq_form for m in modules.values()}
+    assert panels == ({"panels"} if selected().name == "cpu" else {"plain"})
     assert case.model.is_quantized
     assert str(case.model.config.quantization_config.quant_method) == "mopeq"
+
+
+@torch.no_grad()
+def test_every_kernel_gives_the_same_model(case: Case) -> None:
+    with using("naive"):
+        plain = from_pretrained(case.packed, case.family, dtype=torch.float32)
+        want = plain(IDS).logits
+        assert {m.mopeq_form for m in packed_modules(plain).values()} == {"plain"}
+    assert error(case.model(IDS).logits, want) < 1e-5
 
 
 def test_save_pretrained_writes_what_was_read(case: Case, tmp_path: Path) -> None:

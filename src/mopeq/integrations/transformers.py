@@ -25,6 +25,7 @@ from mopeq.kernels.layout import PARTS
 from mopeq.precision import GROUPS, ProjectionGroup
 from mopeq.runtime.experts import MixedExperts
 from mopeq.runtime.install import install, packed_modules
+from mopeq.runtime.packed import prepare
 
 __all__ = ["FlatConcat", "FlatSplit", "MopeqConfig", "MopeqHfQuantizer"]
 
@@ -93,6 +94,7 @@ class MopeqHfQuantizer(HfQuantizer):
                     raise CheckpointError(f"{name}.{part} was not loaded: its tensors are missing from the checkpoint")
         self._settle(model)
         self._release_files(model)
+        prepare(model)
         return model
 
     def _settle(self, model: Any) -> None:

@@ -4,6 +4,18 @@
 ``offsets[e + 1]`` of ``x`` go through expert e; other rows belong to no expert and come out as zeros.
 """
 
-from mopeq.kernels.layout import GroupLayout, PackedGroup
+from mopeq.kernels.cpu import convert
+from mopeq.kernels.layout import Form, GroupLayout, PackedGroup
+from mopeq.kernels.select import Selected, grouped_linear, linear, selected, using
 
-__all__ = ["GroupLayout", "PackedGroup"]
+__all__ = [
+    "Form",
+    "GroupLayout",
+    "PackedGroup",
+    "Selected",
+    "convert",
+    "grouped_linear",
+    "linear",
+    "selected",
+    "using",
+]

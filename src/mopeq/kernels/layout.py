@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mopeq.kernels.panels import BLOCK, from_panels
 from mopeq.precision import Precision
 from mopeq.qtensor import QTensor, packed_shapes
 
-__all__ = ["PARTS", "GroupLayout", "PackedGroup"]
+__all__ = ["PARTS", "Form", "GroupLayout", "PackedGroup"]
+
+Form = Literal["plain", "panels"]
+"""Order of the bytes in a matrix's parts: as in a checkpoint (docs/format.md), or as in panels.py."""
 
 PARTS = {"qweight": torch.uint8, "scales": torch.float16, "zeros": torch.uint8}
 
@@ -36,6 +41,32 @@ class GroupLayout:
             part: tuple(accumulate((sum(prod(s) for s in self.parts(e, part)) for e in self._all), initial=0))
             for part in PARTS
         }
+
+    @cached_property
+    def has_panels(self) -> bool:
+        """Whether every matrix that is not at 16 bits, and their common input, can be turned into panels."""
+        inputs = self.shapes[0][1]
+        sizes = {p.group_size for p in self.precisions if p.bits != 16 and p.group_size > 0}
+        return inputs % BLOCK == 0 and all(size % BLOCK == 0 for size in sizes)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """int64 (experts, matrices, 8), for compiled kernels: bits, group size in inputs, 1 if symmetric, rows,
+        inputs, and first elements of codes, scales and zero points.
+        """
+        rows: list[list[list[int]]] = []
+        for expert, precision in enumerate(self.precisions):
+            at = [self.offsets[part][expert] for part in PARTS]
+            rows.append([])
+            for out, inp in self.shapes:
+                size = inp if precision.group_size == -1 else precision.group_size
+                rows[-1].append([precision.bits, size, int(precision.symmetric), out, inp, *at])
+                stored = packed_shapes((out, inp), precision)
+                at = [
+                    begin + (prod(stored[part][0]) if part in stored else 0)
+                    for begin, part in zip(at, PARTS, strict=True)
+                ]
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     @property
     def _all(self) -> range:
@@ -61,12 +92,13 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class PackedGroup:
-    """All experts of one layer and projection group. A part that no expert has is None."""
+    """All experts of one layer and projection group, in flat buffers. A part that no expert has is None."""
 
     layout: GroupLayout
     qweight: Tensor
     scales: Tensor | None
     zeros: Tensor | None
+    form: Form = "plain"
 
     @property
     def experts(self) -> int:
@@ -79,7 +111,12 @@ class PackedGroup:
         return sum(out for out, _ in self.layout.shapes)
 
     def matrices(self, expert: int) -> list[QTensor]:
-        """The matrices of one expert, as views: gate and up, or down."""
+        """The matrices of one expert, gate and up, or down: views, or plain copies where the form is panels."""
+        stored = self.stored(expert)
+        return stored if self.form == "plain" else [from_panels(q) for q in stored]
+
+    def stored(self, expert: int) -> list[QTensor]:
+        """The same as views of the buffers, whatever their form."""
         layout = self.layout
         qweights = layout.views(self.qweight, "qweight", expert)
         scales: Sequence[Tensor | None] = [] if self.scales is None else layout.views(self.scales, "scales", expert)

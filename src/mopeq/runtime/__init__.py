@@ -3,5 +3,6 @@
 from mopeq.runtime.experts import MixedExperts
 from mopeq.runtime.install import install, packed_modules
 from mopeq.runtime.linear import QLinear
+from mopeq.runtime.packed import PackedModule, prepare
 
-__all__ = ["MixedExperts", "QLinear", "install", "packed_modules"]
+__all__ = ["MixedExperts", "PackedModule", "QLinear", "install", "packed_modules", "prepare"]

@@ -6,7 +6,7 @@ The original module keeps its configuration, gate function and biases; its two 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from mopeq.errors import CheckpointError
-from mopeq.kernels.layout import PARTS, GroupLayout, PackedGroup
-from mopeq.kernels.naive import grouped_linear
+from mopeq.kernels import GroupLayout, PackedGroup, grouped_linear
+from mopeq.kernels.layout import PARTS
 from mopeq.precision import GROUPS, ProjectionGroup
+from mopeq.runtime.packed import PackedModule
 from mopeq.seam import activate, down_bias, is_experts, weighs_input
 
 __all__ = ["MixedExperts", "pack_experts"]
 
 
-class MixedExperts(nn.Module):
+class MixedExperts(PackedModule):
     """Mixed in front of an experts class of transformers by :func:`pack_experts`; not made by itself."""
 
     mopeq_layer: int
@@ -32,8 +33,13 @@ class MixedExperts(nn.Module):
 
     def packed(self, group: ProjectionGroup) -> PackedGroup:
         """The packed weights of one projection group."""
-        parts = (self._buffers[f"{group}_{part}"] for part in PARTS)
-        return PackedGroup(self.mopeq_layouts[group], *parts)  # type: ignore[arg-type]
+        qweight, scales, zeros = (self._buffers[f"{group}_{part}"] for part in PARTS)
+        assert qweight is not None
+        return PackedGroup(self.mopeq_layouts[group], qweight, scales, zeros, self.mopeq_form)
+
+    def packed_groups(self) -> list[PackedGroup]:
+        """Those of gate and up, and of down."""
+        return [self.packed(group) for group in GROUPS]
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -81,10 +87,6 @@ class MixedExperts(nn.Module):
         bias = down_bias(self, known)
         return rows if bias is None else rows + bias.to(rows.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixedExperts:
-        keep_packed(self, lambda: super(MixedExperts, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
-        return self
-
     def extra_repr(self) -> str:
         """Experts at each precision."""
         counts = {
@@ -92,16 +94,6 @@ class MixedExperts(nn.Module):
             for g, layout in self.mopeq_layouts.items()
         }
         return f"layer={self.mopeq_layer}, precisions={counts}"
-
-
-def keep_packed(module: nn.Module, move: Callable[[], object]) -> None:
-    """Run ``move``, which may cast (``model.to(torch.float32)``), and give packed buffers their own types back."""
-    before = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
-    move()
-    for name, buffer in before.items():
-        moved = module._buffers[name]
-        if moved is not None and moved.dtype != buffer.dtype:
-            module._buffers[name] = buffer.to(moved.device)
 
 
 @cache

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from mopeq.kernels.naive import linear
+from mopeq.kernels import GroupLayout, PackedGroup, linear
 from mopeq.precision import Precision
-from mopeq.qtensor import QTensor, packed_shapes
-from mopeq.runtime.experts import keep_packed
+from mopeq.qtensor import packed_shapes
+from mopeq.runtime.packed import PackedModule
 
 __all__ = ["QLinear"]
 
 
-class QLinear(nn.Module):
+class QLinear(PackedModule):
     """In the place of an ``nn.Linear``: same call and bias, packed buffers ``qweight``, ``scales`` and ``zeros``."""
 
     qweight: Tensor
@@ -29,6 +27,7 @@ class QLinear(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.precision = in_features, out_features, precision
+        self.layout = GroupLayout((precision,), ((out_features, in_features),))
         stored = packed_shapes((out_features, in_features), precision)
         for part in ("qweight", "scales", "zeros"):
             shape, dtype = stored.get(part, ((0, 0), torch.uint8))
@@ -36,18 +35,25 @@ class QLinear(nn.Module):
         self.bias = bias
         self._is_hf_initialized = True
 
-    def packed(self) -> QTensor:
-        """The packed matrix (out, in)."""
-        return QTensor(self.qweight, self.scales, self.zeros, (self.out_features, self.in_features), self.precision)
+    def packed(self) -> PackedGroup:
+        """The packed matrix (out, in), as the only one of a group."""
+        scales, zeros = self._buffers["scales"], self._buffers["zeros"]
+        return PackedGroup(
+            self.layout,
+            self.qweight.view(-1),
+            None if scales is None else scales.view(-1),
+            None if zeros is None else zeros.view(-1),
+            self.mopeq_form,
+        )
+
+    def packed_groups(self) -> list[PackedGroup]:
+        """The only one."""
+        return [self.packed()]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         y = linear(x, self.packed())
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
-        keep_packed(self, lambda: super(QLinear, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
-        return self
 
     def extra_repr(self) -> str:
         """As ``nn.Linear``, and the precision."""

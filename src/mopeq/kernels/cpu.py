@@ -1,0 +1,206 @@
+"""The compiled kernel for CPUs: ``libmopeq_cpu`` behind torch operators (docs/kernels.md).
+
+It reads matrices in panels, splits activations into int8 digits, and adds integers up exactly, so its results do not
+depend on the instruction set, the number of threads, or what else is in the batch. ``naive`` defines correct.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopeq.errors import InputError
+from mopeq.kernels.layout import Form, PackedGroup
+
+__all__ = ["DIGITS", "ISAS", "convert", "grouped_linear", "isa", "library", "why_not"]
+
+LIBRARY = Path(__file__).with_name("libmopeq_cpu.so")
+ABI = 1
+ISAS = ("portable", "avx2", "avx512")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+"""int8 digits of an activation, to the base 128: 22 bits for float32, 15 for the 16-bit types."""
+
+FAULTS = {
+    1: "a buffer is missing",
+    2: "rows, inputs or outputs do not fit together",
+    3: "a width is not 2, 3, 4, 5, 6, 8 or 16 bits",
+    4: "a group size is no multiple of 32 or does not divide the inputs",
+    5: "a matrix lies outside its buffer",
+    6: "offsets decrease or exceed the rows",
+    7: "a buffer is not aligned to its elements",
+    8: "there is no memory for the activations",
+    9: "the activations' type or number of digits is unknown",
+}
+
+
+class _Job(ctypes.Structure):
+    """``mopeq_job`` of csrc/mopeq_cpu.h."""
+
+    _fields_ = (
+        ("x", c_void_p), ("rows", c_int64), ("inputs", c_int64), ("x_type", c_int64),
+        ("codes", c_void_p), ("codes_size", c_int64), ("scales", c_void_p), ("scales_size", c_int64),
+        ("zeros", c_void_p), ("zeros_size", c_int64), ("matrices", c_void_p), ("experts", c_int64),
+        ("per_expert", c_int64), ("offsets", c_void_p), ("out", c_void_p), ("out_features", c_int64),
+        ("digits", c_int64), ("threads", c_int64),
+    )  # fmt: skip
+
+
+@cache
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why there is none. ``MOPEQ_CPU_ISA`` forces one of :data:`ISAS`."""
+    if not LIBRARY.exists():
+        return None, f"{LIBRARY.name} was not built when mopeq was installed; install it with a C++ compiler at hand"
+    try:
+        lib = ctypes.CDLL(str(LIBRARY))
+        abi = lib.mopeq_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"{LIBRARY.name} does not load: {error}"
+    if abi != ABI:
+        return None, f"{LIBRARY.name} has interface {abi}, this mopeq expects {ABI}; install mopeq again"
+    lib.mopeq_grouped_linear.argtypes = [ctypes.POINTER(_Job)]
+    lib.mopeq_repack_codes.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64]
+    lib.mopeq_repack_scales.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
+    lib.mopeq_repack_zeros.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
+    lib.mopeq_read.argtypes, lib.mopeq_read.restype = [c_void_p, c_int64, c_int64], ctypes.c_uint64
+    lib.mopeq_set_parallel_for.argtypes = [c_void_p]
+    lib.mopeq_set_parallel_for.restype = None
+    lib.mopeq_set_parallel_for(_torch_pool())
+    forced = os.environ.get("MOPEQ_CPU_ISA")
+    if forced and (forced not in ISAS or lib.mopeq_use_isa(c_int(ISAS.index(forced)))):
+        best = ISAS[: lib.mopeq_best_isa() + 1]
+        raise InputError(f"MOPEQ_CPU_ISA is {forced}; expected one of {', '.join(best)} on this machine")
+    return lib, ""
+
+
+def _torch_pool() -> int | None:
+    """Address of ``torch_parallel_for``, by which the library works on torch's threads; None where torch has none."""
+    folder = Path(torch.__file__).with_name("lib")
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            found = getattr(ctypes.CDLL(str(folder / name)), "torch_parallel_for", None)
+            return None if found is None else ctypes.cast(found, c_void_p).value
+    return None
+
+
+def library() -> ctypes.CDLL:
+    """The library; :class:`InputError` where there is none."""
+    lib, reason = _open()
+    if lib is None:
+        raise InputError(f"mopeq has no compiled CPU kernel: {reason}")
+    return lib
+
+
+def why_not() -> str:
+    """Why there is no compiled kernel; empty where there is one."""
+    return _open()[1]
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return ISAS[library().mopeq_isa()]
+
+
+def _check(code: int) -> None:
+    if code:
+        raise InputError(f"the CPU kernel refuses its arguments: {FAULTS.get(code, f'fault {code}')}")
+
+
+def _parts(name: str, tensor: Tensor | None, dtype: torch.dtype) -> tuple[int | None, int]:
+    """Address and elements of a buffer."""
+    if tensor is None:
+        return None, 0
+    if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        raise InputError(
+            f"the CPU kernel got {name} as {tensor.dtype} on {tensor.device}, contiguous: {tensor.is_contiguous()}; "
+            f"expected contiguous {dtype} on the CPU"
+        )
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _grouped_linear(
+    x: Tensor, qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor, offsets: Tensor | None,
+    out_features: int, digits: int,
+) -> Tensor:  # fmt: skip
+    x = x.contiguous()
+    if x.dim() != 2 or x.dtype not in TYPES or table.dim() != 3 or table.shape[2] != 8 or out_features < 1:
+        raise InputError(
+            f"the CPU kernel got x {x.dtype} {list(x.shape)}, table {list(table.shape)}, {out_features} outputs; "
+            f"expected float32, bfloat16 or float16 (rows, inputs) and a table (experts, matrices, 8)"
+        )
+    experts, per_expert, _ = table.shape
+    at, count = _parts("offsets", offsets, torch.int64)
+    if offsets is not None and count != experts + 1:
+        raise InputError(f"the CPU kernel got {count} offsets for {experts} experts; expected {experts + 1}")
+    out = torch.empty(x.shape[0], out_features, dtype=torch.float32)
+    job = _Job(
+        *(_parts("x", x, x.dtype)[0], x.shape[0], x.shape[1], TYPES[x.dtype]), *_parts("qweight", qweight, torch.uint8),
+        *_parts("scales", scales, torch.float16), *_parts("zeros", zeros, torch.uint8),
+        _parts("table", table, torch.int64)[0], experts, per_expert, at, out.data_ptr(), out_features,
+        digits, torch.get_num_threads(),
+    )  # fmt: skip
+    if x.shape[0]:
+        _check(library().mopeq_grouped_linear(ctypes.byref(job)))
+    return out.to(x.dtype)
+
+
+_LIBRARY: Any = torch.library.Library("mopeq", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "grouped_linear(Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor table, Tensor? offsets, "
+    "int out_features, int digits) -> Tensor"
+)
+_LIBRARY.impl("grouped_linear", _grouped_linear, "CPU")
+
+
+@torch.library.register_fake("mopeq::grouped_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _shape(
+    x: Tensor, qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor, offsets: Tensor | None,
+    out_features: int, digits: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], out_features)
+
+
+def grouped_linear(x: Tensor, packed: PackedGroup, offsets: Tensor | None = None, digits: int | None = None) -> Tensor:
+    """As :func:`mopeq.kernels.naive.grouped_linear`, for matrices in panels; without gradients.
+
+    ``offsets`` None gives all rows to the only expert. ``digits`` of an activation, 1 to 3, by default :data:`DIGITS`.
+    """
+    if packed.form != "panels":
+        raise InputError(f"the CPU kernel got matrices in {packed.form} form; expected panels; convert them first")
+    out: Tensor = torch.ops.mopeq.grouped_linear.default(
+        x, packed.qweight, packed.scales, packed.zeros, packed.layout.table, offsets, packed.out_features,
+        DIGITS.get(x.dtype, 0) if digits is None else digits,
+    )  # fmt: skip
+    return out
+
+
+def convert(packed: PackedGroup, form: Form) -> PackedGroup:
+    """The same matrices in another form, in the same buffers, which are overwritten one matrix after the other."""
+    if packed.form == form:
+        return packed
+    if not packed.layout.has_panels:
+        raise InputError(f"rows of {packed.layout.shapes[0][1]} inputs have no panels; expected a multiple of 32")
+    lib, forward, threads = library(), int(form == "panels"), torch.get_num_threads()
+    for expert, precision in enumerate(packed.layout.precisions):
+        if precision.bits == 16:
+            continue
+        for q in packed.stored(expert):
+            (rows, inputs), groups, bits = q.shape, q.scales.shape[1], precision.bits
+            before = q.qweight.clone()
+            _check(lib.mopeq_repack_codes(before.data_ptr(), _parts("qweight", q.qweight, torch.uint8)[0],
+                                          rows, inputs, bits, forward, threads))  # fmt: skip
+            before = q.scales.clone()
+            _check(lib.mopeq_repack_scales(before.data_ptr(), _parts("scales", q.scales, torch.float16)[0],
+                                           rows, groups, forward))  # fmt: skip
+            if q.zeros is not None:
+                before = q.zeros.clone()
+                _check(lib.mopeq_repack_zeros(before.data_ptr(), _parts("zeros", q.zeros, torch.uint8)[0],
+                                              rows, groups, bits, forward))  # fmt: skip
+    return PackedGroup(packed.layout, packed.qweight, packed.scales, packed.zeros, form)

@@ -1,0 +1,11 @@
+#pragma once
+#include <cstdint>
+
+namespace mopeq {
+
+void widen(const void *x, int64_t type, int64_t count, float *to);
+// One row: (blocks, digits, 32) digits, (blocks) scales, (blocks, digits) minus their sums. A block with an infinite
+// or undefined value gets the scale NaN.
+void split(const float *x, int64_t blocks, int digits, int8_t *to, float *scales, int32_t *minus);
+
+}  // namespace mopeq

@@ -1,0 +1,44 @@
+// What the instruction sets' translation units share. No intrinsics, no inline functions: each unit is compiled with
+// other flags, and the linker may keep any one copy of an inline function.
+#pragma once
+#include <cstdint>
+
+namespace mopeq {
+
+enum : int { BLOCK = 32, PANEL = 16, MAX_DIGITS = 3 };
+
+// Activations as digits to the base 128, most significant first: x = scale * sum_d digit[d] * 128^(digits-1-d).
+struct Activations {
+  const int8_t *digits;   // (rows, blocks, digits, 32)
+  const float *scales;    // (rows, blocks)
+  const int32_t *minus;   // (rows, blocks, digits): minus the sum of the 32 digits
+  int64_t blocks;
+};
+
+// One panel: `height` (16 or 8) rows of a matrix.
+struct Panel {
+  const uint8_t *codes;
+  const uint16_t *scales;  // (groups, height)
+  const uint8_t *zeros;    // (groups, height * bits / 8), null if symmetric
+  int64_t groups, blocks;  // blocks of 32 inputs in a group
+};
+
+// Outputs of a tile of tokens from `row` on: out[t * stride + 0 .. height).
+using PanelKernel = void (*)(const Panel &, const Activations &, int64_t row, float *out, int64_t stride);
+// The same for `height` rows of bfloat16; x (rows, inputs) float32.
+using DenseKernel = void (*)(const uint16_t *weight, int64_t height, int64_t inputs, const float *x, float *out,
+                             int64_t stride);
+
+struct Kernels {
+  PanelKernel panel[6][MAX_DIGITS][3][2];  // width 2 3 4 5 6 8; digits - 1; tile of 1, 2, 4 tokens; height 8, 16
+  DenseKernel dense[3];
+  void (*read)(const void *data, int64_t bytes, uint64_t *sum);
+};
+
+const Kernels &portable_kernels();
+#if defined(MOPEQ_X86)
+const Kernels &avx2_kernels();
+const Kernels &avx512_kernels();
+#endif
+
+}  // namespace mopeq

@@ -1,0 +1,81 @@
+// C interface of libmopeq_cpu. Layout of the buffers: docs/kernels.md and panels.py.
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define MOPEQ_API __declspec(dllexport)
+#else
+#define MOPEQ_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { MOPEQ_ABI = 1 };
+
+// Type of the activations.
+enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
+
+// What a call returns: 0, or the first thing that is wrong.
+enum {
+  MOPEQ_OK = 0,
+  MOPEQ_NULL = 1,      // a pointer that is needed is null
+  MOPEQ_SHAPE = 2,     // rows, inputs or counts out of range
+  MOPEQ_BITS = 3,      // a width that does not exist
+  MOPEQ_GROUP = 4,     // a group size that does not fit
+  MOPEQ_RANGE = 5,     // a matrix that lies outside its buffer
+  MOPEQ_OFFSETS = 6,   // offsets that decrease or exceed the rows
+  MOPEQ_ALIGN = 7,     // a pointer not aligned to its element
+  MOPEQ_MEMORY = 8,    // no memory for the activations
+  MOPEQ_TYPE = 9,      // an unknown type or number of digits
+};
+
+// One matrix of one expert; offsets in elements of the three buffers. Eight int64, as the caller's table has them.
+typedef struct {
+  int64_t bits, group, symmetric, rows, inputs, codes, scales, zeros;
+} mopeq_matrix;
+
+typedef struct {
+  const void *x;  // (rows, inputs) contiguous, of type x_type
+  int64_t rows, inputs, x_type;
+  const uint8_t *codes;
+  int64_t codes_size;
+  const uint16_t *scales;
+  int64_t scales_size;
+  const uint8_t *zeros;
+  int64_t zeros_size;
+  const mopeq_matrix *matrices;  // (experts, matrices of an expert)
+  int64_t experts, per_expert;
+  const int64_t *offsets;  // (experts + 1), or null: all rows to the only expert
+  float *out;              // (rows, out_features) contiguous
+  int64_t out_features;
+  int64_t digits;   // int8 digits of an activation, 1 to 3
+  int64_t threads;  // at most so many
+} mopeq_job;
+
+MOPEQ_API int mopeq_abi(void);
+// 0 portable, 1 AVX2, 2 AVX-512 VNNI: the best this machine has.
+MOPEQ_API int mopeq_best_isa(void);
+// Chooses one; not 0 where this machine or build lacks it.
+MOPEQ_API int mopeq_use_isa(int isa);
+MOPEQ_API int mopeq_isa(void);
+// torch's pool: the address of torch_parallel_for, or null for threads of our own.
+MOPEQ_API void mopeq_set_parallel_for(void *function);
+
+MOPEQ_API int mopeq_grouped_linear(const mopeq_job *job);
+
+// Plain bit strings (docs/format.md) to panels and back. `to` and `from` must not overlap. scales, zeros: the same for
+// the other two parts; a null part is left out. rows a multiple of 8, inputs of 32.
+MOPEQ_API int mopeq_repack_codes(const uint8_t *from, uint8_t *to, int64_t rows, int64_t inputs, int64_t bits,
+                                 int64_t to_panels, int64_t threads);
+MOPEQ_API int mopeq_repack_scales(const uint16_t *from, uint16_t *to, int64_t rows, int64_t groups, int64_t to_panels);
+MOPEQ_API int mopeq_repack_zeros(const uint8_t *from, uint8_t *to, int64_t rows, int64_t groups, int64_t bits,
+                                 int64_t to_panels);
+
+// The ceiling for benchmarks: reads `bytes` with `threads` threads and returns a checksum. 64-byte aligned.
+MOPEQ_API uint64_t mopeq_read(const void *data, int64_t bytes, int64_t threads);
+
+#ifdef __cplusplus
+}
+#endif
