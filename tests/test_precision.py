@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mopeq.errors import MapError
-from mopeq.precision import BITS, DEFAULT_REST, FULL, GROUP_SIZES, GROUPS, Precision, PrecisionMap, parse_precision
+from mopeq.precision import (
+    BITS,
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_REST,
+    FULL,
+    GROUP_SIZES,
+    GROUPS,
+    Precision,
+    PrecisionMap,
+    parse_precision,
+)
 
 QUANTIZED = [Precision(b, g, s) for b in BITS if b < 16 for g in GROUP_SIZES for s in (False, True)]
 precisions = st.sampled_from([*QUANTIZED, FULL])
@@ -48,7 +58,7 @@ def test_every_precision_is_parsed_from_its_text() -> None:
 
 def test_a_bare_number_takes_the_groups_of_the_base() -> None:
     assert parse_precision(3, Precision(4, 128, True)) == Precision(3, 128, True)
-    assert parse_precision("2") == Precision(2, 64, False)
+    assert parse_precision("2") == Precision(2, DEFAULT_GROUP_SIZE, False)
     assert parse_precision(" 16 ", Precision(4, 32)) == FULL
 
 
@@ -138,7 +148,7 @@ def test_maps_survive_json(made: PrecisionMap) -> None:
 
 
 def test_a_person_can_read_and_edit_it() -> None:
-    experts = {"gate_up": {0: (Precision(2), Precision(3))}, "down": {0: (Precision(4, 128, True), FULL)}}
+    experts = {"gate_up": {0: (Precision(2, 64), Precision(3, 64))}, "down": {0: (Precision(4, 128, True), FULL)}}
     data = PrecisionMap(experts, {"lm_head": Precision(8, 128, True)}).to_json()
     assert data["base"] == {"group_size": 64, "symmetric": False}
     assert data["experts"] == {"gate_up": {"0": [2, 3]}, "down": {"0": ["4g128s", 16]}}

@@ -38,7 +38,7 @@ from mopeq.source import read_group, read_tensor, stored_bytes
 from mopeq.spec import Inventory, MoELayer
 from mopeq.stats import write_json
 
-__all__ = ["Packed", "pack_model", "quantize", "run_record"]
+__all__ = ["Packed", "pack_model", "quantize", "require_new", "run_record"]
 
 DATA_FREE = ("rtn", "rtn-mse")
 """Quantizers that run without calibration inputs."""

@@ -146,8 +146,9 @@ def do_allocate(options: argparse.Namespace) -> None:
 def do_quantize(options: argparse.Namespace) -> None:
     """Quantize and pack a model."""
     from mopeq.measure import open_model
-    from mopeq.quantize import quantize
+    from mopeq.quantize import quantize, require_new
 
+    require_new(Path(options.out))  # before a model is downloaded
     model = open_model(options.model).inventory
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
     with drawn() as track:

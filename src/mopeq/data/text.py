@@ -108,7 +108,7 @@ def check_length(model: Any, length: int) -> None:
 
     A model whose configuration names no ``max_position_embeddings``, or that has none, takes any length.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(text, "max_position_embeddings", None)
     if most is not None and length > most:
