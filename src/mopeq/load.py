@@ -30,6 +30,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
         read_manifest(path)
     config = _config(path)
     Manifest.from_json(getattr(config, "quantization_config", None))
+    from mopeq.integrations import transformers  # noqa: F401  (registers the quantizer, whatever autoload was told)
+
     return _load(path, config, CheckpointError, dtype, device)
 
 
