@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types format benchmarks sanitize clean
+.PHONY: demo test test-transformers-matrix check lint types format benchmarks sanitize clean
 
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/mopeq/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ demo: $(STAMP)  ## install, then run the main job on the bundled model
 
 test: $(STAMP) lint types  ## install, then lint, types and all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-transformers-matrix: $(STAMP)  ## the transformers integration with 5.17, 5.19 and the newest; slow, not in the gate
+	scripts/transformers_matrix.sh $(BIN)/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -104,7 +104,7 @@ def test_every_weight_comes_from_the_files(packed: Path, tmp_path: Path) -> None
     norm = "model.layers.0.input_layernorm.weight"
     saved = tiny.tensors(packed)[norm]
     tiny.rewrite(packed, {norm: None})
-    with pytest.raises(CheckpointError, match=rf"1 tensors are missing from it, the first is {norm}"):
+    with pytest.raises(CheckpointError, match=rf"1 tensors are missing from the checkpoint, the first is {norm}"):
         load(packed)
     tiny.rewrite(packed, {norm: saved[:8].clone()})
     with pytest.raises(CheckpointError, match=r"transformers cannot load|is \[8\] in the checkpoint"):

@@ -6,7 +6,14 @@ Whatever is wrong with a folder is a :class:`~mopeq.errors.CheckpointError`; wha
 """
 
 from mopeq.checkpoint.manifest import Manifest, PackedExperts, PackedLinear, linear_precisions, packed_config
-from mopeq.checkpoint.reader import check_packed, read_headers, read_manifest, read_packed, verify
+from mopeq.checkpoint.reader import (
+    check_packed,
+    read_headers,
+    read_manifest,
+    read_packed,
+    rest_elements,
+    verify,
+)
 from mopeq.checkpoint.writer import PackedWriter
 
 __all__ = [
@@ -20,5 +27,6 @@ __all__ = [
     "read_headers",
     "read_manifest",
     "read_packed",
+    "rest_elements",
     "verify",
 ]

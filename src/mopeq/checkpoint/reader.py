@@ -16,7 +16,7 @@ from mopeq.checkpoint.manifest import DTYPES, Header, Manifest
 from mopeq.errors import CheckpointError
 from mopeq.qtensor import QTensor, packed_shapes
 
-__all__ = ["check_packed", "check_rest", "read_headers", "read_manifest", "read_packed", "verify"]
+__all__ = ["check_packed", "check_rest", "read_headers", "read_manifest", "read_packed", "rest_elements", "verify"]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -98,13 +98,18 @@ def check_packed(manifest: Manifest, headers: Mapping[str, Header]) -> None:
 
 def check_rest(manifest: Manifest, headers: Mapping[str, Header]) -> None:
     """All other tensors together have as many elements as the inventory says are kept."""
-    known = {*manifest.packed_tensors(), *manifest.full_tensors()}
-    found = sum(prod(shape) for name, (_, shape) in headers.items() if name not in known)
+    found = rest_elements(manifest, headers)
     if found != manifest.inventory.kept_parameters:
         raise CheckpointError(
             f"the other tensors have {found:,} elements; expected {manifest.inventory.kept_parameters:,}: "
             f"one is missing or left over; copy the checkpoint again"
         )
+
+
+def rest_elements(manifest: Manifest, headers: Mapping[str, Header]) -> int:
+    """How many elements all tensors have that are no matrices of the map."""
+    known = {*manifest.packed_tensors(), *manifest.full_tensors()}
+    return sum(prod(shape) for name, (_, shape) in headers.items() if name not in known)
 
 
 def _check_hashes(path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mopeq.checkpoint import Manifest, check_packed, read_headers
+from mopeq.checkpoint import Manifest, check_packed, read_headers, rest_elements
 from mopeq.errors import CheckpointError, InputError
 from mopeq.kernels.layout import PARTS
 from mopeq.precision import GROUPS, ProjectionGroup
@@ -50,6 +50,8 @@ class MopeqHfQuantizer(HfQuantizer):
     """Loads packed checkpoints; makes none (that is ``mopeq quantize``)."""
 
     requires_calibration = True
+    _fewer = False
+    """Whether the files have fewer elements outside packed matrices than were packed."""
     quantization_config: MopeqConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +69,9 @@ class MopeqHfQuantizer(HfQuantizer):
     ) -> Any:
         manifest = self.quantization_config.manifest
         if checkpoint_files:
-            check_packed(manifest, read_headers(checkpoint_files))
+            headers = read_headers(checkpoint_files)
+            check_packed(manifest, headers)
+            self._fewer = rest_elements(manifest, headers) < manifest.inventory.kept_parameters
         install(model, manifest)
         self._made = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
         return model
@@ -92,10 +96,24 @@ class MopeqHfQuantizer(HfQuantizer):
             for part, stored in module.named_buffers(recurse=False):
                 if not getattr(stored, "_is_hf_initialized", False):
                     raise CheckpointError(f"{name}.{part} was not loaded: its tensors are missing from the checkpoint")
+        if self._fewer:
+            self._check_rest(model)
         self._settle(model)
         self._release_files(model)
         prepare(model)
         return model
+
+    def _check_rest(self, model: Any) -> None:
+        """Files with fewer tensors than were packed: transformers would initialise the others and only list them.
+
+        A tensor that is tied to another one may be left out, and a head that is new has nothing to do with the files.
+        """
+        missing = [name for name, p in model.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} tensors are missing from the checkpoint, the first is {missing[0]}; "
+                "download or make it again"
+            )
 
     def _settle(self, model: Any) -> None:
         """Shapes and types of the other parameters as the model was made, which transformers before 5.20 leaves open.
@@ -132,8 +150,11 @@ class MopeqHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Codes have no gradients."""
-        return False
+        """Adapters beside packed weights are, and 16-bit parameters; codes have no gradients, inputs have."""
+        return True
+
+    def _dequantize(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError("a packed model was to be dequantized in memory; expected it to run packed; load the original")
 
 
 class FlatConcat(ConversionOps):

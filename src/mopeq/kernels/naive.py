@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
@@ -19,12 +21,32 @@ def linear(x: Tensor, weight: QTensor) -> Tensor:
     """``x (..., in)`` times a packed matrix (out, in): ``(..., out)`` in ``x``'s type.
 
     Weights are dequantized in float32, rounded once to ``x``'s type, and multiplied as ``torch.nn.functional.linear``
-    does.
+    does. ``x`` gets gradients; codes have none.
     """
     out, inp = weight.shape
     rows = max(8, ROW_BLOCK // max(inp, 1) // 8 * 8)
-    blocks = [dense_linear(x, dequantize(_rows(weight, i, min(i + rows, out)), x.dtype)) for i in range(0, out, rows)]
+    blocks = [_product(x, _rows(weight, i, min(i + rows, out))) for i in range(0, out, rows)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+
+
+def _product(x: Tensor, weight: QTensor) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _Product.apply(x, weight))  # type: ignore[no-untyped-call]
+    return dense_linear(x, dequantize(weight, x.dtype))
+
+
+class _Product(torch.autograd.Function):
+    """A product that dequantizes again for its gradient: kept dense until then, weights would fill the memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QTensor) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return dense_linear(x, dequantize(weight, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return (gradient @ dequantize(ctx.weight, gradient.dtype)).to(ctx.dtype), None
 
 
 def _rows(q: QTensor, begin: int, end: int) -> QTensor:

@@ -87,6 +87,10 @@ class MixedExperts(PackedModule):
         bias = down_bias(self, known)
         return rows if bias is None else rows + bias.to(rows.dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by the class behind it, because its own was made when it was packed."""
+        return _remake, (type(self).__bases__[1],), self.__dict__
+
     def extra_repr(self) -> str:
         """Experts at each precision."""
         counts = {
@@ -98,7 +102,15 @@ class MixedExperts(PackedModule):
 
 @cache
 def _mixed(cls: Any) -> type[nn.Module]:
-    return type(f"Mopeq{cls.__name__}", (MixedExperts, cls), {"__module__": __name__})
+    # how many tokens an expert gets is data: torch.compile would make a graph for every count, so it goes around
+    body = {"__module__": __name__, "forward": torch.compiler.disable(MixedExperts.forward)}
+    return type(f"Mopeq{cls.__name__}", (MixedExperts, cls), body)
+
+
+def _remake(cls: Any) -> nn.Module:
+    """An empty module, as unpickling wants it."""
+    mixed = _mixed(cls)
+    return mixed.__new__(mixed)
 
 
 def pack_experts(module: nn.Module, layer: int, layouts: Mapping[ProjectionGroup, GroupLayout]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from mopeq.checkpoint import Manifest
-from mopeq.errors import CheckpointError
+from mopeq.errors import CheckpointError, InputError
 from mopeq.kernels.layout import GroupLayout
 from mopeq.precision import FULL, GROUPS
 from mopeq.runtime.experts import MixedExperts, pack_experts
@@ -24,6 +24,9 @@ def install(model: nn.Module, manifest: Manifest) -> list[str]:
     missing, of another shape, or shares its weight with another one.
     """
     done: list[str] = []
+    for part in model.modules():
+        if hasattr(part, "save_pretrained"):
+            part.hf_quantizer = _NotSaved()  # type: ignore[assignment]  # transformers replaces the whole model's
     for index, packed in manifest.experts.items():
         shapes = manifest.inventory.layers[index]
         layouts = {g: GroupLayout(manifest.precisions.experts[g][index], shapes.matrices(g)) for g in GROUPS}
@@ -57,6 +60,21 @@ def install(model: nn.Module, manifest: Manifest) -> list[str]:
         setattr(model.get_submodule(parent), child, QLinear(inp, out, linear.precision, old.bias, old.weight.device))
         done.append(name)
     return done
+
+
+class _NotSaved:
+    """Stands where ``save_pretrained`` looks for the quantizer that knows the names on disk, and finds none.
+
+    Parts of a loaded model, and a model packed by hand, would be written under names that nothing reads.
+    """
+
+    @property
+    def quantization_config(self) -> Any:
+        """Asked for when transformers refuses to save."""
+        raise InputError(
+            "save_pretrained was asked of a part of a packed model, or of one that from_pretrained did not make; "
+            "expected the whole model as it was loaded"
+        )
 
 
 def packed_modules(model: nn.Module) -> dict[str, MixedExperts | QLinear]:

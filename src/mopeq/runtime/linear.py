@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +56,15 @@ class QLinear(PackedModule):
         """(..., in) to (..., out)."""
         y = linear(x, self.packed())
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """As every module's; asked for ``weight``, :class:`AttributeError` says why there is none."""
+        if name == "weight":
+            raise AttributeError(
+                "QLinear is packed and has no weight; expected a tool that calls it, as the model does; what edits "
+                "weights (resizing the vocabulary, merging adapters) needs the original model"
+            )
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         """As ``nn.Linear``, and the precision."""
