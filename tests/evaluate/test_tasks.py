@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import packing
 from mopeq.errors import DataError, InputError
 from mopeq.evaluate import TaskScore, run_tasks
 from mopeq.evaluate.bootstrap import Estimate
+from mopeq.load import load, load_tokenizer
 
 CHOICE = """
 task: colours_local
@@ -85,6 +88,24 @@ def test_local_tasks_run_offline(loaded: tuple[Any, Any], folder: Path) -> None:
     assert rolling.score.low is None  # not a mean over documents
     (fewer,) = run_tasks(*loaded, ["colours_local"], folder, limit=3)
     assert fewer.documents == 3
+
+
+def test_lm_eval_loads_a_packed_folder_itself(tiny_model: Callable[..., Path], folder: Path, tmp_path: Path) -> None:
+    """What ``lm_eval run --model hf --model_args pretrained=DIR`` calls, and what mopeq measures, are equal."""
+    lm_eval = pytest.importorskip("lm_eval")
+    packing.pack_model(tiny_model("olmoe"), tmp_path / "packed")
+    with chdir(folder):
+        said = lm_eval.simple_evaluate(
+            model="hf",
+            model_args=f"pretrained={tmp_path / 'packed'},dtype=float32",
+            tasks=["colours_rolling"],
+            task_manager=lm_eval.tasks.TaskManager(include_path=".", include_defaults=False),
+            device="cpu",
+            log_samples=False,
+        )
+    (ours,) = run_tasks(load(tmp_path / "packed"), load_tokenizer(tmp_path / "packed"), ["colours_rolling"], folder)
+    found = said["results"]["colours_rolling"]["word_perplexity,none"]
+    assert found == pytest.approx(ours.score.value, rel=1e-4)
 
 
 def test_unknown_task_has_near_matches(loaded: tuple[Any, Any], folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The transformers quantizer ``mopeq``: ``AutoModelForCausalLM.from_pretrained(DIR)`` gives a packed model.
 
-Importing this module registers it; ``import mopeq`` arranges for that (autoload.py). In ``from_pretrained``, the model
+Importing this module registers it; ``import torch`` arranges for that (autoload.py). In ``from_pretrained``, the model
 is built without memory; :meth:`MopeqHfQuantizer._process_model_before_weight_loading` checks the files and swaps
 modules; transformers reads tensors, renames them, and hands the experts' to :class:`FlatConcat`; afterwards every
 packed buffer must have come from a file, because transformers replaces what is missing by uninitialised memory.

@@ -103,7 +103,7 @@ class MixedExperts(PackedModule):
 @cache
 def _mixed(cls: Any) -> type[nn.Module]:
     # how many tokens an expert gets is data: torch.compile would make a graph for every count, so it goes around
-    body = {"__module__": __name__, "forward": torch.compiler.disable(MixedExperts.forward)}
+    body = {"__module__": __name__, "forward": torch.compiler.disable(MixedExperts.forward)}  # type: ignore[no-untyped-call]
     return type(f"Mopeq{cls.__name__}", (MixedExperts, cls), body)
 
 
