@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+BUNDLED = "src/mopeq/assets"
 MODEL, LABEL = "../shared/models/olmoe-25m", "25 M development model"
 DATA = "../shared/data"
 DOMAINS = ("c", "docs", "pep", "prose", "python", "wiki")
@@ -16,16 +17,27 @@ DOMAINS = ("c", "docs", "pep", "prose", "python", "wiki")
 def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, list[str]]:
     """Command line of each benchmark, without the interpreter."""
     named = ["--model", model, "--label", label, "--data", data]
-    fidelity = ["fidelity.py", *named, "--text", *text]
+    held_out = [f"{BUNDLED}/text/heldout_{name}.txt" for name in ("code", "docs")]
+    bundled = ["--model", f"{BUNDLED}/olmoe-tiny", "--label", "bundled model", "--data",
+               f"{BUNDLED}/text/calibration.jsonl", "--text", *held_out]  # fmt: skip
     return {
         "solver": ["solver.py"],
-        "fidelity": [*fidelity, "--studies", "maps"],
-        "choices": [*fidelity, "--studies", "groups", "quantizers", "--seeds", "0",
-                    "-o", "benchmarks/results/choices.json"],
-        "levels": [*fidelity, "--studies", "levels", "grids", "--seeds", "0", "-o", "benchmarks/results/levels.json"],
+        **_fidelity("", [*named, "--text", *text]),
+        **_fidelity("bundled_", bundled),
         "scores": ["scores.py", *named],
         "resident_memory": ["resident_memory.py", *named],
-    }  # fmt: skip
+    }
+
+
+def _fidelity(prefix: str, named: list[str]) -> dict[str, list[str]]:
+    studies = {"fidelity": ["maps"], "choices": ["groups", "quantizers"], "levels": ["levels", "grids"]}
+    made = {}
+    for name, asked in studies.items():
+        words = ["fidelity.py", *named, "--studies", *asked]
+        words += [] if name == "fidelity" else ["--seeds", "0"]
+        words += ["-o", f"benchmarks/results/{prefix}{name}.json"] if prefix or name != "fidelity" else []
+        made[prefix + name] = words
+    return made
 
 
 def main() -> int:
@@ -43,8 +55,8 @@ def main() -> int:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(known)}")
     chosen = asked.names or list(known)
     absent = [p for p in (asked.model, asked.data, *asked.text) if not Path(p).exists()]
-    if absent and set(chosen) != {"solver"}:
-        parser.error(f"no {absent[0]}; give --model, --data and --text, or run solver alone")
+    if absent and any(name != "solver" and not name.startswith("bundled_") for name in chosen):
+        parser.error(f"no {absent[0]}; give --model, --data and --text, or name solver and bundled_... alone")
     for name in chosen:
         print(f"== {name}", flush=True)
         script, *words = known[name]

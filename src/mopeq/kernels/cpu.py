@@ -156,7 +156,8 @@ _LIBRARY.define(
     "grouped_linear(Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor table, Tensor? offsets, "
     "int out_features, int digits) -> Tensor"
 )
-_LIBRARY.impl("grouped_linear", _grouped_linear, "CPU")
+# an operator is opaque in a graph, but Dynamo would still look into Python that runs inside one
+_LIBRARY.impl("grouped_linear", torch.compiler.disable(_grouped_linear), "CPU")  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("mopeq::grouped_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
