@@ -128,6 +128,11 @@ def test_run_chat_eval_report(
     assert "decode" in out
     saved = read_json(packed / "mopeq" / "evaluation.json")
     assert saved["divergence"]["kl"]["value"] > 0
+    assert saved["speed"]["decode"] > 0
+    assert run(capsys, "eval", packed, "--perplexity", text, "--length", 32, "--windows", 4)[0] == 0
+    again = read_json(packed / "mopeq" / "evaluation.json")
+    assert again["divergence"] == saved["divergence"], "an evaluation that asks for less keeps what there was"
+    assert again["perplexity"] != saved["perplexity"]
     code, out, _ = run(capsys, "report", packed)
     assert code == 0
     page = (packed / "mopeq" / "report.html").read_text()

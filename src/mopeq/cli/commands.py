@@ -260,7 +260,7 @@ def do_eval(options: argparse.Namespace) -> None:
     record["info"] = {**record["info"], "command": options.command_line}
     if out is not None:
         out.parent.mkdir(exist_ok=True)  # DIR/mopeq, which a packed folder may lack
-        write_json(out, record)
+        write_json(out, _with_earlier(out, record))
     if options.json:
         return show.print_json(record)
     show.evaluation_table(found)
@@ -333,6 +333,17 @@ def _check_original(model: str, against: str) -> None:
 def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     return {name: getattr(options, name) for name in names}
+
+
+def _with_earlier(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record, and what an evaluation that is there already has beyond it: measuring speed keeps the divergence."""
+    from mopeq.evaluate import Evaluation
+
+    if not path.is_file():
+        return record
+    earlier = Evaluation.from_json(read_json(path)).to_json()
+    kept = {name: value for name, value in earlier.items() if value and not record.get(name)}
+    return {**record, **kept, "info": {**earlier["info"], **record["info"]}}
 
 
 def _new_file(path: str) -> Path:
