@@ -5,7 +5,7 @@ the same calibration, packed, loaded back, compared with the original on held-ou
 
 Studies: ``maps`` (uniform, MoPEQ's k-means, knapsack, controls), ``groups`` (group sizes at equal bits per weight),
 ``levels`` (which bits to choose from, in groups of 128), ``quantizers`` (RTN, clipped RTN, GPTQ at uniform bits),
-``grids`` (GPTQ on searched and on min-max grids). All but ``maps`` use the first seed only.
+``grids`` (GPTQ on searched and on min-max grids), ``damping`` (of GPTQ). All but ``maps`` use the first seed only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from mopeq.quantize import pack_model
 from mopeq.quantizers import QUANTIZERS, gptq
 from mopeq.stats import Stats, cost_metric
 
-STUDIES = ("maps", "groups", "levels", "quantizers", "grids")
+STUDIES = ("maps", "groups", "levels", "quantizers", "grids", "damping")
+DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
 LEVELS = ((2, 3, 4), (2, 4), (2, 3, 4, 8), (2, 3, 4, 5, 6), (2, 3, 4, 5, 6, 8))
 COST = "fisher_error"
 COSTS = ("fisher_error", "output_error")
@@ -259,7 +260,30 @@ def _grids(stats: Stats, seed: int, size: int) -> Iterator[Job]:
             yield Job(f"{method} {p}", uniform_map(stats.model, [p]), method)
 
 
-STUDY = {"maps": _maps, "groups": _groups, "levels": _levels, "quantizers": _quantizers, "grids": _grids}
+def _damping(stats: Stats, seed: int, size: int) -> Iterator[Job]:
+    """GPTQ with more damping, at uniform bits."""
+    for p in _options(size):
+        for damping in DAMPING:
+            method = f"damping {damping:g}"
+            QUANTIZERS[method] = partial(gptq, damping=damping)
+            yield Job(f"{method} {p.bits}", uniform_map(stats.model, [p]), method)
+
+
+STUDY = {
+    "maps": _maps,
+    "groups": _groups,
+    "levels": _levels,
+    "quantizers": _quantizers,
+    "grids": _grids,
+    "damping": _damping,
+}
+    "maps": _maps,
+    "groups": _groups,
+    "levels": _levels,
+    "quantizers": _quantizers,
+    "grids": _grids,
+    "damping": _damping,
+}
 
 
 def _judged(prepared: Prepared, stats: Stats, jobs: Sequence[Job], windows: Sequence[Window]) -> list[dict[str, Any]]:

@@ -46,7 +46,8 @@ def main() -> None:
         path = RESULTS / f"{name}.json"
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            blocks |= made(stored["results"])
+            before = "bundled " if name.startswith("bundled_") else ""
+            blocks |= {before + title: block for title, block in made(stored["results"]).items()}
             blocks[f"{name} command"] = f"```\n{stored['command']}\n```\n"
             blocks[f"{name} origin"] = _origin(stored)
     if asked.write is None:
@@ -213,6 +214,14 @@ def levels(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def damping(results: Mapping[str, Any]) -> dict[str, str]:
+    """GPTQ's damping at uniform bits."""
+    rows = {row["name"]: row for run in results["runs"] for row in run["rows"]}
+    values, bits = (list(dict.fromkeys(name.split()[i] for name in rows)) for i in (1, 2))
+    body = [[b, *(_cell(rows[f"damping {v} {b}"], rows[f"damping {values[0]} {b}"]) for v in values)] for b in bits]
+    return {"damping": table(["uniform bits", *values], body)}
+
+
 def _cell(row: Row | None, beside: Row | None) -> str:
     """KL, and the interval of its paired difference from another."""
     if row is None:
@@ -275,6 +284,11 @@ PRINTED = {
     "fidelity": maps,
     "choices": choices,
     "levels": levels,
+    "damping": damping,
+    "bundled_fidelity": maps,
+    "bundled_choices": choices,
+    "bundled_levels": levels,
+    "bundled_damping": damping,
     "scores": scores,
     "resident_memory": memory,
     "solver": solver,
