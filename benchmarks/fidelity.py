@@ -277,13 +277,6 @@ STUDY = {
     "grids": _grids,
     "damping": _damping,
 }
-    "maps": _maps,
-    "groups": _groups,
-    "levels": _levels,
-    "quantizers": _quantizers,
-    "grids": _grids,
-    "damping": _damping,
-}
 
 
 def _judged(prepared: Prepared, stats: Stats, jobs: Sequence[Job], windows: Sequence[Window]) -> list[dict[str, Any]]:
