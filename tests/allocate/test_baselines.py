@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import OPTIONS, P2, P3, P4, drawn, measured, model
 
 from mopeq.allocate import interpolated_map, inverted_map, kmeans_map, knapsack_map, random_map, ranked_map, uniform_map
 from mopeq.errors import BudgetError, MapError
 from mopeq.precision import DEFAULT_REST, FULL, GROUPS, Precision, PrecisionMap
+from tables import OPTIONS, P2, P3, P4, drawn, measured, model
 
 
 def histogram_of(made: PrecisionMap, group: str, layers: list[int]) -> list[Precision]:

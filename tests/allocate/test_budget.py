@@ -8,12 +8,12 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tables import P2, P3, model
 
 from mopeq.allocate import expert_budget, parse_budget
 from mopeq.allocate.budget import check_budget
 from mopeq.errors import BudgetError
 from mopeq.precision import DEFAULT_REST, FULL, Precision, PrecisionMap
+from tables import P2, P3, model
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import OPTIONS, P2, P3, P4, drawn, model
 
 from mopeq.allocate.kmeans import kmeans, kmeans_map
 from mopeq.errors import MapError
 from mopeq.precision import DEFAULT_REST, FULL, GROUPS, Precision, PrecisionMap
+from tables import OPTIONS, P2, P3, P4, drawn, model
 
 
 def spread(values: np.ndarray, labels: np.ndarray) -> float:

@@ -12,13 +12,13 @@ import pytest
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import OPTIONS, P2, P3, P4, measured, model
 
 from mopeq.allocate import knapsack
 from mopeq.allocate.knapsack import TOLERANCE, exact, greedy, knapsack_map, relaxation
 from mopeq.errors import BudgetError, MapError
 from mopeq.precision import FULL, GROUPS, Precision, PrecisionMap
 from mopeq.stats import cost_table
+from tables import OPTIONS, P2, P3, P4, measured, model
 
 
 @st.composite
