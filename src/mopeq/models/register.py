@@ -1,0 +1,16 @@
+"""Importing this module tells transformers about the models here: configurations, classes, tensors' names."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+from mopeq.models.configuration import DeepseekVL2Config
+from mopeq.models.conversion import CONVERSIONS
+from mopeq.models.deepseek_vl2 import DeepseekVL2ForConditionalGeneration
+
+for _config, _model in ((DeepseekVL2Config, DeepseekVL2ForConditionalGeneration),):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForImageTextToText.register(_config, _model, exist_ok=True)
+for _name, _make in CONVERSIONS.items():
+    register_checkpoint_conversion_mapping(_name, _make(), overwrite=True)
