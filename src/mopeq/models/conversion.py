@@ -45,6 +45,41 @@ class Rearranged(ConversionOps):
         return Rearranged(self.back, self.there)
 
 
+class Joined(ConversionOps):
+    """The base rows of MolmoE's embedding, as many as the head has, and the new ones below them."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Both tables in one."""
+        return Concatenate(dim=0).convert(input_dict, source_patterns, target_patterns)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """One table in two."""
+        return Parted()
+
+
+class Parted(ConversionOps):
+    """The inverse of :class:`Joined`."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Both tables."""
+        (found,) = input_dict.values()
+        table = found[0] if isinstance(found, list) else found
+        rows = kwargs["config"].head_rows
+        return {
+            name: part.contiguous() for name, part in zip(target_patterns, (table[:rows], table[rows:]), strict=True)
+        }
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Two tables in one."""
+        return Joined()
+
+
 def _without_batch(positions: Tensor) -> Tensor:
     return positions[0]
 
@@ -90,8 +125,49 @@ def _timm_tower() -> Conversions:
     ]
 
 
+def _clip_tower() -> Conversions:
+    """MolmoE's CLIP; the patch embedding is a matrix over pixels with colours innermost."""
+    kernel = Rearranged(_to_kernel, _to_matrix)
+    return [
+        WeightRenaming(r"^class_embedding", "embeddings.class_embedding"),
+        WeightRenaming(r"^positional_embedding", "embeddings.position_embedding.weight"),
+        WeightRenaming(r"^pre_ln\.", "pre_layrnorm."),
+        WeightRenaming(r"^transformer\.resblocks\.", "encoder.layers."),
+        WeightRenaming(r"\.attention\.wq\.", ".self_attn.q_proj."),
+        WeightRenaming(r"\.attention\.wk\.", ".self_attn.k_proj."),
+        WeightRenaming(r"\.attention\.wv\.", ".self_attn.v_proj."),
+        WeightRenaming(r"\.attention\.wo\.", ".self_attn.out_proj."),
+        WeightRenaming(r"\.feed_forward\.w1\.", ".mlp.fc1."),
+        WeightRenaming(r"\.feed_forward\.w2\.", ".mlp.fc2."),
+        WeightRenaming(r"\.attention_norm\.", ".layer_norm1."),
+        WeightRenaming(r"\.ffn_norm\.", ".layer_norm2."),
+        WeightConverter("patch_embedding.weight", "embeddings.patch_embedding.weight", [kernel]),
+    ]
+
+
+def _molmoe_decoder() -> Conversions:
+    """MolmoE's decoder: q, k and v in one matrix, and new rows of the embedding in a table of their own."""
+    return [
+        WeightRenaming(r"^blocks\.", "layers."),
+        WeightRenaming(r"^ln_f\.", "norm."),
+        WeightRenaming(r"\.attn\.", ".self_attn."),
+        WeightRenaming(r"\.self_attn\.attn_norm\.", ".input_layernorm."),
+        WeightRenaming(r"\.self_attn\.attn_out\.", ".self_attn.o_proj."),
+        WeightRenaming(r"\.mlp\.ff_norm\.", ".post_attention_layernorm."),
+        WeightConverter(
+            "self_attn.att_proj.weight",
+            [f"self_attn.{name}_proj.weight" for name in "qkv"],
+            [Chunk(dim=0)],
+        ),
+        WeightConverter(["wte.embedding", "wte.new_embedding"], "embed_tokens.weight", [Joined()]),
+        *_experts(),
+    ]
+
+
 CONVERSIONS: dict[str, Callable[[], Conversions]] = {
-    "deepseek_vl_v2": _experts,
+    "DeepseekVL2TextModel": _experts,
     "DeepseekVL2VisionModel": _timm_tower,
+    "MolmoETextModel": _molmoe_decoder,
+    "MolmoEVisionModel": _clip_tower,
 }
-"""By model type or class, as ``register_checkpoint_conversion_mapping`` takes them."""
+"""By class, as ``register_checkpoint_conversion_mapping`` takes them."""

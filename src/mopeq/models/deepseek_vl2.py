@@ -1,13 +1,13 @@
 """DeepSeek-VL2: a SigLIP tower, a projector that joins 2x2 patches, and a DeepSeek decoder.
 
 Modules that the published checkpoints name keep those names (``vision``, ``projector``, ``language``,
-``image_newline``, ``view_seperator`` with its spelling), so that only the tower's inner names and the fused experts need
-a mapping (conversion.py). Source: arXiv 2412.10302 and the code of deepseek-ai/DeepSeek-VL2.
+``image_newline``, ``view_seperator`` with its spelling), so that only the tower's inner names and the fused experts
+need a mapping (conversion.py). Source: arXiv 2412.10302 and the code of deepseek-ai/DeepSeek-VL2.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,21 @@ from mopeq.models.shared import VisionLanguageOutput, padded_mask, prompt_only, 
 __all__ = ["DeepseekVL2ForConditionalGeneration"]
 
 IMAGE_INPUTS = ("images", "images_seq_mask", "images_spatial_crop")
-DECODERS: dict[str, type[PreTrainedModel]] = {
-    "deepseek_ocr2_text": DeepseekOcr2TextModel,  # plain attention
-    "deepseek_v2": DeepseekV2Model,  # latent attention, softmax router
-    "deepseek_v3": DeepseekV3Model,  # latent attention, sigmoid router with a correction of the choice
-}
 
 
 class DeepseekVL2VisionModel(SiglipVisionModel):
     """SigLIP under a name of its own, for which conversion.py has the published names."""
+
+
+class DeepseekVL2TextModel(DeepseekOcr2TextModel):
+    """The decoder with plain attention, under a name of its own as well."""
+
+
+DECODERS: dict[str, type[PreTrainedModel]] = {
+    "deepseek_ocr2_text": DeepseekVL2TextModel,  # plain attention
+    "deepseek_v2": DeepseekV2Model,  # latent attention, softmax router
+    "deepseek_v3": DeepseekV3Model,  # latent attention, sigmoid router with a correction of the choice
+}
 
 
 class DeepseekVL2Projector(nn.Module):
@@ -64,31 +70,25 @@ class DeepseekVL2Language(nn.Module):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
 
-class DeepseekVL2PreTrainedModel(PreTrainedModel):
-    """What transformers has to know about all classes of this model."""
+class DeepseekVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """DeepSeek-VL2 with its language-modeling head."""
 
     config_class = DeepseekVL2Config
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SiglipEncoderLayer", "DeepseekOcr2TextDecoderLayer", "DeepseekV2DecoderLayer", "DeepseekV3DecoderLayer"]  # fmt: skip
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar = [
+        "SiglipEncoderLayer",
+        "DeepseekOcr2TextDecoderLayer",
+        "DeepseekV2DecoderLayer",
+        "DeepseekV3DecoderLayer",
+    ]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     # the published tower's pooling head, which nothing calls
-    _keys_to_ignore_on_load_unexpected = [r"^vision\.attn_pool\."]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, DeepseekVL2ForConditionalGeneration):
-            for vector in (module.image_newline, module.view_seperator):
-                nn.init.normal_(vector, std=vector.numel() ** -0.5)
-
-
-class DeepseekVL2ForConditionalGeneration(DeepseekVL2PreTrainedModel, GenerationMixin):
-    """DeepSeek-VL2 with its language-modeling head."""
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^vision\.attn_pool\."]
 
     def __init__(self, config: DeepseekVL2Config) -> None:
         super().__init__(config)
@@ -99,6 +99,13 @@ class DeepseekVL2ForConditionalGeneration(DeepseekVL2PreTrainedModel, Generation
         self.view_seperator = nn.Parameter(torch.empty(width))
         self.language = DeepseekVL2Language(config)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DeepseekVL2ForConditionalGeneration):
+            for vector in (module.image_newline, module.view_seperator):
+                nn.init.normal_(vector, std=vector.numel() ** -0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -219,12 +226,8 @@ class DeepseekVL2ForConditionalGeneration(DeepseekVL2PreTrainedModel, Generation
         places = padded_mask(mask, embeddings.shape[1])[..., None].expand_as(embeddings)
         return embeddings.masked_scatter(places, features.to(embeddings))
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers', and images only for the prompt, unless it is read anew at every step."""
-        kept = prompt_only(kwargs, IMAGE_INPUTS, bool(is_first_iteration))
-        made: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kept
-        )
+        kept = prompt_only(kwargs, IMAGE_INPUTS)
+        made: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kept)
         return made

@@ -220,6 +220,12 @@ def molmo(config: Config) -> dict[str, Any]:
         if config.get(key) not in (None, meant):
             raise _refused(key, config[key], meant)
     inner = config.get("mlp_hidden_size") or _number(config, "mlp_ratio") * width
+    layers, pooling = config.get("vit_layers"), [_number(config, f"image_pooling_{axis}") for axis in "hw"]
+    if not isinstance(layers, list) or not all(type(n) is int and -vit["image_num_layers"] <= n < 0 for n in layers):
+        raise _refused("vit_layers", layers, "negative numbers of the tower's blocks")
+    side = (_number(vit, "image_num_pos") - 1) ** 0.5
+    if any(side % n for n in pooling):
+        raise _refused("image_pooling_h and _w", pooling, f"divisors of the {side:g} patches of a side")
     rows = config.get("embedding_size") or _number(config, "vocab_size")
     return {
         "model_type": MOLMO,
@@ -240,15 +246,15 @@ def molmo(config: Config) -> dict[str, Any]:
             "rope_theta": config["rope_theta"],
             "clip_qkv": config.get("clip_qkv"),
             "max_position_embeddings": config.get("max_position_embeddings") or config["max_sequence_length"],
-            "pad_token_id": config.get("pad_token_id", 1),
+            "pad_token_id": config.get("pad_token_id"),
             "bos_token_id": config.get("bos_token_id"),
-            "eos_token_id": config.get("eos_token_id", 50279),
+            "eos_token_id": config.get("eos_token_id"),
             "tie_word_embeddings": False,
         },
         "vision_config": _molmo_vision(vit),
         "head_rows": rows,
-        "vit_layers": list(config["vit_layers"]),
-        "image_pooling_size": [_number(config, "image_pooling_h"), _number(config, "image_pooling_w")],
+        "vit_layers": layers,
+        "image_pooling_size": pooling,
         "tie_word_embeddings": False,
     }
 

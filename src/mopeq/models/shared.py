@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-__all__ = ["VisionLanguageOutput", "prompt_only", "with_head"]
+__all__ = ["VisionLanguageOutput", "padded_mask", "prompt_only", "with_head"]
 
 
 @dataclass
@@ -46,9 +46,9 @@ def with_head(
     )
 
 
-def prompt_only(inputs: Mapping[str, Any], images: Collection[str], is_first_iteration: bool) -> dict[str, Any]:
+def prompt_only(inputs: Mapping[str, Any], images: Collection[str]) -> dict[str, Any]:
     """Inputs of a generation step: images belong to the prompt, which is read again at every step without a cache."""
-    again = is_first_iteration or not inputs.get("use_cache", True)
+    again = inputs.get("is_first_iteration") or not inputs.get("use_cache", True)
     return {name: value for name, value in inputs.items() if again or name not in images}
 
 
