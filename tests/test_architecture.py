@@ -15,7 +15,7 @@ LEVELS = [
     {"stats"},
     {"qtensor"},
     {"progress", "seam", "autoload"},
-    {"source"},
+    {"models", "source"},
     {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint"},
     {"analyze", "runtime"},
     {"integrations"},
