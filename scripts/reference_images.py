@@ -157,9 +157,9 @@ def word_scene(rng: random.Random, heldout: bool) -> Scene:
             break
     canvas = Image.new("RGB", (2 * SIDE, SIDE), background(rng))
     draw = ImageDraw.Draw(canvas)
-    write = font(rng.randrange(26, 32))
+    write = font(rng.randrange(24, 30))
     left, top, right, bottom = (int(edge) for edge in draw.textbbox((0, 0), word, font=write))
-    place = (rng.randrange(2 * SIDE - (right - left)) - left, rng.randrange(SIDE - (bottom - top)) - top)
+    place = (rng.randrange(max(1, 2 * SIDE - (right - left))) - left, rng.randrange(SIDE - (bottom - top)) - top)
     draw.text(place, word, font=write, fill=COLOURS[rng.choice(("white", "yellow"))])
     return Scene(canvas, (Question("word", "What does it say?", word),))
 
