@@ -2,7 +2,7 @@
 
 The model is mopeq's own ``DeepseekVL2ForConditionalGeneration`` with a published-style configuration, its inputs come
 from the package's processor, and its lessons from ``reference_images.py``: every step draws new scenes, with up to
-three questions each, and learns the answers alone. The learning rate follows a trapezoid, so that a run can be resumed
+four questions each, and learns the answers alone. The learning rate follows a trapezoid, so that a run can be resumed
 with another ``--steps`` while it is in its constant part.
 
     python scripts/reference_images.py --out src/mopeq/assets/vlm
@@ -50,10 +50,11 @@ WIDE = "word"
 class Settings:
     """Hyper-parameters of the training run."""
 
-    steps: int = 2_400
-    scenes: int = 64
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
+    steps: int = 2_600
+    scenes: int = 32
+    questions: int = 4
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 150
     decay_fraction: float = 0.3
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
@@ -185,7 +186,7 @@ class Lessons:
         kinds = [WIDE] if wide else [kind for kind in self.shares if kind != WIDE]
         drawn = rng.choices(kinds, [self.shares[kind] for kind in kinds], k=self.settings.scenes)
         first = (self.settings.seed * 10_000_000) + step * self.settings.scenes + 3_000_017
-        scenes = [images.scene(first + number, kind) for number, kind in enumerate(drawn)]
+        scenes = [images.scene(first + number, kind, most=self.settings.questions) for number, kind in enumerate(drawn)]
         return inputs_of(self.processor, [conversation(made) for made in scenes])
 
 

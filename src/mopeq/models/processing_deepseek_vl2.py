@@ -7,19 +7,18 @@ two images, so that a conversation gives the tokens the models were trained on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from mopeq.errors import DataError, InputError, ModelError
-from mopeq.models.conversation import Turn, conversations, images_of, turns_of
+from mopeq.errors import InputError, ModelError
+from mopeq.models.conversation import Turn
 from mopeq.models.images import open_image
-
-import torch  # isort: skip
-from transformers import BatchFeature, ProcessorMixin  # isort: skip
+from mopeq.models.processing import Row, VisionProcessor
 
 __all__ = ["DeepseekVLV2Processor", "best_resolution", "image_token_count", "tiles_of"]
 
@@ -67,21 +66,7 @@ def tiles_of(image: Image.Image, canvas: Pair, tile: int, mean: Sequence[float],
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
-@dataclass
-class _Row:
-    """One sequence: token ids, which of them are answers, the tiles of its images and how many each has."""
-
-    ids: list[int] = field(default_factory=list)
-    answer: list[bool] = field(default_factory=list)
-    tiles: list[np.ndarray] = field(default_factory=list)
-    crops: list[Pair] = field(default_factory=list)
-
-    def add(self, ids: Sequence[int], answer: bool = False) -> None:
-        self.ids += ids
-        self.answer += [answer] * len(ids)
-
-
-class DeepseekVLV2Processor(ProcessorMixin):
+class DeepseekVLV2Processor(VisionProcessor):
     """Text, images and conversations to the inputs of DeepSeek-VL2.
 
     Args:
@@ -103,6 +88,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
     Raises:
         ModelError: settings that the published models do not have, or a tokenizer that cannot be theirs.
     """
+
+    tensors: ClassVar[tuple[str, ...]] = ("images", "images_seq_mask", "images_spatial_crop")
 
     def __init__(
         self,
@@ -153,81 +140,6 @@ class DeepseekVLV2Processor(ProcessorMixin):
         )  # fmt: skip
         return {**{name: getattr(self, name) for name in names}, "processor_class": type(self).__name__}
 
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        videos: Any = None,
-        *,
-        return_tensors: str | None = "pt",
-        padding: bool | str = True,
-        **options: Any,
-    ) -> BatchFeature:
-        """Raw text, begin-of-sentence token first, with image tokens where the images belong.
-
-        Args:
-            images: what :func:`mopeq.models.images.open_image` takes: one, a list of them, or one list for each text.
-            text: one or several.
-            videos: refused.
-            return_tensors: only ``pt``.
-            padding: of several texts, on the left; False refuses texts of different lengths.
-            options: of transformers' callers; not used.
-
-        Returns:
-            ``input_ids`` and ``attention_mask`` int64 (texts, length), and where there are images what
-            :meth:`collate` says.
-        """
-        if videos is not None:
-            raise InputError("videos; this model takes images; give some of their frames as images")
-        texts = [text] if isinstance(text, str) else list(text or ())
-        if not texts:
-            raise InputError("no text; expected at least one, with an image token for each image")
-        begin = str(self.tokenizer.bos_token)
-        rows = []
-        for words, own in zip(texts, _nested(images, len(texts)), strict=True):
-            tokens = words.count(self.image_token)
-            if tokens != len(own):
-                raise DataError(
-                    f"the text has {tokens} times {self.image_token} and there are {len(own)} images; expected as "
-                    "many; add what is missing, or take the other out"
-                )
-            rows.append(self._row([(words.removeprefix(begin), False)], own))
-        return self.collate(rows, return_tensors=return_tensors, padding=padding)
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Any],
-        chat_template: str | None = None,
-        *,
-        tokenize: bool = False,
-        return_dict: bool = False,
-        add_generation_prompt: bool = False,
-        return_tensors: str | None = "pt",
-        return_assistant_tokens_mask: bool = False,
-        padding: bool | str = True,
-        **options: Any,
-    ) -> Any:
-        """One conversation or several, each ending with what the user says or with an answer.
-
-        A user's turn always ends with the assistant's header, as the models know it, so that ``add_generation_prompt``
-        changes nothing. What the messages look like: :func:`mopeq.models.conversation.turns_of`.
-
-        Returns:
-            The text, or with ``tokenize`` token ids, or with ``return_dict`` what :meth:`__call__` gives and, if asked
-            for, ``assistant_masks`` int64 (conversations, length), 1 at answers and their end-of-sentence token.
-        """
-        if chat_template is not None:
-            raise InputError("a chat template; this model has one fixed form of conversation; leave it out")
-        batch = [turns_of(messages, self.image_token) for messages in conversations(conversation)]
-        if not tokenize:
-            texts = [self.tokenizer.bos_token + "".join(self._text(turns)) for turns in batch]
-            return texts if len(batch) > 1 or not isinstance(conversation[0], Mapping) else texts[0]
-        rows = [self._row(self._pieces(turns), images_of(turns)) for turns in batch]
-        made = self.collate(
-            rows, return_tensors=return_tensors, padding=padding, answers=return_assistant_tokens_mask
-        )
-        return made if return_dict else made["input_ids"]
-
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
         """Texts that are tokenized each on its own, and whether they are answers, which an end token follows."""
         made = []
@@ -244,11 +156,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
                 made.append((words, False))
         return made
 
-    def _text(self, turns: Sequence[Turn]) -> list[str]:
-        return [words + (self.tokenizer.eos_token if answer else "") for words, answer in self._pieces(turns)]
-
-    def _row(self, pieces: Sequence[tuple[str, bool]], images: Sequence[Any]) -> _Row:
-        row = _Row()
+    def _row(self, pieces: Sequence[tuple[str, bool]], images: Sequence[Any]) -> Row:
+        row = Row()
         row.add([self.tokenizer.bos_token_id])
         waiting = list(images)
         for words, answer in pieces:
@@ -258,80 +167,31 @@ class DeepseekVLV2Processor(ProcessorMixin):
                 row.add(self.tokenizer.encode(part, add_special_tokens=False), answer)
             if answer:
                 row.add([self.tokenizer.eos_token_id], True)
-        most = int(self.tokenizer.model_max_length)
-        if len(row.ids) > most:
-            raise DataError(
-                f"{len(row.ids)} tokens with {len(images)} images; this model takes at most {most}; give fewer or "
-                "smaller images, or less text"
-            )
         return row
 
-    def _add_image(self, row: _Row, source: Any, images: int) -> None:
+    def _add_image(self, row: Row, source: Any, images: int) -> None:
         image = open_image(source, ratio=self.tile)
         tile = (self.tile, self.tile)
         canvas = best_resolution(image.size, self.candidate_resolutions) if images <= TILED_IMAGES else tile
         crop = (canvas[0] // self.tile, canvas[1] // self.tile)
-        row.tiles.append(tiles_of(image, canvas, self.tile, self.image_mean, self.image_std))
-        row.crops.append(crop)
+        row.images.append((tiles_of(image, canvas, self.tile, self.image_mean, self.image_std), crop))
         row.add([self.image_token_id] * image_token_count(crop, self.side))
 
-    def collate(
-        self,
-        rows: Sequence[_Row],
-        *,
-        return_tensors: str | None = "pt",
-        padding: bool | str = True,
-        answers: bool = False,
-    ) -> BatchFeature:
-        """Sequences as one batch, filled up on the left.
+    def _image_tensors(self, rows: Sequence[Row], ids: Tensor) -> dict[str, Tensor]:
+        """The three tensors of the model, filled up with zeros.
 
-        Where any has images: ``images`` float32 (sequences, tiles, 3, side, side), ``images_spatial_crop`` int64
-        (sequences, images, 2) with the (width, height) tiles of each image, both filled up with zeros, and
-        ``images_seq_mask`` bool (sequences, length), true at image tokens.
+        images: float32 (sequences, tiles, 3, side, side); images_spatial_crop: int64 (sequences, images, 2), the
+        (width, height) tiles of each image; images_seq_mask: bool (sequences, length), true at image tokens.
         """
-        if return_tensors not in ("pt", None):
-            raise InputError(f"return_tensors {return_tensors!r}; expected 'pt'")
-        length = max(len(row.ids) for row in rows)
-        if not padding and any(len(row.ids) < length for row in rows):
-            raise InputError("texts of different lengths without padding; expected padding=True")
-        ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id), dtype=torch.int64)
-        mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
+        most = max(sum(len(tiles) for tiles, _ in row.images) for row in rows)
+        pixels = torch.zeros(len(rows), most, 3, self.tile, self.tile)
+        crops = torch.zeros(len(rows), max(len(row.images) for row in rows), 2, dtype=torch.int64)
         for number, row in enumerate(rows):
-            start = length - len(row.ids)
-            ids[number, start:] = torch.tensor(row.ids)
-            mask[number, start:] = 1
-            answer[number, start:] = torch.tensor(row.answer)
-        made = {"input_ids": ids, "attention_mask": mask}
-        if answers:
-            made["assistant_masks"] = answer
-        if any(row.tiles for row in rows):
-            parts = [np.concatenate(row.tiles) if row.tiles else np.empty((0,)) for row in rows]
-            tiles = torch.zeros(len(rows), max(map(len, parts)), 3, self.tile, self.tile)
-            crops = torch.zeros(len(rows), max(len(row.crops) for row in rows), 2, dtype=torch.int64)
-            for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
-                if row.crops:
-                    tiles[number, : len(part)] = torch.from_numpy(part)
-                    crops[number, : len(row.crops)] = torch.tensor(row.crops)
-            made |= {"images": tiles, "images_spatial_crop": crops, "images_seq_mask": ids == self.image_token_id}
-        return BatchFeature(made)
-
-    @property
-    def model_input_names(self) -> list[str]:
-        """Names of the tensors that the model takes."""
-        return ["input_ids", "attention_mask", "images", "images_spatial_crop", "images_seq_mask"]
-
-
-def _nested(images: Any, texts: int) -> list[list[Any]]:
-    """One list of images for each text."""
-    if images is None:
-        return [[] for _ in range(texts)]
-    if not isinstance(images, (list, tuple)):
-        images = [images]
-    if texts == 1 and not any(isinstance(image, (list, tuple)) for image in images):
-        return [list(images)]
-    if len(images) != texts or not all(isinstance(own, (list, tuple)) for own in images):
-        raise InputError(f"{len(images)} images for {texts} texts; expected one list of images for each text")
-    return [list(own) for own in images]
+            if row.images:
+                tiles = np.concatenate([tiles for tiles, _ in row.images])
+                pixels[number, : len(tiles)] = torch.from_numpy(tiles)
+                crops[number, : len(row.images)] = torch.tensor([crop for _, crop in row.images])
+        return {"images": pixels, "images_seq_mask": ids == self.image_token_id, "images_spatial_crop": crops}
 
 
 def _complete(tokenizer: Any, image_token: str, pad_token: str, vocab_size: int | None) -> None:
