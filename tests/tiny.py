@@ -25,7 +25,7 @@ disable_progress_bar()
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 PAD, BOS, EOS = 256, 257, 258
 VOCABULARY = 264
-VLM = ("llama4", "qwen3_vl_moe")
+VLM = ("deepseek_vl_v2", "llama4", "molmo", "qwen3_vl_moe")
 
 _TEXT = {
     "vocab_size": VOCABULARY,
@@ -140,6 +140,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "llama4_text": _LLAMA4,
+    "deepseek_vl_v2": {
+        "text_config": {**_TEXT, **_MLA, "model_type": "deepseek_v2", "q_lora_rank": None, "topk_method": "greedy"},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 20,
+            "patch_size": 4,
+            "vision_use_head": False,
+        },
+    },
+    "molmo": {
+        "text_config": {
+            **_TEXT,
+            "model_type": "olmoe",
+            "vocab_size": VOCABULARY + 4,
+            "intermediate_size": 128,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 4,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "num_hidden_layers": 9,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        "head_rows": VOCABULARY,
+    },
     "ernie4_5_moe": {
         "num_hidden_layers": 3,
         "intermediate_size": 192,

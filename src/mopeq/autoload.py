@@ -1,4 +1,4 @@
-"""How transformers comes to know packed checkpoints and our models: a hook left by ``import torch`` or ``import mopeq``.
+"""How transformers comes to know packed checkpoints and our models: a hook of ``import torch`` and ``import mopeq``.
 
 transformers keeps its quantizers in two dictionaries, and configurations that others register in a third. They are
 replaced by dictionaries that import ours at the first look-up of ``mopeq``, or of a model type of ``mopeq.models``: at

@@ -34,7 +34,7 @@ from mopeq.precision import DEFAULT_REST, FULL, GROUPS, MATRICES, Precision, Pre
 from mopeq.progress import Track, silent
 from mopeq.qtensor import Codes, QTensor, pack, pack_full
 from mopeq.quantizers import QUANTIZERS, fallback_moments
-from mopeq.source import read_group, read_tensor, stored_bytes
+from mopeq.source import read_group, read_matrix, read_tensor, stored_bytes
 from mopeq.spec import Inventory, MoELayer
 from mopeq.stats import write_json
 
@@ -265,9 +265,11 @@ def pack_model(
             for name, tensor in _quantized_layer(prepared, layer, precisions, method, minimum_tokens, fallbacks):
                 writer.add(name, tensor)
         for ref, precision in linear_precisions(spec, precisions).items():
-            weight = read_tensor(source, ref.key)
+            weight = read_matrix(source, ref.weight)
             if precision == FULL:
-                writer.add_tensor(ref.key, weight if weight.element_size() == 2 else weight.to(torch.bfloat16))
+                writer.add_tensor(
+                    f"{ref.name}.weight", weight if weight.element_size() == 2 else weight.to(torch.bfloat16)
+                )
             else:
                 writer.add(ref.name, pack(QUANTIZERS["rtn-mse"](weight.float()[None], precision, None)[0]))
         for kept in spec.kept:

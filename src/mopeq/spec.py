@@ -81,17 +81,27 @@ class MoELayer:
 
 @dataclass(frozen=True)
 class LinearRef:
-    """A quantizable ``nn.Linear`` outside the routed experts. ``key`` is its weight in the checkpoint."""
+    """A quantizable ``nn.Linear`` outside the routed experts.
+
+    ``key`` is its weight in the checkpoint; where that holds several matrices, ``rows`` = (start, stop, step) are its.
+    """
 
     module: str
     key: str
     shape: tuple[int, int]
     group: str
+    rows: tuple[int, int, int] | None = None
 
     @property
     def name(self) -> str:
-        """Name of its packed tensors, without suffix."""
-        return self.key.removesuffix(".weight")
+        """Name of its packed tensors, without suffix: the hub's, the last part the module.s if it is one of several."""
+        stored = self.key.removesuffix(".weight")
+        return stored if self.rows is None else f"{stored.rpartition('.')[0]}.{self.module.rpartition('.')[2]}"
+
+    @property
+    def weight(self) -> WeightRef:
+        """Where its matrix lies."""
+        return WeightRef(self.key, self.shape, rows=self.rows)
 
 
 @dataclass(frozen=True)

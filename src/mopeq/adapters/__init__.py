@@ -127,7 +127,7 @@ def groups_table(spec: MoESpec, source: Source) -> tuple[GroupRow, ...]:
     for group in sorted({ref.group for ref in spec.linears}):
         refs = [ref for ref in spec.linears if ref.group == group]
         got = sorted({fitting(DEFAULT_REST[group], *ref.shape) for ref in refs})
-        rows.append(_row(source, group, [r.key for r in refs], "quantized", ", ".join(map(str, got))))
+        rows.append(_row(source, group, sorted({r.key for r in refs}), "quantized", ", ".join(map(str, got))))
     rows += [
         _row(source, group, [ref.key for ref in spec.kept if ref.group == group], "kept", "")
         for group in sorted({ref.group for ref in spec.kept})

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mopeq.adapters.family import MLA, MLA_QUERIES, Config, Family, count, numbers
+from mopeq.adapters.family import MLA, MLA_QUERIES, QKVO, Config, Family, count, numbers
 from mopeq.adapters.layouts import fused, per_expert
+from mopeq.models.published import deepseek_vl2, molmo
 
 __all__ = ["FAMILIES"]
 
@@ -114,7 +115,46 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": replace(_DEEPSEEK_V3, is_moe=_after_first(0), router_keys=r"mlp\.gate\.weight", extra_layers=False),
     "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_vl_v2": replace(  # either attention
+        _DEEPSEEK_V3,
+        attention={**MLA, **QKVO},
+        alternatives=frozenset({*MLA, *QKVO} - {"self_attn.o_proj"}),
+        is_moe=_after_first(0),
+        extra_layers=False,
+        read=deepseek_vl2,
+        text="text_config",
+        prefix="language.model.",
+        head="language.lm_head",
+        towers={
+            "vision.": "vision",
+            "projector.": "projector",
+            "image_newline": "projector",
+            "view_seperator": "projector",
+        },
+        dropped=r"vision\.attn_pool\..*",
+    ),
     "glm4_moe": _GLM4_MOE,
+    "molmo": replace(
+        _OLMOE,
+        read=molmo,
+        text="text_config",
+        prefix="model.transformer.",
+        towers={
+            "model.vision_backbone.": "projector",
+            "model.vision_backbone.image_vit.": "vision",
+            "model.transformer.wte.new_embedding": "embedding",
+        },
+        renamed=(
+            (r"\Amodel\.transformer\.wte\.embedding\Z", "model.transformer.embed_tokens.weight"),
+            (r"\Amodel\.transformer\.ln_f\.", "model.transformer.norm."),
+            (r"\Amodel\.transformer\.blocks\.", "model.transformer.layers."),
+            (r"\.attn\.attn_norm\.", ".input_layernorm."),
+            (r"\.attn\.attn_out\.", ".self_attn.o_proj."),
+            (r"\.attn\.", ".self_attn."),
+            (r"\.mlp\.ff_norm\.", ".post_attention_layernorm."),
+        ),
+        joined={"self_attn.att_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
+    ),
     "gpt_oss": replace(
         _OLMOE,
         router="mlp.router",

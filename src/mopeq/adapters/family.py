@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mopeq.adapters.layouts import Layout, Shapes, Sizes, shape_error
 from mopeq.errors import ModelError
-from mopeq.spec import Expert, ExpertId, KeptRef, LinearRef, MoELayer, MoESpec
+from mopeq.spec import Expert, ExpertId, KeptRef, LinearRef, MoELayer, MoESpec, WeightRef
 
 __all__ = ["MLA", "MLA_QUERIES", "MLP", "QKVO", "Family", "count", "numbers", "spec_of"]
 
@@ -44,8 +44,10 @@ class Family:
     shared: module of the shared experts inside the block. biases, other: tensors kept (regular expressions).
     text: entry of the language model's configuration in that of a vision-language model. prefix, head: of the language
     model, absolute. towers: ``{absolute prefix: group}`` of what is kept whole. extra_layers: whether layers after the
-    last are multi-token-prediction heads. dropped: absolute names that transformers drops on load (regular expression).
-    tied: whether the head is the embedding if nothing says so.
+    last are multi-token-prediction heads. read: puts a published configuration into the words of transformers.
+    renamed: ``((pattern, replacement), ...)`` that turn names in files into those of modules, in order. joined:
+    ``{name of a matrix in files: matrices it holds, below each other}``. dropped: absolute names that transformers
+    drops on load (regular expression). tied: whether the head is the embedding if nothing says so.
     """
 
     block: str
@@ -66,6 +68,9 @@ class Family:
     head: str = "lm_head"
     towers: Mapping[str, str] = field(default_factory=dict)
     extra_layers: bool = False
+    read: Callable[[Config], Config] = dict
+    renamed: tuple[tuple[str, str], ...] = ()
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: str = r"(?!)"
     tied: bool = False
 
@@ -113,6 +118,78 @@ def spec_of(model_type: str, family: Family, config: Config, shapes: Shapes) -> 
     Raises :class:`ModelError` for a model without routed experts, missing experts, shapes that contradict the
     configuration, layers that lack what the others have, and for any tensor that is none of these.
     """
+    config = family.read(config)
+    if not family.renamed:
+        return _account(model_type, family, config, shapes)
+    places = _places(family, shapes)
+    return _as_stored(_account(model_type, family, config, {n: p.shape for n, p in places.items()}), places)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor that goes by a module's name lies in a file."""
+
+    key: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int, int] | None = None
+
+
+def _places(family: Family, shapes: Shapes) -> dict[str, _Place]:
+    """``{name that transformers' modules give it: place}`` of every tensor."""
+    found: dict[str, _Place] = {}
+    for key, shape in shapes.items():
+        name = key
+        for pattern, replacement in family.renamed:
+            name = re.sub(pattern, replacement, name)
+        whole = next((stem for stem in family.joined if name.endswith(f"{stem}.weight")), None)
+        if whole is None or len(shape) != 2 or shape[0] % len(family.joined[whole]):
+            found[name] = _Place(key, shape)
+            continue
+        parts, prefix = family.joined[whole], name.removesuffix(f"{whole}.weight")
+        step = shape[0] // len(parts)
+        for i, part in enumerate(parts):
+            found[f"{prefix}{part}.weight"] = _Place(key, (step, shape[1]), (i * step, (i + 1) * step, 1))
+    if len({(place.key, place.rows) for place in found.values()}) != len(found):
+        raise ModelError("two tensors go by one name; expected every tensor once; download the checkpoint again")
+    return found
+
+
+def _as_stored(spec: MoESpec, places: Mapping[str, _Place]) -> MoESpec:
+    """A specification in modules' names, its tensors under the names that the files have."""
+
+    def stored(ref: WeightRef) -> WeightRef:
+        return replace(ref, key=places[ref.key].key)
+
+    def packed(name: str) -> str:
+        place = places.get(f"{name}.weight")
+        return name if place is None else place.key.removesuffix(".weight")
+
+    layers = tuple(
+        replace(
+            layer,
+            experts=tuple(
+                replace(
+                    e,
+                    gate=stored(e.gate),
+                    up=stored(e.up),
+                    down=stored(e.down),
+                    names={matrix: packed(name) for matrix, name in e.names.items()},
+                )
+                for e in layer.experts
+            ),
+        )
+        for layer in spec.layers
+    )
+    return replace(
+        spec,
+        layers=layers,
+        linears=tuple(replace(r, key=places[r.key].key, rows=places[r.key].rows) for r in spec.linears),
+        kept=tuple(replace(r, key=places[r.key].key) for r in spec.kept),
+        ignored=tuple(places[key].key for key in spec.ignored),
+    )
+
+
+def _account(model_type: str, family: Family, config: Config, shapes: Shapes) -> MoESpec:
     text = config.get(family.text) if family.text else config
     if not isinstance(text, Mapping):
         raise ModelError(f"config.json of this {model_type} has no {family.text}; use the model's own config.json")

@@ -1,4 +1,4 @@
-"""The vision-language models that transformers does not have: DeepSeek-VL2 and MolmoE, made of transformers' own blocks.
+"""Vision-language models that transformers does not have: DeepSeek-VL2 and MolmoE, made of transformers' own blocks.
 
 ``published`` reads the configurations as their authors publish them, ``configuration`` and the two modeling files are
 transformers classes, ``conversion`` maps the published tensors' names, ``register`` tells transformers about all of it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -35,7 +36,7 @@ class DeepseekVL2Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        parts = {k: kwargs.pop(k) for k in ("language_config", "projector_config") if k in kwargs}
+        parts: dict[str, Any] = {k: kwargs.pop(k) for k in ("language_config", "projector_config") if k in kwargs}
         if parts:
             read = deepseek_vl2(
                 {
@@ -66,8 +67,8 @@ class MolmoEConfig(PreTrainedConfig):
     text_config: Any = None
     vision_config: Any = None
     head_rows: int = 50304
-    vit_layers: list[int] | None = None
-    image_pooling_size: list[int] | None = None
+    vit_layers: list[int] = field(default_factory=lambda: [-2, -9])
+    image_pooling_size: list[int] = field(default_factory=lambda: [2, 2])
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -76,8 +77,6 @@ class MolmoEConfig(PreTrainedConfig):
             for name in ("text_config", "vision_config", "head_rows", "image_pooling_size"):
                 setattr(self, name, read[name])
             kwargs = {k: v for k, v in kwargs.items() if k in KEPT}
-        self.vit_layers = self.vit_layers or [-2, -9]
-        self.image_pooling_size = self.image_pooling_size or [2, 2]
         super().__post_init__(**kwargs)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from math import isqrt
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.core_model_loading import (
     Chunk,
@@ -25,6 +26,12 @@ __all__ = ["CONVERSIONS"]
 Conversions = list[WeightRenaming | WeightConverter]
 
 
+def _only(found: Any) -> Tensor:
+    """A converter gets a tensor, or a list of one."""
+    tensor: Tensor = found[0] if isinstance(found, list) else found
+    return tensor
+
+
 class Rearranged(ConversionOps):
     """One tensor laid out anew, by a function and its inverse."""
 
@@ -35,8 +42,7 @@ class Rearranged(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         """The tensor under its new name."""
-        (found,) = input_dict.values()
-        tensor = found[0] if isinstance(found, list) else found
+        (tensor,) = map(_only, input_dict.values())
         return {target_patterns[0]: self.there(tensor).contiguous()}
 
     @property
@@ -52,7 +58,7 @@ class Joined(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         """Both tables in one."""
-        return Concatenate(dim=0).convert(input_dict, source_patterns, target_patterns)
+        return {target_patterns[0]: torch.cat([_only(input_dict[name]) for name in source_patterns])}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -67,8 +73,7 @@ class Parted(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         """Both tables."""
-        (found,) = input_dict.values()
-        table = found[0] if isinstance(found, list) else found
+        (table,) = map(_only, input_dict.values())
         rows = kwargs["config"].head_rows
         return {
             name: part.contiguous() for name, part in zip(target_patterns, (table[:rows], table[rows:]), strict=True)
@@ -91,7 +96,7 @@ def _with_batch(positions: Tensor) -> Tensor:
 def _to_kernel(matrix: Tensor) -> Tensor:
     """(width, y x channel) to (width, channel, y, x)."""
     side = isqrt(matrix.shape[1] // 3)
-    return matrix.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+    return matrix.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
 
 
 def _to_matrix(kernel: Tensor) -> Tensor:

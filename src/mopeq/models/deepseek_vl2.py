@@ -7,7 +7,7 @@ need a mapping (conversion.py). Source: arXiv 2412.10302 and the code of deepsee
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,9 @@ from transformers.utils.generic import can_return_tuple
 
 from mopeq.errors import InputError
 from mopeq.models.configuration import DeepseekVL2Config
-from mopeq.models.shared import VisionLanguageOutput, padded_mask, prompt_only, with_head
+from mopeq.models.shared import ImagesInPrompt, VisionLanguageOutput, padded_mask, with_head
 
 __all__ = ["DeepseekVL2ForConditionalGeneration"]
-
-IMAGE_INPUTS = ("images", "images_seq_mask", "images_spatial_crop")
 
 
 class DeepseekVL2VisionModel(SiglipVisionModel):
@@ -57,8 +55,8 @@ class DeepseekVL2Projector(nn.Module):
         short = -side % self.ratio
         grid = nn.functional.pad(grid, (0, short, 0, short))
         joined = nn.functional.unfold(grid, self.ratio, stride=self.ratio).mT  # channels outermost within a token
-        tokens: Tensor = self.layers(joined)
-        return tokens.unflatten(1, ((side + short) // self.ratio,) * 2)
+        tokens: Tensor = self.layers(joined).unflatten(1, ((side + short) // self.ratio,) * 2)
+        return tokens
 
 
 class DeepseekVL2Language(nn.Module):
@@ -70,25 +68,26 @@ class DeepseekVL2Language(nn.Module):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
 
-class DeepseekVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class DeepseekVL2ForConditionalGeneration(PreTrainedModel, ImagesInPrompt, GenerationMixin):
     """DeepSeek-VL2 with its language-modeling head."""
 
+    image_inputs = ("images", "images_seq_mask", "images_spatial_crop")
     config_class = DeepseekVL2Config
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = [
+    _no_split_modules = [
         "SiglipEncoderLayer",
         "DeepseekOcr2TextDecoderLayer",
         "DeepseekV2DecoderLayer",
         "DeepseekV3DecoderLayer",
     ]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     # the published tower's pooling head, which nothing calls
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^vision\.attn_pool\."]
+    _keys_to_ignore_on_load_unexpected = [r"^vision\.attn_pool\."]
 
     def __init__(self, config: DeepseekVL2Config) -> None:
         super().__init__(config)
@@ -109,7 +108,8 @@ class DeepseekVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
-        return self.language.model.get_input_embeddings()
+        table: nn.Module = self.language.model.get_input_embeddings()
+        return table
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
@@ -119,7 +119,7 @@ class DeepseekVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The head."""
         return self.language.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the head."""
         self.language.lm_head = value
 
@@ -225,9 +225,3 @@ class DeepseekVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         places = padded_mask(mask, embeddings.shape[1])[..., None].expand_as(embeddings)
         return embeddings.masked_scatter(places, features.to(embeddings))
-
-    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
-        """As transformers', and images only for the prompt, unless it is read anew at every step."""
-        kept = prompt_only(kwargs, IMAGE_INPUTS)
-        made: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kept)
-        return made

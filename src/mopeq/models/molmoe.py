@@ -7,7 +7,7 @@ allenai/MolmoE-1B-0924.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,10 @@ from transformers.utils.generic import can_return_tuple
 
 from mopeq.errors import InputError
 from mopeq.models.configuration import MolmoEConfig
-from mopeq.models.shared import VisionLanguageOutput, prompt_only, with_head
+from mopeq.models.shared import ImagesInPrompt, VisionLanguageOutput, with_head
 
 __all__ = ["MolmoEForConditionalGeneration"]
 
-IMAGE_INPUTS = ("images", "image_masks", "image_input_idx")
 PADDING = -1
 """What the published processor fills token sequences, crops and masks up with."""
 
@@ -35,7 +34,7 @@ class MolmoEVisionModel(CLIPVisionModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.post_layernorm = nn.Identity()
+        self.post_layernorm = nn.Identity()  # type: ignore[assignment]
 
     def features(self, patches: Tensor, layers: list[int]) -> Tensor:
         """Outputs of some blocks, without the class token, joined.
@@ -47,7 +46,8 @@ class MolmoEVisionModel(CLIPVisionModel):
         Returns:
             (crops, n * n, width * layers).
         """
-        n, side = self.config.image_size // self.config.patch_size, self.config.patch_size
+        config: Any = self.config
+        n, side = config.image_size // config.patch_size, config.patch_size
         grid = patches.reshape(-1, n, n, side, side, 3)
         pixels = grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, n * side, n * side)
         states = self(pixels.to(self.dtype), output_hidden_states=True).hidden_states
@@ -135,14 +135,15 @@ class MolmoEModel(nn.Module):
         self.vision_backbone = MolmoEVisionBackbone(config)
 
 
-class MolmoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class MolmoEForConditionalGeneration(PreTrainedModel, ImagesInPrompt, GenerationMixin):
     """MolmoE with its language-modeling head."""
 
+    image_inputs = ("images", "image_masks", "image_input_idx")
     config_class = MolmoEConfig
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["CLIPEncoderLayer", "OlmoeDecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _no_split_modules = ["CLIPEncoderLayer", "OlmoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -162,7 +163,8 @@ class MolmoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding, with rows that the head lacks."""
-        return self.model.transformer.embed_tokens
+        table: nn.Module = self.model.transformer.embed_tokens
+        return table
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
@@ -236,10 +238,5 @@ class MolmoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         used = places >= 0  # first, because a negative place plus its row's offset would be one of the row before
         rows = torch.arange(len(images), device=places.device)[:, None] * length + places
         flat = embeddings.flatten(0, 1).index_add(0, rows[used], features[used].to(embeddings.dtype))
-        return flat.view_as(embeddings)
-
-    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
-        """As transformers', and images only for the prompt, unless it is read anew at every step."""
-        kept = prompt_only(kwargs, IMAGE_INPUTS)
-        made: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kept)
-        return made
+        added: Tensor = flat.view_as(embeddings)
+        return added

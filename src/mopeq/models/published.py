@@ -131,7 +131,7 @@ def _deepseek_text(text: Config) -> dict[str, Any]:
             for k, v in zip(("use_mla", "scoring_func", "topk_method", "norm_topk_prob"), routing, strict=True)
         )
         raise ModelError(
-            f"config.json has {found} in language_config; expected the combination of DeepSeek-VL2 tiny, small or base; "
+            f"config.json has {found} in language_config; expected what DeepSeek-VL2 tiny, small or base has; "
             "use the model's own config.json"
         )
     for key in ("n_group", "topk_group"):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-__all__ = ["VisionLanguageOutput", "padded_mask", "prompt_only", "with_head"]
+__all__ = ["ImagesInPrompt", "VisionLanguageOutput", "padded_mask", "with_head"]
 
 
 @dataclass
@@ -46,10 +46,19 @@ def with_head(
     )
 
 
-def prompt_only(inputs: Mapping[str, Any], images: Collection[str]) -> dict[str, Any]:
-    """Inputs of a generation step: images belong to the prompt, which is read again at every step without a cache."""
-    again = inputs.get("is_first_iteration") or not inputs.get("use_cache", True)
-    return {name: value for name, value in inputs.items() if again or name not in images}
+class ImagesInPrompt(GenerationMixin):
+    """Generation in which images belong to the prompt: later steps get none, unless they read it anew.
+
+    transformers looks for ``GenerationMixin`` among the bases themselves; name it beside this one.
+    """
+
+    image_inputs: tuple[str, ...] = ()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', without images after the first step where there is a cache."""
+        again = kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True)
+        kept = {name: value for name, value in kwargs.items() if again or name not in self.image_inputs}
+        return super().prepare_inputs_for_generation(*args, **kept)  # type: ignore[misc]
 
 
 def padded_mask(mask: Tensor, length: int) -> Tensor:
