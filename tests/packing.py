@@ -53,9 +53,9 @@ def pack_model(folder: Path, out: Path, precisions: PrecisionMap | None = None, 
                 for matrix, ref in zip(MATRICES[group], expert.refs(group), strict=True):
                     writer.add(expert.names[matrix], packed_matrix(read_matrix(source, ref), precision))
         for ref, precision in linear_precisions(spec, precisions).items():
-            weight = read_tensor(source, ref.key)
+            weight = read_matrix(source, ref.weight)
             if precision == FULL:
-                writer.add_tensor(ref.key, weight.bfloat16())
+                writer.add_tensor(f"{ref.name}.weight", weight.bfloat16())
             else:
                 writer.add(ref.name, packed_matrix(weight, precision))
         for kept in spec.kept:
@@ -87,9 +87,9 @@ def dequantized(folder: Path, packed: Path, out: Path) -> Path:
             place(getattr(expert, matrix), dequantize(read_packed(packed, expert.names[matrix])))
     for ref in spec.linears:
         if linears[ref.module]["precision"] == "16":
-            weights[ref.key] = weights[ref.key].bfloat16().to(weights[ref.key].dtype)
+            place(ref.weight, read_matrix(source, ref.weight).bfloat16())
         else:
-            place(WeightRef(ref.key, ref.shape), dequantize(read_packed(packed, ref.name)))
+            place(ref.weight, dequantize(read_packed(packed, ref.name)))
     out.mkdir()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     for file in folder.iterdir():

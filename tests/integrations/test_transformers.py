@@ -201,6 +201,20 @@ def test_uniform_maps_without_zeros_or_scales(
     assert tiny.tensors(tmp_path / "again").keys() == tiny.tensors(tmp_path / "packed").keys()
 
 
+@torch.no_grad()
+def test_parts_of_a_joined_matrix_at_16_bits(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    """MolmoE's files have q, k and v in one; a packed checkpoint has them apart, and again when it is saved anew."""
+    original = tiny_model("molmo")
+    packing.pack_model(original, tmp_path / "packed", PrecisionMap.uniform({0: 8, 1: 8}, Precision(4, 32), rest={}))
+    model = from_pretrained(tmp_path / "packed", "molmo", dtype=torch.float32)
+    dense = from_pretrained(packing.dequantized(original, tmp_path / "packed", tmp_path / "dense"), "molmo")
+    assert error(model(IDS).logits, dense(IDS).logits) < 1e-5
+    model.save_pretrained(tmp_path / "again")
+    assert tiny.tensors(tmp_path / "again").keys() == tiny.tensors(tmp_path / "packed").keys()
+    again = from_pretrained(tmp_path / "again", "molmo", dtype=torch.float32)
+    assert error(again(IDS).logits, model(IDS).logits) < 1e-5
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
