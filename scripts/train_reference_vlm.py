@@ -53,11 +53,11 @@ class Settings:
     steps: int = 2_600
     scenes: int = 32
     questions: int = 4
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 150
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
     decay_fraction: float = 0.3
     weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     balance: float = 0.01
     seed: int = 0
@@ -166,6 +166,21 @@ def build_model(config: dict[str, Any], seed: int) -> DeepseekVL2ForConditionalG
             if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
                 weight.mul_((2 * LAYERS) ** -0.5)
     return model
+
+
+def build_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden layers' matrices, AdamW for the rest; weight decay on matrices only."""
+    hidden, matrices, vectors = [], [], []
+    for name, weight in model.named_parameters():
+        inner = ".layers." in name and weight.ndim == 2 and not name.endswith("mlp.gate.weight")
+        (hidden if inner else matrices if weight.ndim > 1 else vectors).append(weight)
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(
+            hidden, settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True),
+    ]
 
 
 # ------------------------------------------------------------------------------------------
@@ -345,10 +360,7 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
     processor = build_processor()
     config = configuration(len(processor.tokenizer))
     model = build_model(config, settings.seed)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+    optimizers = build_optimizers(model, settings)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(processor.tokenizer)} tokens", flush=True)
     rows = heldout(arguments.data)
@@ -358,7 +370,8 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
     if arguments.resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         step, curve, seconds = state["step"], state["curve"], state["seconds"]
         print(f"resumed at step {step}", flush=True)
     losses: list[float] = []
@@ -367,8 +380,9 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
     while step < settings.steps:
         inputs = lessons.batch(step)
         labels = inputs.pop("labels")[:, 1:]
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, settings)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, settings)
         once.on = inputs["images"].shape[1] == 2
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         asked = labels != -100
@@ -376,8 +390,9 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
         balance, load = routers.balance(inputs["attention_mask"].flatten().bool())
         (loss + settings.balance * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         losses.append(float(loss.detach()))
         loads += load
@@ -401,8 +416,9 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
             print(f"step {step} held-out {({k: round(v, 2) for k, v in scores.items()})}", flush=True)
             model.train()
             routers.logits.clear()
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}
-            save_atomically({**state, "seconds": seconds}, checkpoint)
+            kept = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"model": model.state_dict(), "optimizers": kept, "step": step, "curve": curve, "seconds": seconds}
+            save_atomically(state, checkpoint)
             tick = time.process_time()
     log = {
         "command": "python scripts/train_reference_vlm.py --work WORK --data DATA --out OUT",

@@ -140,8 +140,8 @@ class VisionProcessor(ProcessorMixin):
         most = int(self.tokenizer.model_max_length)
         if len(row.ids) > most:
             raise DataError(
-                f"{len(row.ids)} tokens with {len(images)} images; this model takes at most {most}; give fewer or "
-                "smaller images, or less text"
+                f"{len(row.ids)} tokens with {len(images)} images; expected at most {most} for this model; give fewer "
+                "or smaller images, or less text"
             )
         return row
 

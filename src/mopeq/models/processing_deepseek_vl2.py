@@ -83,7 +83,6 @@ class DeepseekVLV2Processor(VisionProcessor):
         sft_format: must be ``deepseek``.
         mask_prompt: not used; training code's.
         ignore_id: not used; training code's.
-        vocab_size: rows of the model's embedding, to check the special tokens by; None checks nothing.
 
     Raises:
         ModelError: settings that the published models do not have, or a tokenizer that cannot be theirs.
@@ -106,7 +105,6 @@ class DeepseekVLV2Processor(VisionProcessor):
         sft_format: str = "deepseek",
         mask_prompt: bool = True,
         ignore_id: int = -100,
-        vocab_size: int | None = None,
     ) -> None:
         for name, found, expected in (
             ("normalize", normalize, True),
@@ -127,7 +125,7 @@ class DeepseekVLV2Processor(VisionProcessor):
         self.image_token, self.pad_token = image_token, pad_token
         self.tile = self.candidate_resolutions[0][0]
         self.side = -(-(self.tile // patch_size) // downsample_ratio)
-        _complete(tokenizer, image_token, pad_token, vocab_size)
+        _complete(tokenizer, image_token, pad_token)
         super().__init__(tokenizer)
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(image_token))
         self.image_token_ids = [self.image_token_id]
@@ -194,20 +192,13 @@ class DeepseekVLV2Processor(VisionProcessor):
         return {"images": pixels, "images_seq_mask": ids == self.image_token_id, "images_spatial_crop": crops}
 
 
-def _complete(tokenizer: Any, image_token: str, pad_token: str, vocab_size: int | None) -> None:
+def _complete(tokenizer: Any, image_token: str, pad_token: str) -> None:
     """Give the tokenizer the special tokens that it lacks: they come after its own, in this order."""
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:
-            raise ModelError(f"the tokenizer has no {name}; expected DeepSeek-VL2's; add it to tokenizer_config.json")
+            raise ModelError(f"the tokenizer has no {name}; expected DeepSeek-VL2's; give the model's own tokenizer files")
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": pad_token})
-    wanted = (image_token, *GROUNDING_TOKENS, *CHAT_TOKENS)
     known = tokenizer.get_vocab()
-    missing = [token for token in wanted if token not in known]
+    missing = [token for token in (image_token, *GROUNDING_TOKENS, *CHAT_TOKENS) if token not in known]
     tokenizer.add_tokens(missing, special_tokens=True)
-    largest = max(int(tokenizer.convert_tokens_to_ids(token)) for token in wanted)
-    if vocab_size is not None and largest >= vocab_size:
-        raise ModelError(
-            f"the tokenizer has {len(known)} tokens and lacks {', '.join(missing) or 'none'} of DeepSeek-VL2's, the last "
-            f"of which would be token {largest} of a model with {vocab_size}; give the model's own tokenizer files"
-        )
