@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mopeq.adapters import describe, inventory_of
 from mopeq.analyze import Routed, analyze, check_request, observe
+from mopeq.data.conversations import conversation_batches, has_images, read_conversations
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
-from mopeq.load import load_original, load_tokenizer
+from mopeq.load import load_original, load_processor, load_tokenizer
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
 from mopeq.source import Source, open_source
@@ -31,7 +32,10 @@ __all__ = ["Calibration", "Prepared", "measure", "measure_prepared", "observed",
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text is run through the model. ``data`` None is the text that comes with mopeq."""
+    """Which text is run through the model. ``data`` None is the text that comes with mopeq.
+
+    Of JSONL with images (data/conversations.py), ``samples`` conversations are taken whole and ``length`` says nothing.
+    """
 
     data: str | None = None
     samples: int = 64
@@ -81,23 +85,25 @@ def observed(
         track: progress.
     """
     source, spec = opened.source, opened.spec
-    tokenizer = load_tokenizer(source.path)
-    batches = token_batches(
-        texts or read_texts(calibration.data or bundled_text("calibration.jsonl")),
-        tokenizer,
-        samples=calibration.samples,
-        length=calibration.length,
-        batch_size=calibration.batch_size,
-        seed=calibration.seed,
-    )
+    tokenizer: Any
+    sizes = {"samples": calibration.samples, "batch_size": calibration.batch_size, "seed": calibration.seed}
+    if texts is None and calibration.data is not None and has_images(calibration.data):
+        processor = load_processor(source.path)
+        tokenizer = processor.tokenizer
+        batches = conversation_batches(read_conversations(calibration.data), processor, **sizes)
+        length = max(batch["input_ids"].shape[1] for batch in batches)
+    else:
+        tokenizer, length = load_tokenizer(source.path), calibration.length
+        texts = texts or read_texts(calibration.data or bundled_text("calibration.jsonl"))
+        batches = token_batches(texts, tokenizer, length=length, **sizes)
     loaded = load_original(source.path, dtype=dtype)
-    check_length(loaded, calibration.length)
+    check_length(loaded, length)
     started = time.perf_counter()
     routed = observe(loaded, spec, batches, gradients=gradients, seed=calibration.seed, track=track)
     info = {
         "data": calibration.data or "bundled calibration text",
         "samples": calibration.samples,
-        "length": calibration.length,
+        "length": length,
         "seed": calibration.seed,
         "observe_seconds": round(time.perf_counter() - started, 2),
     }

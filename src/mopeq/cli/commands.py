@@ -192,9 +192,12 @@ def do_run(options: argparse.Namespace) -> None:
     """Generate text from a prompt."""
     from mopeq.runtime.generate import generate
 
-    model, tokenizer = _loaded(options)
-    written = print if options.json else show.write
-    made = generate(model, tokenizer, options.prompt, **_sampling_of(options), stream=None if options.json else written)
+    from mopeq.cli.images import prompt_of
+
+    prompt, processor = prompt_of(options)
+    model, tokenizer = (_load_any(options.model, options), processor) if processor else _loaded(options)
+    stream = None if options.json else show.write
+    made = generate(model, tokenizer, prompt, **_sampling_of(options), stream=stream)
     if options.json:
         return show.print_json({"text": made.text, "tokens": len(made.tokens), "seconds": made.seconds})
     print(f"\n[{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s]", file=sys.stderr)

@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     p = verb("run", commands.do_run, "generate text from a prompt")
     _model(p)
     p.add_argument("--prompt", required=True)
+    p.add_argument("--image", metavar="FILE", action="append", default=[], help="an image before it; may be repeated")
     _sampling(p)
 
     p = verb("chat", commands.do_chat, "talk to a model in the terminal", json=False)

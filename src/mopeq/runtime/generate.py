@@ -13,7 +13,7 @@ from mopeq.errors import InputError
 
 __all__ = ["Generation", "Messages", "generate", "render"]
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 """A conversation: ``{"role": "user" | "assistant" | "system", "content": ...}`` in order."""
 
 
@@ -57,8 +57,9 @@ def generate(
 
     Args:
         model: a transformers model, packed or not.
-        tokenizer: its tokenizer.
-        prompt: text, taken as it is, or a conversation, put through :func:`render`.
+        tokenizer: its tokenizer, or the processor of a model that takes images.
+        prompt: text, taken as it is, or a conversation, put through :func:`render`; a processor's prompts are
+            conversations, and their contents may be lists of parts with images.
         max_new_tokens: stop after so many.
         temperature: 0 takes the most likely token every time.
         top_p: sample from the smallest set of tokens with this probability.
@@ -73,10 +74,8 @@ def generate(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}; "
             f"expected at least 1, at least 0, and above 0 up to 1"
         )
-    templated = not isinstance(prompt, str)
-    text = render(tokenizer, prompt) if not isinstance(prompt, str) else prompt
-    has_template = templated and getattr(tokenizer, "chat_template", None)
-    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not has_template)
+    encoded = _encoded(tokenizer, prompt)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     count = encoded["input_ids"].shape[1]
     if count == 0:
         raise InputError("the prompt is empty; give at least one token")
@@ -87,7 +86,7 @@ def generate(
             "shorten the prompt, or ask for fewer new tokens"
         )
     device = model.get_input_embeddings().weight.device
-    inputs = {k: encoded[k].to(device) for k in ("input_ids", "attention_mask")}
+    inputs = {name: value.to(device) for name, value in encoded.items() if name != "token_type_ids"}
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         if seed is not None:
@@ -100,6 +99,21 @@ def generate(
     seconds = time.perf_counter() - started
     tokens = output[0, count:].tolist()
     return Generation(tokenizer.decode(tokens, skip_special_tokens=True), tuple(tokens), seconds, count)
+
+
+def _encoded(tokenizer: Any, prompt: str | Messages) -> Mapping[str, torch.Tensor]:
+    """The model's inputs, one sequence."""
+    made: Mapping[str, torch.Tensor]
+    if hasattr(tokenizer, "tokenizer"):
+        said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        made = tokenizer.apply_chat_template(
+            said, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+        )
+        return made
+    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
+    has_template = not isinstance(prompt, str) and getattr(tokenizer, "chat_template", None)
+    made = tokenizer(text, return_tensors="pt", add_special_tokens=not has_template)
+    return made
 
 
 def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float) -> Any:
