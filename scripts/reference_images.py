@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 48
+SIDE, CELL = 48, 24
 HELDOUT_DIGITS = 297
 COLOURS = {
     "red": (214, 48, 49),
@@ -84,14 +84,14 @@ def background(rng: random.Random) -> tuple[int, int, int]:
 
 
 def digit_scene(rng: random.Random, heldout: bool) -> Scene:
-    """A handwritten digit, enlarged and moved about."""
+    """A handwritten digit, enlarged and moved about a little."""
     images, labels = digits()
     limit = len(images) - HELDOUT_DIGITS
     index = rng.randrange(limit, len(images)) if heldout else rng.randrange(limit)
-    size = rng.randrange(36, SIDE + 1)
+    size = rng.randrange(42, SIDE + 1)
     ink = Image.fromarray(images[index]).resize((size, size), Image.Resampling.BICUBIC)
     canvas = Image.new("RGB", (SIDE, SIDE), background(rng))
-    colour = Image.new("RGB", (size, size), rng.choice(list(COLOURS.values())))
+    colour = Image.new("RGB", (size, size), COLOURS[rng.choice(("white", "yellow"))])
     place = (rng.randrange(SIDE - size + 1), rng.randrange(SIDE - size + 1))
     canvas.paste(colour, place, ink)
     return Scene(canvas, (Question("digit", "Which digit is this?", str(labels[index])),))
@@ -113,21 +113,23 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[int, int, int, 
 
 
 def shapes_scene(rng: random.Random, heldout: bool) -> Scene:
-    """One to six coloured shapes on a grid of nine places."""
-    count = rng.randrange(1, 7)
+    """One to four coloured shapes, each in a quarter of the image."""
+    count = rng.randrange(1, 5)
     canvas = Image.new("RGB", (SIDE, SIDE), background(rng))
     draw = ImageDraw.Draw(canvas)
     made = []
-    for cell in rng.sample(range(9), count):
+    for cell in rng.sample(range(4), count):
         shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
-        size = rng.randrange(10, 14)
-        left, top = (16 * c + rng.randrange(16 - size) for c in (cell % 3, cell // 3))
+        size = rng.randrange(17, 21)
+        left, top = (CELL * c + rng.randrange(1, CELL - size) for c in (cell % 2, cell // 2))
         draw_shape(draw, shape, (left, top, left + size, top + size), COLOURS[colour])
         made.append((shape, colour))
     shapes, colours = [s for s, _ in made], [c for _, c in made]
     asked = [Question("count", "How many shapes are there?", str(count))]
     some = rng.choice([rng.choice(shapes), rng.choice(SHAPES)])
-    asked.append(Question("count", f"How many {some}s are there?".replace("crosss", "crosses"), str(shapes.count(some))))
+    asked.append(
+        Question("count", f"How many {some}s are there?".replace("crosss", "crosses"), str(shapes.count(some)))
+    )
     some = rng.choice([rng.choice(colours), rng.choice(list(COLOURS))])
     asked.append(Question("count", f"How many {some} shapes are there?", str(colours.count(some))))
     for shape, colour in made:
@@ -152,15 +154,17 @@ def is_heldout(word: str) -> bool:
 def word_scene(rng: random.Random, heldout: bool) -> Scene:
     """Three or four capital letters on a wide image."""
     while True:
-        word = "".join(rng.choice(letters) for letters in (CONSONANTS, VOWELS, CONSONANTS, VOWELS)[: rng.choice((3, 4))])
+        word = "".join(
+            rng.choice(letters) for letters in (CONSONANTS, VOWELS, CONSONANTS, VOWELS)[: rng.choice((3, 4))]
+        )
         if is_heldout(word) == heldout:
             break
     canvas = Image.new("RGB", (2 * SIDE, SIDE), background(rng))
     draw = ImageDraw.Draw(canvas)
-    write = font(rng.randrange(24, 30))
-    left, top, right, bottom = (int(edge) for edge in draw.textbbox((0, 0), word, font=write))
-    place = (rng.randrange(max(1, 2 * SIDE - (right - left))) - left, rng.randrange(SIDE - (bottom - top)) - top)
-    draw.text(place, word, font=write, fill=COLOURS[rng.choice(("white", "yellow"))])
+    colour, middle = COLOURS[rng.choice(("white", "yellow"))], SIDE // 2 + rng.randrange(-2, 3)
+    for number, letter in enumerate(word):  # evenly spaced, as a typewriter writes
+        place = (CELL * number + CELL // 2 + rng.randrange(-1, 2), middle)
+        draw.text(place, letter, font=font(28), fill=colour, anchor="mm")
     return Scene(canvas, (Question("word", "What does it say?", word),))
 
 
@@ -170,13 +174,9 @@ def chart_scene(rng: random.Random, heldout: bool) -> Scene:
     names, heights = rng.sample(list(COLOURS), count), rng.sample(range(1, 9), count)
     canvas = Image.new("RGB", (SIDE, SIDE), background(rng))
     draw = ImageDraw.Draw(canvas)
-    draw.line([(2, 4), (2, 45), (46, 45)], fill=(160, 160, 160))
-    for unit in range(1, 9):
-        draw.line([(2, 45 - 5 * unit), (4, 45 - 5 * unit)], fill=(160, 160, 160))
-    pitch = 42 // count
+    draw.line([(0, 46), (47, 46)], fill=(160, 160, 160))
     for number, (name, height) in enumerate(zip(names, heights, strict=True)):
-        left = 6 + number * pitch
-        draw.rectangle((left, 45 - 5 * height, left + pitch - 4, 44), fill=COLOURS[name])
+        draw.rectangle((12 * number + 2, 46 - 5 * height, 12 * number + 9, 45), fill=COLOURS[name])
     asked = [
         Question("chart", "Which bar is tallest?", names[heights.index(max(heights))]),
         Question("chart", "Which bar is shortest?", names[heights.index(min(heights))]),
@@ -210,7 +210,7 @@ def png(image: Image.Image) -> str:
 
 def heldout_rows(per_category: int) -> list[dict[str, str]]:
     """As many questions of each category, each on an image of its own."""
-    homes = {c: "shapes" for c in ("shape", "colour", "count", "exists")}
+    homes = dict.fromkeys(("shape", "colour", "count", "exists"), "shapes")
     rows = []
     for category in CATEGORIES:
         seed, found = HELDOUT_SEED, 0

@@ -28,19 +28,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import reference_images as images
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+import reference_images as images
 from mopeq.models.configuration import DeepseekVL2Config
 from mopeq.models.deepseek_vl2 import DeepseekVL2ForConditionalGeneration
 from mopeq.models.processing_deepseek_vl2 import DeepseekVLV2Processor
 
 BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-TILE, PATCH, WIDTH, LAYERS, EXPERTS, TOP_K = images.SIDE, 8, 128, 5, 16, 2
+TILE, PATCH, WIDTH, LAYERS, EXPERTS, TOP_K = images.SIDE, 12, 128, 5, 16, 2
 RESOLUTIONS = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
 WIDE = "word"
 """The kind of scene whose images are two tiles wide."""
@@ -50,7 +50,7 @@ WIDE = "word"
 class Settings:
     """Hyper-parameters of the training run."""
 
-    steps: int = 2_600
+    steps: int = 1_200
     scenes: int = 32
     questions: int = 4
     learning_rate: float = 3e-3
@@ -413,7 +413,7 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
             once.on = False
             model.eval()
             scores = accuracy(model, processor, rows[:: arguments.eval_every_row])
-            print(f"step {step} held-out {({k: round(v, 2) for k, v in scores.items()})}", flush=True)
+            print(f"step {step} held-out { ({k: round(v, 2) for k, v in scores.items()}) }", flush=True)
             model.train()
             routers.logits.clear()
             kept = [optimizer.state_dict() for optimizer in optimizers]

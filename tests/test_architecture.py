@@ -24,6 +24,7 @@ LEVELS = [
     {"measure"},
     {"quantize"},
     {"quickstart"},
+    {"quickstart_vlm"},
     {"cli"},
 ]
 WITHOUT_TORCH = ("errors", "precision", "spec", "stats", "progress", "allocate", "report", "cli")

@@ -196,9 +196,7 @@ def extend(module: ModuleType) -> None:
             _replace([getattr(module, name)], "_extra_content", IMPORTED[module.__name__], kind)
 
 
-def _replace(
-    holders: Sequence[Any], name: str, imported: Mapping[str, str], kind: type[_Mapping] = _Mapping
-) -> None:
+def _replace(holders: Sequence[Any], name: str, imported: Mapping[str, str], kind: type[_Mapping] = _Mapping) -> None:
     old = getattr(holders[0], name, None)
     if not isinstance(old, dict):
         raise TypeError(f"{name} of {holders[0]!r} is {type(old).__name__}; expected a dictionary")

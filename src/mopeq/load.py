@@ -85,12 +85,12 @@ def load_processor(path: str | Path) -> Any:
     config = _config(path)
     if not hasattr(config, "vision_config"):
         raise ModelError(f"{path} is a {config.model_type}, which takes no images; expected a vision-language model")
-    from transformers import AutoProcessor
     from transformers.models.auto import processing_auto
 
     extend(processing_auto)  # mopeq.models, whatever autoload was told
+    auto: Any = processing_auto.AutoProcessor
     try:
-        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = auto.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{path} has no processor that transformers can load: {_line(error)}") from error
     if not hasattr(processor, "tokenizer"):

@@ -40,7 +40,9 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 
 
 def asked(*images: Any, text: str = "What is it?") -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}]
+    return [
+        {"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}
+    ]
 
 
 def run(processor: Any, conversation: Any) -> Any:
@@ -49,7 +51,9 @@ def run(processor: Any, conversation: Any) -> Any:
 
 def sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
     text = str(error.value)
-    assert "\n" not in text and "expected" in text and ";" in text, text
+    assert "\n" not in text
+    assert "expected" in text
+    assert ";" in text
     return text
 
 
@@ -63,15 +67,18 @@ def test_modes_become_rgb(mode: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{form.lower()}"
     two_colours().convert(mode).save(path, form)
     image = open_image(path)
-    assert image.mode == "RGB" and image.size == (40, 20)
+    assert image.mode == "RGB"
+    assert image.size == (40, 20)
     if mode not in ("L", "LA", "1"):
-        assert near(image, (5, 10), RED) and near(image, (35, 10), BLUE)
+        assert near(image, (5, 10), RED)
+        assert near(image, (35, 10), BLUE)
 
 
 def test_a_palette_with_transparency_keeps_its_colours() -> None:
     image = two_colours().convert("P", palette=Image.Palette.ADAPTIVE)
     seen = open_image(encoded(image, transparency=bytes([0, 255])))
-    assert near(seen, (5, 10), RED) and near(seen, (35, 10), BLUE)
+    assert near(seen, (5, 10), RED)
+    assert near(seen, (35, 10), BLUE)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -83,7 +90,9 @@ def test_photographs_are_turned_upright(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     seen = open_image(encoded(stored, "JPEG", exif=exif, quality=95))
-    assert seen.size == (40, 20) and near(seen, (5, 10), RED) and near(seen, (35, 10), BLUE)
+    assert seen.size == (40, 20)
+    assert near(seen, (5, 10), RED)
+    assert near(seen, (35, 10), BLUE)
 
 
 def test_sources_are_alike(tmp_path: Path) -> None:
@@ -145,7 +154,8 @@ def test_moving_pictures() -> None:
 
 def test_one_pixel_is_enough(processor: Any) -> None:
     found = run(processor, asked(Image.new("RGB", (1, 1), RED)))
-    assert torch.isfinite(found["images"]).all() and len(found["input_ids"][0]) > 10
+    assert torch.isfinite(found["images"]).all()
+    assert len(found["input_ids"][0]) > 10
 
 
 def test_sizes_beyond_reason(processor: Any) -> None:
@@ -183,7 +193,8 @@ def test_too_many_images() -> None:
     deepseek = AutoProcessor.from_pretrained(FOLDER / "deepseek_vl2")
     with pytest.raises(DataError) as error:
         run(deepseek, asked(*[two_colours()] * 200))
-    assert "200 images" in sentence(error) and "at most 4096 for this model" in sentence(error)
+    assert "200 images" in sentence(error)
+    assert "at most 4096 for this model" in sentence(error)
     molmoe = AutoProcessor.from_pretrained(FOLDER / "molmoe")
     with pytest.raises(InputError, match="MolmoE takes one"):
         run(molmoe, asked(two_colours(), two_colours()))

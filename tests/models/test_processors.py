@@ -69,7 +69,8 @@ def test_deepseek_batch(deepseek: DeepseekVLV2Processor) -> None:
     case = DEEPSEEK["small"]["batch_padded"]
     found = made(deepseek, [messages(DEEPSEEK["small"][member]) for member in case["members"]])
     check(found, case["sha256"])
-    assert found["images"].shape[:2] == (3, 12) and not found["images"][1].any()
+    assert found["images"].shape[:2] == (3, 12)
+    assert not found["images"][1].any()
 
 
 def test_deepseek_real_geometry() -> None:
@@ -104,7 +105,8 @@ def test_parts_are_the_same_as_tokens_in_the_text(deepseek: DeepseekVLV2Processo
     rendered = deepseek.apply_chat_template([{"role": "user", "content": parts}])
     by_call = deepseek(text=rendered, images=path)
     for name, value in by_parts.items():
-        assert torch.equal(value, by_text[name]) and torch.equal(value, by_call[name]), name
+        assert torch.equal(value, by_text[name]), name
+        assert torch.equal(value, by_call[name]), name
     by_parts = made(molmoe, [{"role": "user", "content": parts}])
     by_call = molmoe(text=molmoe.apply_chat_template([{"role": "user", "content": parts}]), images=[path])
     assert all(torch.equal(value, by_call[name]) for name, value in by_parts.items())
@@ -139,7 +141,8 @@ def test_molmoe_batch_is_filled_up_on_the_left(molmoe: MolmoProcessor) -> None:
             single = torch.where(places >= 0, places - (~keep).sum(), places)
             assert sha(single) == case["sha256"]["image_input_idx"]
         else:
-            assert (batch["images"][row] == -1).all() and (places < 0).all()
+            assert (batch["images"][row] == -1).all()
+            assert (places < 0).all()
 
 
 def test_molmoe_real_geometry() -> None:
@@ -175,7 +178,8 @@ def test_saved_processors_come_back(name: str, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(FOLDER / name)
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
-    assert type(again) is type(processor) and again.to_dict() == processor.to_dict()
+    assert type(again) is type(processor)
+    assert again.to_dict() == processor.to_dict()
     assert again.image_token_ids == processor.image_token_ids
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mopeq.cli import show
+from mopeq.cli.images import do_quickstart_vlm, prompt_of
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
@@ -28,7 +29,9 @@ __all__ = [
 
 
 def do_quickstart(options: argparse.Namespace) -> None:
-    """Run the main job on the bundled model."""
+    """Run the main job on a bundled model."""
+    if options.vlm:
+        return do_quickstart_vlm(options)
     from mopeq.quickstart import quickstart
 
     with drawn() as track:
@@ -191,8 +194,6 @@ def do_quantize(options: argparse.Namespace) -> None:
 def do_run(options: argparse.Namespace) -> None:
     """Generate text from a prompt."""
     from mopeq.runtime.generate import generate
-
-    from mopeq.cli.images import prompt_of
 
     prompt, processor = prompt_of(options)
     model, tokenizer = (_load_any(options.model, options), processor) if processor else _loaded(options)

@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("quickstart", commands.do_quickstart, "run the main job on the bundled model")
     p.add_argument("-o", "--out", default="mopeq-quickstart", help="folder for results (default: %(default)s)")
+    p.add_argument("--vlm", action="store_true", help="on the vision-language model, judged by questions about images")
 
     p = verb("describe", commands.do_describe, "show what mopeq understands of a model")
     _model(p)

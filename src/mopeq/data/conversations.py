@@ -186,7 +186,11 @@ def read_questions(path: str | Path) -> list[Question]:
     images = {row["index"]: row["image"] for row in rows}
     return [
         Question(
-            row["index"], images.get(row["image"], row["image"]), row["question"], row["answer"], row.get("category") or ""
+            row["index"],
+            images.get(row["image"], row["image"]),
+            row["question"],
+            row["answer"],
+            row.get("category") or "",
         )
         for row in rows
     ]

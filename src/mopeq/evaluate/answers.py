@@ -28,7 +28,7 @@ class Answers:
     """What one model makes of a table of questions.
 
     categories: of each question. right: whether it answers exactly as expected.
-    tokens: of each answer, its end token with them. kl: sum over them of KL(original || model), nats; empty without one.
+    tokens: of each answer, with its end token. kl: sum over them of KL(original || model), nats; empty without one.
     """
 
     categories: tuple[str, ...]

@@ -110,9 +110,7 @@ def _check_size(image: Image.Image, name: str, ratio: int) -> None:
             f"{name} is {width} x {height} pixels; expected at most {MAX_PIXELS} in all; scale it down first"
         )
     if max(width, height) > ratio * min(width, height):
-        raise DataError(
-            f"{name} is {width} x {height} pixels; expected sides at most 1 to {ratio}; cut it into pieces"
-        )
+        raise DataError(f"{name} is {width} x {height} pixels; expected sides at most 1 to {ratio}; cut it into pieces")
 
 
 def _upright(image: Image.Image, name: str, ratio: int) -> Image.Image:

@@ -34,7 +34,7 @@ class VisionProcessor(ProcessorMixin):
     """Texts or conversations with images to batches; subclasses lay out one sequence and put images together."""
 
     image_token: str
-    image_token_ids: list[int]
+    image_token_ids: list[int | None]
     """Ids of all tokens that an image becomes."""
     tensors: ClassVar[tuple[str, ...]] = ()
     """Names of the image tensors."""
@@ -95,10 +95,12 @@ class VisionProcessor(ProcessorMixin):
             rows.append(self._checked([(words.removeprefix(begin), False)], own))
         return self._collate(rows, return_tensors, padding, answers=False)
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # images are in the messages, answers have a mask
         self,
         conversation: Sequence[Any],
         chat_template: str | None = None,
+        tools: Any = None,
+        documents: Any = None,
         *,
         tokenize: bool = False,
         return_dict: bool = False,
@@ -117,8 +119,8 @@ class VisionProcessor(ProcessorMixin):
             The text, or with ``tokenize`` token ids, or with ``return_dict`` what calling gives and, if asked for,
             ``assistant_masks`` int64 (conversations, length), 1 at answers and their end tokens.
         """
-        if chat_template is not None:
-            raise InputError("a chat template; this model has one fixed form of conversation; leave it out")
+        if chat_template is not None or tools or documents:
+            raise InputError("a chat template, tools or documents; this model knows none; leave them out")
         batch = [self._pieces_and_images(messages) for messages in conversations(conversation)]
         if not tokenize:
             texts = [self._text(pieces) for pieces, _ in batch]

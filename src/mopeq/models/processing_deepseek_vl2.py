@@ -61,8 +61,8 @@ def tiles_of(image: Image.Image, canvas: Pair, tile: int, mean: Sequence[float],
     views = [ImageOps.pad(image, (tile, tile), color=colour)]
     for top in range(0, canvas[1], tile):
         views += [local.crop((left, top, left + tile, top + tile)) for left in range(0, canvas[0], tile)]
-    pixels = np.stack([np.asarray(view) for view in views]).astype(np.float32) / np.float32(255)
-    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    pixels: np.ndarray = np.stack([np.asarray(view) for view in views]).astype(np.float32) / np.float32(255)
+    pixels = ((pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).astype(np.float32)
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
@@ -196,7 +196,9 @@ def _complete(tokenizer: Any, image_token: str, pad_token: str) -> None:
     """Give the tokenizer the special tokens that it lacks: they come after its own, in this order."""
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:
-            raise ModelError(f"the tokenizer has no {name}; expected DeepSeek-VL2's; give the model's own tokenizer files")
+            raise ModelError(
+                f"the tokenizer has no {name}; expected DeepSeek-VL2's; give the model's own tokenizer files"
+            )
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": pad_token})
     known = tokenizer.get_vocab()

@@ -121,7 +121,11 @@ class MolmoProcessor(VisionProcessor):
         image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
         image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
     ) -> None:
-        self.side, self.patch, self.margin = int(base_image_input_size[0]), int(image_patch_size), int(overlap_margins[0])
+        self.side, self.patch, self.margin = (
+            int(base_image_input_size[0]),
+            int(image_patch_size),
+            int(overlap_margins[0]),
+        )
         self.tokens = self.side // self.patch // POOLED
         for name, found, expected in (
             ("image_padding_mask", image_padding_mask, True),
@@ -138,11 +142,13 @@ class MolmoProcessor(VisionProcessor):
         super().__init__(tokenizer)
         ids = [self._special(token) for token in ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")]
         self.image_token = "<|image|>"
-        self.image_token_ids = ids[:4]
+        self.image_token_ids = [*ids[:4]]
         self.start_id, self.end_id, self.patch_id, self.column_id = ids[:4]
         for name in ("eos_token", "pad_token"):
             if getattr(tokenizer, name) is None:
-                raise ModelError(f"the tokenizer has no {name}; expected MolmoE's; give the model's own tokenizer files")
+                raise ModelError(
+                    f"the tokenizer has no {name}; expected MolmoE's; give the model's own tokenizer files"
+                )
         tokenizer.bos_token = tokenizer.eos_token  # as the published code takes it
 
     def _special(self, token: str) -> int:
@@ -152,7 +158,9 @@ class MolmoProcessor(VisionProcessor):
         return int(number)
 
     @classmethod
-    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The settings, which the published model keeps in ``preprocessor_config.json``."""
         found, rest = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if not found:
