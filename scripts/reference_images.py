@@ -41,6 +41,13 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 CATEGORIES = ("digit", "shape", "colour", "count", "exists", "word", "chart")
+MARKS = (
+    *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
+    *(f"digit {digit}" for digit in range(10)),
+    *(f"letter {letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+    *(f"{side} {what}" for side in "lr" for what in (*COLOURS, *range(1, 9))),
+)
+"""All that can be seen in a square; ``l`` and ``r`` are its left and right bar, by colour and by height."""
 CONSONANTS, VOWELS = "BCDFGHKLMNPRSTVW", "AEIOU"
 HELDOUT_SEED, CALIBRATION_SEED = 1_000_003, 2_000_003
 
@@ -60,6 +67,8 @@ class Scene:
 
     image: Image.Image
     questions: tuple[Question, ...]
+    marks: tuple[tuple[str, ...], ...]
+    """What can be seen in each square of CELL pixels, row by row."""
 
 
 @cache
@@ -94,7 +103,8 @@ def digit_scene(rng: random.Random, heldout: bool) -> Scene:
     colour = Image.new("RGB", (size, size), COLOURS[rng.choice(("white", "yellow"))])
     place = (rng.randrange(SIDE - size + 1), rng.randrange(SIDE - size + 1))
     canvas.paste(colour, place, ink)
-    return Scene(canvas, (Question("digit", "Which digit is this?", str(labels[index])),))
+    digit = str(labels[index])
+    return Scene(canvas, (Question("digit", "Which digit is this?", digit),), ((f"digit {digit}",),) * 4)
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[int, int, int, int], colour: Any) -> None:
@@ -118,12 +128,14 @@ def shapes_scene(rng: random.Random, heldout: bool) -> Scene:
     canvas = Image.new("RGB", (SIDE, SIDE), background(rng))
     draw = ImageDraw.Draw(canvas)
     made = []
+    marks: list[tuple[str, ...]] = [()] * 4
     for cell in rng.sample(range(4), count):
         shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
         size = rng.randrange(17, 21)
         left, top = (CELL * c + rng.randrange(1, CELL - size) for c in (cell % 2, cell // 2))
         draw_shape(draw, shape, (left, top, left + size, top + size), COLOURS[colour])
         made.append((shape, colour))
+        marks[cell] = (f"{colour} {shape}",)
     shapes, colours = [s for s, _ in made], [c for _, c in made]
     asked = [Question("count", "How many shapes are there?", str(count))]
     some = rng.choice([rng.choice(shapes), rng.choice(SHAPES)])
@@ -143,7 +155,7 @@ def shapes_scene(rng: random.Random, heldout: bool) -> Scene:
         absent = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in made and (s in shapes or c in colours)]
         shape, colour = rng.choice(absent)
     asked.append(Question("exists", f"Is there a {colour} {shape}?", "yes" if (shape, colour) in made else "no"))
-    return Scene(canvas, tuple(asked))
+    return Scene(canvas, tuple(asked), tuple(marks))
 
 
 def is_heldout(word: str) -> bool:
@@ -165,7 +177,8 @@ def word_scene(rng: random.Random, heldout: bool) -> Scene:
     for number, letter in enumerate(word):  # evenly spaced, as a typewriter writes
         place = (CELL * number + CELL // 2 + rng.randrange(-1, 2), middle)
         draw.text(place, letter, font=font(28), fill=colour, anchor="mm")
-    return Scene(canvas, (Question("word", "What does it say?", word),))
+    marks = tuple((f"letter {letter}",) for letter in word) + ((),) * (4 - len(word))
+    return Scene(canvas, (Question("word", "What does it say?", word),), marks * 2)
 
 
 def chart_scene(rng: random.Random, heldout: bool) -> Scene:
@@ -182,7 +195,9 @@ def chart_scene(rng: random.Random, heldout: bool) -> Scene:
         Question("chart", "Which bar is shortest?", names[heights.index(min(heights))]),
     ]
     asked += [Question("chart", f"How tall is the {name} bar?", str(h)) for name, h in zip(names, heights, strict=True)]
-    return Scene(canvas, tuple(asked))
+    bars = [(f"{side} {name}", f"{side} {h}") for side, name, h in zip("lrlr", names, heights, strict=False)]
+    row = (tuple(sum(bars[:2], ())), tuple(sum(bars[2:], ())))
+    return Scene(canvas, tuple(asked), row * 2)
 
 
 KINDS: dict[str, tuple[Callable[[random.Random, bool], Scene], float]] = {
@@ -198,7 +213,7 @@ def scene(seed: int, kind: str, *, heldout: bool = False, most: int = 3) -> Scen
     """The scene of a seed, with at most so many of its questions."""
     rng = random.Random(f"{kind} {seed}")
     made = KINDS[kind][0](rng, heldout)
-    return Scene(made.image, tuple(rng.sample(made.questions, min(most, len(made.questions)))))
+    return Scene(made.image, tuple(rng.sample(made.questions, min(most, len(made.questions)))), made.marks)
 
 
 def png(image: Image.Image) -> str:

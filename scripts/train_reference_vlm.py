@@ -24,7 +24,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast
 import reference_images as images
 from mopeq.models.configuration import DeepseekVL2Config
 from mopeq.models.deepseek_vl2 import DeepseekVL2ForConditionalGeneration
-from mopeq.models.processing_deepseek_vl2 import DeepseekVLV2Processor
+from mopeq.models.processing_deepseek_vl2 import DeepseekVLV2Processor, tiles_of
 
 BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 TILE, PATCH, WIDTH, LAYERS, EXPERTS, TOP_K = images.SIDE, 12, 128, 5, 16, 2
@@ -50,6 +50,9 @@ WIDE = "word"
 class Settings:
     """Hyper-parameters of the training run."""
 
+    tower_steps: int = 400
+    tower_scenes: int = 96
+    tower_learning_rate: float = 3e-3
     steps: int = 1_200
     scenes: int = 32
     questions: int = 4
@@ -172,7 +175,7 @@ def build_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.O
     """Muon for the hidden layers' matrices, AdamW for the rest; weight decay on matrices only."""
     hidden, matrices, vectors = [], [], []
     for name, weight in model.named_parameters():
-        inner = ".layers." in name and weight.ndim == 2 and not name.endswith("mlp.gate.weight")
+        inner = "layers." in name and weight.ndim == 2 and not name.endswith("mlp.gate.weight")
         (hidden if inner else matrices if weight.ndim > 1 else vectors).append(weight)
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [
@@ -259,6 +262,65 @@ class Routers:
             loads.append(load)
         self.logits.clear()
         return torch.stack(losses).mean(), torch.stack(loads)
+
+
+# ------------------------------------------------------------------------------------------
+# The tower alone
+
+
+def seen(step: int, settings: Settings, processor: DeepseekVLV2Processor) -> tuple[Tensor, Tensor]:
+    """Tiles (tiles, 3, side, side), and what is in their quarters: (tiles, 4, marks), 1 or 0."""
+    rng = random.Random(f"tower {settings.seed} {step}")
+    drawn = rng.choices(list(images.KINDS), [share for _, share in images.KINDS.values()], k=settings.tower_scenes)
+    tiles, marks = [], []
+    for number, kind in enumerate(drawn):
+        made = images.scene(settings.seed * 10_000_000 + step * settings.tower_scenes + number + 6_000_011, kind)
+        width = made.image.width
+        views = tiles_of(made.image, (width, TILE), TILE, processor.image_mean, processor.image_std)
+        tiles.append(torch.from_numpy(views[1:]))
+        grid = torch.zeros(2, width // images.CELL, len(images.MARKS))
+        for place, names in enumerate(made.marks):
+            for name in names:
+                grid[place // grid.shape[1], place % grid.shape[1], images.MARKS.index(name)] = 1
+        marks.append(torch.stack([part.flatten(0, 1) for part in grid.split(2, dim=1)]))
+    return torch.cat(tiles), torch.cat(marks)
+
+
+def train_tower(
+    model: DeepseekVL2ForConditionalGeneration, processor: DeepseekVLV2Processor, settings: Settings
+) -> list[list[float]]:
+    """Teach tower and projector to tell what is in each quarter of a tile, by a linear head that is thrown away.
+
+    The published models start from a trained tower as well. Returns the curve: step, loss in nats a quarter.
+    """
+    head = nn.Linear(WIDTH, len(images.MARKS))
+    together = nn.ModuleDict({"vision": model.vision, "projector": model.projector, "head": head})
+    shorter = replace(settings, steps=settings.tower_steps, learning_rate=settings.tower_learning_rate)
+    optimizers = build_optimizers(together, shorter)
+    curve, losses = [], []
+    for step in range(settings.tower_steps):
+        tiles, marks = seen(step, settings, processor)
+        found = head(model.projector(model.vision(tiles).last_hidden_state).flatten(1, 2))
+        loss = F.binary_cross_entropy_with_logits(found, marks, reduction="sum") / found[..., 0].numel()
+        loss.backward()
+        advance(optimizers, together, rate(step, shorter), settings.clip)
+        losses.append(float(loss.detach()))
+        if (step + 1) % 25 == 0:
+            curve.append([step + 1, round(sum(losses) / len(losses), 4)])
+            right = ((found > 0) == marks.bool()).all(-1).float().mean()
+            print(f"tower step {step + 1} loss {curve[-1][1]:.4f}, {float(right):.2f} of the quarters right", flush=True)
+            losses.clear()
+    return curve
+
+
+def advance(optimizers: list[torch.optim.Optimizer], model: nn.Module, learning_rate: float, clip: float) -> None:
+    """One step of the optimizers."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 # ------------------------------------------------------------------------------------------
@@ -366,33 +428,29 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
     rows = heldout(arguments.data)
     lessons, routers, once = Lessons(processor, settings), Routers(model), OneTile(model.vision)
     checkpoint = work / "checkpoint.pt"
-    step, curve, seconds = 0, [], 0.0
+    step, curve, tower, seconds = 0, [], [], 0.0
+    tick = time.process_time()
     if arguments.resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
-        step, curve, seconds = state["step"], state["curve"], state["seconds"]
+        step, curve, tower, seconds = (state[name] for name in ("step", "curve", "tower", "seconds"))
         print(f"resumed at step {step}", flush=True)
+    else:
+        tower = train_tower(model, processor, settings)
     losses: list[float] = []
     loads = torch.zeros(LAYERS - 1, EXPERTS)
-    tick = time.process_time()
     while step < settings.steps:
         inputs = lessons.batch(step)
         labels = inputs.pop("labels")[:, 1:]
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, settings)
         once.on = inputs["images"].shape[1] == 2
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         asked = labels != -100
         loss = F.cross_entropy(logits[asked], labels[asked])
         balance, load = routers.balance(inputs["attention_mask"].flatten().bool())
         (loss + settings.balance * balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        advance(optimizers, model, rate(step, settings), settings.clip)
         step += 1
         losses.append(float(loss.detach()))
         loads += load
@@ -417,8 +475,8 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
             model.train()
             routers.logits.clear()
             kept = [optimizer.state_dict() for optimizer in optimizers]
-            state = {"model": model.state_dict(), "optimizers": kept, "step": step, "curve": curve, "seconds": seconds}
-            save_atomically(state, checkpoint)
+            state = {"step": step, "curve": curve, "tower": tower, "seconds": seconds}
+            save_atomically({**state, "model": model.state_dict(), "optimizers": kept}, checkpoint)
             tick = time.process_time()
     log = {
         "command": "python scripts/train_reference_vlm.py --work WORK --data DATA --out OUT",
@@ -429,6 +487,8 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "loss_curve_columns": ["step", "mean loss of the answers in nats a token since the last entry"],
         "loss_curve": curve,
+        "tower_curve_columns": ["step", "mean loss in nats a quarter of a tile since the last entry"],
+        "tower_curve": tower,
     }
     if arguments.out:
         export(model.eval(), processor, config, arguments.out, log, rows)
@@ -440,6 +500,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="folder with heldout.tsv")
     parser.add_argument("--out", type=Path, help="folder for the finished model")
+    parser.add_argument("--tower-steps", type=int, default=Settings.tower_steps)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--seed", type=int, default=Settings.seed)
@@ -448,7 +509,12 @@ def main() -> None:
     parser.add_argument("--eval-every-row", type=int, default=4, help="judge by every so-manieth held-out question")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the work folder")
     arguments = parser.parse_args()
-    settings = Settings(steps=arguments.steps, learning_rate=arguments.learning_rate, seed=arguments.seed)
+    settings = Settings(
+        steps=arguments.steps,
+        tower_steps=arguments.tower_steps,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+    )
     train(arguments, settings)
 
 

@@ -15,7 +15,7 @@ from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config, rea
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap
 from mopeq.qtensor import QTensor, dequantize, pack, pack_full
 from mopeq.quantizers import rtn
-from mopeq.source import open_source, read_matrix, read_tensor
+from mopeq.source import open_source, read_kept, read_matrix, read_tensor
 from mopeq.spec import Inventory, WeightRef
 
 KINDS = ((32, False), (64, True), (-1, False))
@@ -59,7 +59,7 @@ def pack_model(folder: Path, out: Path, precisions: PrecisionMap | None = None, 
             else:
                 writer.add(ref.name, packed_matrix(weight, precision))
         for kept in spec.kept:
-            writer.add_tensor(kept.key, read_tensor(source, kept.key))
+            writer.add_tensor(kept.key, read_kept(source, kept))
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             if (folder / file).exists():
                 writer.copy_file(folder / file)
@@ -90,6 +90,8 @@ def dequantized(folder: Path, packed: Path, out: Path) -> Path:
             place(ref.weight, read_matrix(source, ref.weight).bfloat16())
         else:
             place(ref.weight, dequantize(read_packed(packed, ref.name)))
+    for kept in spec.kept:
+        weights[kept.key].copy_(read_kept(source, kept))
     out.mkdir()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     for file in folder.iterdir():

@@ -34,8 +34,8 @@ from mopeq.precision import DEFAULT_REST, FULL, GROUPS, MATRICES, Precision, Pre
 from mopeq.progress import Track, silent
 from mopeq.qtensor import Codes, QTensor, pack, pack_full
 from mopeq.quantizers import QUANTIZERS, fallback_moments
-from mopeq.source import read_group, read_matrix, read_tensor, stored_bytes
-from mopeq.spec import Inventory, MoELayer
+from mopeq.source import Source, read_group, read_kept, read_matrix, stored_bytes
+from mopeq.spec import Inventory, MoELayer, MoESpec
 from mopeq.stats import write_json
 
 __all__ = ["Packed", "pack_model", "quantize", "require_new", "run_record"]
@@ -273,14 +273,26 @@ def pack_model(
             else:
                 writer.add(ref.name, pack(QUANTIZERS["rtn-mse"](weight.float()[None], precision, None)[0]))
         for kept in spec.kept:
-            writer.add_tensor(kept.key, read_tensor(source, kept.key))
+            writer.add_tensor(kept.key, read_kept(source, kept))
         for pattern in COMPANIONS:
             for path in sorted(source.path.glob(pattern)):
                 writer.copy_file(path)
-        config = packed_config(source.config, spec, precisions, inventory)
+        config = packed_config(_with_type(source, spec), spec, precisions, inventory)
         size = writer.finish(config, {**(files or {}), "precision.json": precisions.to_json()})
     original = sum(stored_bytes(source, key) for key in source.shapes)
     return Packed(Path(out), precisions, size, original, time.perf_counter() - started, tuple(fallbacks), inventory)
+
+
+def _with_type(source: Source, spec: MoESpec) -> dict[str, Any]:
+    """The original's configuration; where it names no type (MolmoE's), that of its embedding.
+
+    transformers takes the first tensor's otherwise, which in a packed checkpoint is a scale's.
+    """
+    config = dict(source.config)
+    if not {"dtype", "torch_dtype"} & {key for key in config if config[key] is not None}:
+        embedding = next(ref.key for ref in spec.kept if ref.group == "embedding")
+        config["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(source.dtypes[embedding], "float32")
+    return config
 
 
 def _quantized_layer(

@@ -17,7 +17,7 @@ from typing import Any
 from mopeq.errors import MapError
 from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
 
-__all__ = ["Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "WeightRef"]
+__all__ = ["TOWERS", "Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "WeightRef"]
 
 
 @dataclass(frozen=True, order=True)
@@ -104,9 +104,13 @@ class LinearRef:
         return WeightRef(self.key, self.shape, rows=self.rows)
 
 
+TOWERS = ("vision", "projector")
+"""Groups of kept tensors that are stored in 16 bits even where the original has more."""
+
+
 @dataclass(frozen=True)
 class KeptRef:
-    """A tensor that stays as it is, and why: ``embedding``, ``norm``, ``router``, ``bias``, ``vision`` ..."""
+    """A tensor that is not quantized, and why: ``embedding``, ``norm``, ``router``, ``bias``, ``vision`` ..."""
 
     key: str
     shape: tuple[int, ...]

@@ -76,19 +76,6 @@ class MopeqHfQuantizer(HfQuantizer):
         self._made = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """The model's own and ours, without those that split a matrix: a packed checkpoint stores its parts apart."""
-
-        def splits_packed(transform: Any) -> bool:
-            targets = tuple(f".{target}" for target in transform.target_patterns)
-            below = f"{transform.scope_prefix}." if getattr(transform, "scope_prefix", None) else ""
-            matrices = (f"{m}.weight" for m in self.quantization_config.manifest.linears if m.startswith(below))
-            return len(targets) > 1 and any(name.endswith(targets) for name in matrices)
-
-        own = [t for t in weight_conversions if not (isinstance(t, WeightConverter) and splits_packed(t))]
-        found: list[Any] = super().update_weight_conversions(own, model)  # type: ignore[no-untyped-call]
-        return found
-
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One converter for each flat buffer; patterns name the experts' parent too, or shared experts would match."""
         made: list[WeightConverter] = []

@@ -51,6 +51,41 @@ class Rearranged(ConversionOps):
         return Rearranged(self.back, self.there)
 
 
+class Divided(ConversionOps):
+    """A matrix to several, which lie below each other in it."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """The parts."""
+        (whole,) = map(_only, input_dict.values())
+        parts = whole.chunk(len(target_patterns))
+        return {name: part.contiguous() for name, part in zip(target_patterns, parts, strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Several to one."""
+        return United()
+
+
+class United(ConversionOps):
+    """The inverse of :class:`Divided`; of a quantized model the parts stay apart, as they were stored."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """The whole, or the parts under their full names."""
+        if getattr(kwargs["model"], "hf_quantizer", None) is None:
+            return {target_patterns[0]: torch.cat([_only(input_dict[name]) for name in source_patterns])}
+        whole: str = kwargs["full_layer_name"]
+        return {whole.replace(target_patterns[0], name): _only(part) for name, part in input_dict.items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """One to several."""
+        return Divided()
+
+
 class Joined(ConversionOps):
     """The base rows of MolmoE's embedding, as many as the head has, and the new ones below them."""
 
@@ -162,7 +197,7 @@ def _molmoe_decoder() -> Conversions:
         WeightConverter(
             "self_attn.att_proj.weight",
             [f"self_attn.{name}_proj.weight" for name in "qkv"],
-            [Chunk(dim=0)],
+            [Divided()],
         ),
         WeightConverter(["wte.embedding", "wte.new_embedding"], "embed_tokens.weight", [Joined()]),
         *_experts(),

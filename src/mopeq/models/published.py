@@ -88,7 +88,7 @@ def deepseek_vl2(config: Config) -> dict[str, Any]:
         return dict(config)
     text, vision, projector = (_part(config, f"{name}_config") for name in ("language", "vision", "projector"))
     _check("", config, {"tile_tag": ("2D", "2D"), "global_view_pos": ("head", "head")})
-    width = int(vision.get("width", 1152))
+    width = _number(vision, "width", 1152)
     _check("vision_config.", vision, _VISION_FIXED)
     _check("projector_config.", projector, _PROJECTOR_FIXED)
     translated = _deepseek_text(text)
@@ -101,16 +101,16 @@ def deepseek_vl2(config: Config) -> dict[str, Any]:
         "vision_config": {
             "model_type": "siglip_vision_model",
             "hidden_size": width,
-            "intermediate_size": int(width * vision.get("mlp_ratio", 3.7362)),
-            "num_hidden_layers": int(vision.get("layers", 27)),
-            "num_attention_heads": int(vision.get("heads", 16)),
-            "image_size": int(vision.get("image_size", 384)),
-            "patch_size": int(vision.get("patch_size", 14)),
+            "intermediate_size": int(width * _real(vision, "mlp_ratio", 3.7362)),
+            "num_hidden_layers": _number(vision, "layers", 27),
+            "num_attention_heads": _number(vision, "heads", 16),
+            "image_size": _number(vision, "image_size", 384),
+            "patch_size": _number(vision, "patch_size", 14),
             "hidden_act": "gelu_pytorch_tanh",
             "layer_norm_eps": 1e-6,
             "vision_use_head": False,
         },
-        "downsample_ratio": int(projector.get("downsample_ratio", 2)),
+        "downsample_ratio": _number(projector, "downsample_ratio", 2),
         "tie_word_embeddings": False,
     }
 
@@ -143,9 +143,9 @@ def _deepseek_text(text: Config) -> dict[str, Any]:
         heads = made["num_attention_heads"]
     if heads != made["num_attention_heads"]:
         raise _refused("language_config.num_key_value_heads", heads, made["num_attention_heads"])
-    for key in ("n_shared_experts", "n_routed_experts", "num_experts_per_tok"):
-        if type(made[key]) is not int or made[key] < 1:
-            raise _refused(f"language_config.{key}", made[key], "a whole number from 1 on")
+    for key in ("n_shared_experts", "n_routed_experts", "num_experts_per_tok", "num_hidden_layers"):
+        _number(made, key)
+    _number(made, "first_k_dense_replace", least=0)
     if latent:
         made |= {key: text.get(key, default) for key, default in _LATENT_DEFAULTS.items()}
     model_type = _ROUTERS[routing]
@@ -212,27 +212,29 @@ def molmo(config: Config) -> dict[str, Any]:
             "mopeq quantizes Mixture-of-Experts models"
         )
     for key, meant in _MOLMO_FIXED.items():
-        if config.get(key, _ABSENT) != meant:
-            raise _refused(key, config.get(key, _ABSENT), meant)
+        found = config.get(key, None if meant is None else _ABSENT)
+        if found != meant:
+            raise _refused(key, found, meant)
     vit = _part(config, "vision_backbone")
     width, heads = _number(config, "d_model"), _number(config, "n_heads")
     for key, meant in (("n_kv_heads", heads), ("head_dim", width // heads)):
         if config.get(key) not in (None, meant):
             raise _refused(key, config[key], meant)
     inner = config.get("mlp_hidden_size") or _number(config, "mlp_ratio") * width
+    vision = _molmo_vision(vit)
     layers, pooling = config.get("vit_layers"), [_number(config, f"image_pooling_{axis}") for axis in "hw"]
-    if not isinstance(layers, list) or not all(type(n) is int and -vit["image_num_layers"] <= n < 0 for n in layers):
-        raise _refused("vit_layers", layers, "negative numbers of the tower's blocks")
-    side = (_number(vit, "image_num_pos") - 1) ** 0.5
+    depth, side = vision["num_hidden_layers"], vision["image_size"] // vision["patch_size"]
+    if not isinstance(layers, list) or not all(type(n) is int and -depth <= n < 0 for n in layers):
+        raise _expected("vit_layers", layers, f"negative numbers of the tower's {depth} blocks")
     if any(side % n for n in pooling):
-        raise _refused("image_pooling_h and _w", pooling, f"divisors of the {side:g} patches of a side")
+        raise _expected("image_pooling_h and _w", pooling, f"divisors of the {side} patches of a side")
     rows = config.get("embedding_size") or _number(config, "vocab_size")
     return {
         "model_type": MOLMO,
         **{k: config[k] for k in ("architectures", "dtype", "torch_dtype", "quantization_config") if k in config},
         "text_config": {
             "model_type": "olmoe",
-            "vocab_size": rows + _number(config, "additional_vocab_size"),
+            "vocab_size": rows + _number(config, "additional_vocab_size", least=0),
             "hidden_size": width,
             "intermediate_size": inner // 2,
             "num_hidden_layers": _number(config, "n_layers"),
@@ -242,16 +244,16 @@ def molmo(config: Config) -> dict[str, Any]:
             "num_experts_per_tok": _number(config, "moe_top_k"),
             "norm_topk_prob": False,
             "hidden_act": "silu",
-            "rms_norm_eps": config["layer_norm_eps"],
-            "rope_theta": config["rope_theta"],
+            "rms_norm_eps": _real(config, "layer_norm_eps"),
+            "rope_theta": _real(config, "rope_theta"),
             "clip_qkv": config.get("clip_qkv"),
-            "max_position_embeddings": config.get("max_position_embeddings") or config["max_sequence_length"],
+            "max_position_embeddings": config.get("max_position_embeddings") or _number(config, "max_sequence_length"),
             "pad_token_id": config.get("pad_token_id"),
             "bos_token_id": config.get("bos_token_id"),
             "eos_token_id": config.get("eos_token_id"),
             "tie_word_embeddings": False,
         },
-        "vision_config": _molmo_vision(vit),
+        "vision_config": vision,
         "head_rows": rows,
         "vit_layers": layers,
         "image_pooling_size": pooling,
@@ -262,15 +264,16 @@ def molmo(config: Config) -> dict[str, Any]:
 def _molmo_vision(vit: Config) -> dict[str, Any]:
     """The tower's part: an OpenAI CLIP without its class projection."""
     width, heads = _number(vit, "image_emb_dim"), _number(vit, "image_num_heads")
-    size, patch = vit["image_default_input_size"], _number(vit, "image_patch_size")
+    sizes, patch = vit.get("image_default_input_size"), _number(vit, "image_patch_size")
+    if not isinstance(sizes, list) or len(sizes) != 2 or type(sizes[0]) is not int or sizes[0] != sizes[1]:
+        raise _expected("vision_backbone.image_default_input_size", sizes, "two equal whole numbers")
     for key, meant in {
         "image_model_type": "openai",
         "image_num_key_value_heads": heads,
         "image_head_dim": width // heads,
         "image_pos_patch_size": patch,
         "image_mlp_activations": "quick_gelu",
-        "image_default_input_size": [size[0], size[0]],
-        "image_num_pos": (size[0] // patch) ** 2 + 1,
+        "image_num_pos": (sizes[0] // patch) ** 2 + 1,
     }.items():
         if vit.get(key, _ABSENT) != meant:
             raise _refused(f"vision_backbone.{key}", vit.get(key, _ABSENT), meant)
@@ -280,10 +283,10 @@ def _molmo_vision(vit: Config) -> dict[str, Any]:
         "intermediate_size": _number(vit, "image_mlp_dim"),
         "num_hidden_layers": _number(vit, "image_num_layers"),
         "num_attention_heads": heads,
-        "image_size": size[0],
+        "image_size": sizes[0],
         "patch_size": patch,
         "hidden_act": "quick_gelu",
-        "layer_norm_eps": vit["image_norm_eps"],
+        "layer_norm_eps": _real(vit, "image_norm_eps"),
     }
 
 
@@ -294,11 +297,18 @@ def _part(config: Config, name: str) -> Config:
     return part
 
 
-def _number(config: Config, name: str) -> int:
-    value = config.get(name, _ABSENT)
-    if type(value) is not int or value < 0:
-        raise _refused(name, value, "a whole number")
+def _number(config: Config, name: str, default: object = _ABSENT, least: int = 1) -> int:
+    value = config.get(name, default)
+    if type(value) is not int or value < least:
+        raise _expected(name, value, f"a whole number from {least} on")
     return value
+
+
+def _real(config: Config, name: str, default: object = _ABSENT) -> float:
+    value = config.get(name, default)
+    if not isinstance(value, int | float) or not value > 0:
+        raise _expected(name, value, "a number above 0")
+    return float(value)
 
 
 def _check(where: str, part: Config, table: Mapping[str, tuple[Any, Any]]) -> None:
@@ -309,5 +319,9 @@ def _check(where: str, part: Config, table: Mapping[str, tuple[Any, Any]]) -> No
 
 
 def _refused(key: str, found: object, meant: object) -> ModelError:
+    return _expected(key, found, f"{meant!r}, all that this mopeq computes")
+
+
+def _expected(key: str, found: object, phrase: str) -> ModelError:
     have = f"no {key}" if found is _ABSENT else f"{key} = {found!r}"
-    return ModelError(f"config.json has {have}; this mopeq computes {meant!r} only; use the model's own config.json")
+    return ModelError(f"config.json has {have}; expected {phrase}; use the model's own config.json")
