@@ -308,7 +308,9 @@ def train_tower(
         if (step + 1) % 25 == 0:
             curve.append([step + 1, round(sum(losses) / len(losses), 4)])
             right = ((found > 0) == marks.bool()).all(-1).float().mean()
-            print(f"tower step {step + 1} loss {curve[-1][1]:.4f}, {float(right):.2f} of the quarters right", flush=True)
+            print(
+                f"tower step {step + 1} loss {curve[-1][1]:.4f}, {float(right):.2f} of the quarters right", flush=True
+            )
             losses.clear()
     return curve
 

@@ -73,8 +73,23 @@ def test_run_with_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(error.strip().splitlines()) == 1
 
 
+def test_chat_with_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image goes with the first words; an empty line ends."""
+    folder = folder_of(DEEPSEEK[0], tmp_path)
+    lines = iter(["Describe this image.", "Which colours?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    image = str(PROCESSORS / "images" / "img_a_wide.png")
+    assert main(["chat", str(folder), "--image", image, "--max-new-tokens", "8"]) == 0
+    said = capsys.readouterr()
+    processor = load_processor(folder)
+    assert processor.decode(cases(DEEPSEEK[0])["one_wide"].greedy[0], skip_special_tokens=True) in said.out
+    assert "no chat template" not in said.err
+
+
 def test_models_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tiny.save("olmoe", tmp_path / "olmoe")
+    folder = tiny.save_tiny("olmoe", tmp_path / "olmoe")
     assert not takes_images(folder)
     assert main(["run", str(folder), "--prompt", "a", "--image", "a.png"]) == 2
     assert "takes no images" in capsys.readouterr().err
@@ -89,7 +104,7 @@ def test_folders_without_the_right_processor(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has token 387; expected them below 380"):
         load_processor(folder)
     (folder / "processor_config.json").unlink()
-    with pytest.raises(ModelError, match="candidate_resolutions|no processor"):
+    with pytest.raises(ModelError, match=r"candidate_resolutions|no processor"):
         load_processor(folder)
     shutil.copy(FOLDER / DEEPSEEK[0] / "config.json", path)
     (folder / "processor_config.json").write_text("{")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mopeq.cli import show
-from mopeq.cli.images import do_quickstart_vlm, prompt_of
+from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
@@ -195,10 +195,12 @@ def do_run(options: argparse.Namespace) -> None:
     """Generate text from a prompt."""
     from mopeq.runtime.generate import generate
 
-    prompt, processor = prompt_of(options)
-    model, tokenizer = (_load_any(options.model, options), processor) if processor else _loaded(options)
+    reader = reader_of(options)
+    prompt = (
+        [{"role": "user", "content": with_images(options.prompt, options.image)}] if options.image else options.prompt
+    )
     stream = None if options.json else show.write
-    made = generate(model, tokenizer, prompt, **_sampling_of(options), stream=stream)
+    made = generate(_load_any(options.model, options), reader, prompt, **_sampling_of(options), stream=stream)
     if options.json:
         return show.print_json({"text": made.text, "tokens": len(made.tokens), "seconds": made.seconds})
     print(f"\n[{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
@@ -209,11 +211,12 @@ def do_chat(options: argparse.Namespace) -> None:
     """Talk to a model."""
     from mopeq.runtime.generate import generate
 
-    model, tokenizer = _loaded(options)
-    if not getattr(tokenizer, "chat_template", None):
+    reader = reader_of(options)
+    model, images = _load_any(options.model, options), options.image
+    if not hasattr(reader, "tokenizer") and not getattr(reader, "chat_template", None):
         print("this model has no chat template: it continues your text instead of answering", file=sys.stderr)
     print("empty line or Ctrl-D ends", file=sys.stderr)
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     while True:
         try:
             said = input("> ").strip()
@@ -221,8 +224,8 @@ def do_chat(options: argparse.Namespace) -> None:
             return None
         if not said:
             return None
-        messages.append({"role": "user", "content": said})
-        made = generate(model, tokenizer, messages, **_sampling_of(options), stream=show.write)
+        messages.append({"role": "user", "content": with_images(said, [] if messages else images)})
+        made = generate(model, reader, messages, **_sampling_of(options), stream=show.write)
         print()
         messages.append({"role": "assistant", "content": made.text})
 

@@ -82,7 +82,6 @@ def parser() -> argparse.ArgumentParser:
     p = verb("run", commands.do_run, "generate text from a prompt")
     _model(p)
     p.add_argument("--prompt", required=True)
-    p.add_argument("--image", metavar="FILE", action="append", default=[], help="an image before it; may be repeated")
     _sampling(p)
 
     p = verb("chat", commands.do_chat, "talk to a model in the terminal", json=False)
@@ -151,6 +150,9 @@ def _seed_number(text: str) -> int:
 
 
 def _sampling(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--image", metavar="FILE", action="append", default=[], help="an image before the first words; may be repeated"
+    )
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     p.add_argument("--top-p", type=float, default=1.0)

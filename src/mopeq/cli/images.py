@@ -8,7 +8,7 @@ from typing import Any
 from mopeq.cli import show
 from mopeq.progress import drawn
 
-__all__ = ["do_quickstart_vlm", "prompt_of"]
+__all__ = ["do_quickstart_vlm", "reader_of", "with_images"]
 
 
 def do_quickstart_vlm(options: argparse.Namespace) -> None:
@@ -42,16 +42,18 @@ def _share(value: Any) -> str:
     return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
 
-def prompt_of(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The prompt of ``mopeq run`` and, of a model that takes images, its processor.
+def reader_of(options: argparse.Namespace) -> Any:
+    """What makes a model's inputs: its processor if it takes images, else its tokenizer.
 
-    Such a model gets a conversation: the images, then the text. Raises :class:`ModelError` for images that the model
-    does not take, before it is loaded.
+    Raises :class:`ModelError` for images that the model does not take, before it is loaded.
     """
-    from mopeq.load import load_processor, takes_images
+    from mopeq.load import load_processor, load_tokenizer, takes_images
 
-    if not options.image and not takes_images(options.model):
-        return options.prompt, None
-    processor = load_processor(options.model)
-    parts: list[dict[str, Any]] = [{"type": "image", "path": path} for path in options.image]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": options.prompt}]}], processor
+    wanted = options.image or takes_images(options.model)
+    return load_processor(options.model) if wanted else load_tokenizer(options.model)
+
+
+def with_images(text: str, images: list[str]) -> Any:
+    """The content of a message: the text, after the images if there are any."""
+    parts: list[dict[str, Any]] = [{"type": "image", "path": path} for path in images]
+    return [*parts, {"type": "text", "text": text}] if parts else text
