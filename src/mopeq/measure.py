@@ -20,6 +20,7 @@ from mopeq.analyze import Routed, analyze, check_request, observe
 from mopeq.data.conversations import conversation_batches, has_images, read_conversations
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
+from mopeq.errors import DataError
 from mopeq.load import load_original, load_processor, load_tokenizer
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
@@ -27,7 +28,16 @@ from mopeq.source import Source, open_source
 from mopeq.spec import Inventory, MoESpec
 from mopeq.stats import Stats
 
-__all__ = ["Calibration", "Prepared", "measure", "measure_prepared", "observed", "open_model", "split_texts"]
+__all__ = [
+    "Calibration",
+    "Prepared",
+    "has_pictures",
+    "measure",
+    "measure_prepared",
+    "observed",
+    "open_model",
+    "split_texts",
+]
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,11 @@ class Calibration:
     length: int = 512
     batch_size: int = 4
     seed: int = 0
+
+
+def has_pictures(calibration: Calibration) -> bool:
+    """Whether the calibration data are conversations with images."""
+    return calibration.data is not None and has_images(calibration.data)
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ def observed(
     opened: Prepared,
     calibration: Calibration,
     *,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Any] | None = None,
     gradients: bool = True,
     dtype: torch.dtype | None = None,
     track: Track = silent,
@@ -79,7 +94,7 @@ def observed(
     Args:
         opened: from :func:`open_model`.
         calibration: which text.
-        texts: documents to take instead of reading ``calibration.data``.
+        texts: documents, or conversations where it has images, to take instead of reading ``calibration.data``.
         gradients: record the gradients that ``fisher_error`` needs.
         dtype: compute type of the model; None takes the checkpoint's.
         track: progress.
@@ -87,10 +102,10 @@ def observed(
     source, spec = opened.source, opened.spec
     tokenizer: Any
     sizes = {"samples": calibration.samples, "batch_size": calibration.batch_size, "seed": calibration.seed}
-    if texts is None and calibration.data is not None and has_images(calibration.data):
+    if has_pictures(calibration):
         processor = load_processor(source.path)
         tokenizer = processor.tokenizer
-        batches = conversation_batches(read_conversations(calibration.data), processor, **sizes)
+        batches = conversation_batches(texts or read_conversations(str(calibration.data)), processor, **sizes)
         length = max(batch["input_ids"].shape[1] for batch in batches)
     else:
         tokenizer, length = load_tokenizer(source.path), calibration.length
@@ -155,8 +170,19 @@ def measure_prepared(
     return replace(stats, info={**prepared.info, **stats.info})
 
 
-def split_texts(calibration: Calibration) -> tuple[list[str], list[str]]:
-    """Texts to calibrate on, and texts kept apart to judge by (a tenth; the bundled held-out text for bundled data)."""
+def split_texts(calibration: Calibration) -> tuple[list[Any], list[Any]]:
+    """What to calibrate on, and what is kept apart to judge by (a tenth; the bundled held-out text for bundled data).
+
+    Texts, or conversations where the data has images; of fewer than ten texts the last tenth of all is cut off.
+    """
+    if has_pictures(calibration):
+        conversations = read_conversations(str(calibration.data))
+        if len(conversations) < 10:
+            raise DataError(
+                f"{calibration.data} has {len(conversations)} conversations; expected at least 10, of which a tenth is "
+                "kept apart for comparing; give more"
+            )
+        return [c for i, c in enumerate(conversations) if i % 10 != 9], conversations[9::10]
     texts = read_texts(calibration.data or bundled_text("calibration.jsonl"))
     if calibration.data is None:
         names = ("heldout_code.txt", "heldout_docs.txt")

@@ -25,11 +25,13 @@ from mopeq.allocate.budget import check_budget
 from mopeq.analyze import check_request, moments
 from mopeq.autoload import callable_module
 from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config
+from mopeq.data.conversations import conversation_batches
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
 from mopeq.evaluate import Evaluation, evaluate
-from mopeq.load import load, load_original, load_tokenizer
-from mopeq.measure import Calibration, Prepared, measure_prepared, observed, open_model, split_texts
+from mopeq.evaluate.answers import evaluate_answers
+from mopeq.load import load, load_original, load_processor, load_tokenizer
+from mopeq.measure import Calibration, Prepared, has_pictures, measure_prepared, observed, open_model, split_texts
 from mopeq.precision import DEFAULT_REST, FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Track, silent
 from mopeq.qtensor import Codes, QTensor, pack, pack_full
@@ -128,7 +130,7 @@ def quantize(
         check_request(prepared.inventory, (cost,), options, method)
     if precisions is not None:
         prepared.inventory.check(precisions)
-    if evaluated:  # text that cannot be scored is found before hours of work
+    if evaluated and not has_pictures(calibration):  # text that cannot be scored is found before hours of work
         try:
             text_windows(heldout, load_tokenizer(prepared.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
@@ -180,7 +182,7 @@ def quantize(
 def _judge(
     prepared: Prepared,
     packed: Packed,
-    heldout: Sequence[str],
+    heldout: Sequence[Any],
     calibration: Calibration,
     dtype: torch.dtype | None,
     track: Track,
@@ -189,6 +191,15 @@ def _judge(
     path = prepared.source.path
     original = prepared.model if prepared.model is not None else load_original(path, dtype=dtype)
     small = load(packed.path, dtype=original.dtype)
+    if has_pictures(calibration):
+        batches = conversation_batches(
+            heldout[:JUDGED_WINDOWS],
+            load_processor(path),
+            samples=JUDGED_WINDOWS,
+            batch_size=calibration.batch_size,
+            seed=0,
+        )
+        return evaluate_answers(original, small, batches, track=track)
     tokenizer = prepared.tokenizer or load_tokenizer(path)
     return evaluate(
         small,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mopeq.errors import DataError, ModelError
-from mopeq.evaluate.answers import answer_logits, judge_answers
+from mopeq.evaluate import Evaluation
+from mopeq.evaluate.answers import answer_logits, evaluate_answers, judge_answers
 
 VOCABULARY, END = 7, 1
 
@@ -80,6 +82,29 @@ def test_divergence_is_of_answers_and_paired() -> None:
     other = judge_answers(original[:1], [batch_of(rows[:1])], ["a"], original[:1])
     with pytest.raises(DataError, match="other questions"):
         judged[0].kl_above(other)
+
+
+def test_evaluation_of_answers_is_the_sum_over_them() -> None:
+    generator = torch.Generator().manual_seed(2)
+    table = torch.randn(VOCABULARY, VOCABULARY, generator=generator)
+    other = table + 0.3 * torch.randn(table.shape, generator=generator)
+    batches = [batch_of([([3, 4], [5, 1]), ([6], [2, 3, 1])])]
+    found = evaluate_answers(Chain(table), Chain(other), batches)
+    p, q = table.log_softmax(-1), other.log_softmax(-1)
+    steps = [(4, 5), (5, 1), (6, 2), (2, 3), (3, 1)]
+    assert found.perplexity is not None
+    assert found.reference_perplexity is not None
+    assert found.divergence is not None
+    assert found.perplexity.nats.value == pytest.approx(-sum(float(q[a, b]) for a, b in steps) / 5, abs=1e-6)
+    assert found.reference_perplexity.nats.value == pytest.approx(-sum(float(p[a, b]) for a, b in steps) / 5, abs=1e-6)
+    kl = sum(float((p[a].exp() * (p[a] - q[a])).sum()) for a, _ in steps) / 5
+    assert found.divergence.kl.value == pytest.approx(kl, abs=1e-6)
+    agreed = sum(int(p[a].argmax() == q[a].argmax()) for a, _ in steps) / 5
+    assert found.divergence.agreement.value == pytest.approx(agreed)
+    assert Evaluation.from_json(json.loads(json.dumps(found.to_json()))) == found
+    unlabelled = [{name: value for name, value in batches[0].items() if name != "labels"}]
+    with pytest.raises(DataError, match="no answers"):
+        evaluate_answers(Chain(table), Chain(other), unlabelled)
 
 
 def test_a_broken_model_is_found() -> None:

@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopeq.data.text import Window, fingerprint
 from mopeq.errors import DataError, ModelError
+from mopeq.evaluate import Evaluation
 from mopeq.evaluate.bootstrap import Estimate, difference_estimate, ratio_estimate
+from mopeq.evaluate.divergence import Divergence
+from mopeq.evaluate.perplexity import summarize
+from mopeq.evaluate.speed import resident_bytes
 from mopeq.progress import Track, silent
 
-__all__ = ["Answers", "answer_logits", "judge_answers"]
+__all__ = ["Answers", "answer_logits", "evaluate_answers", "judge_answers"]
 
 OURS = ("modality", "labels")
 """Entries of a batch that the model does not get."""
@@ -78,6 +83,43 @@ def answer_logits(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], tra
     return made
 
 
+def evaluate_answers(
+    reference: nn.Module, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, track: Track = silent
+) -> Evaluation:
+    """Perplexity of both models on the answers of conversations, and the divergence between them; nothing else counts.
+
+    ``batches`` are what :func:`mopeq.data.conversations.conversation_batches` makes; a conversation is a window.
+    """
+    if not all("labels" in batch for batch in batches):
+        raise DataError("conversations kept apart for comparing have no answers; expected some; use --no-eval")
+    expected, found = (answer_logits(m, batches, track) for m in (reference, model))
+    windows, targets = [], []
+    for batch in batches:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            targets.append(labels[labels != -100])
+            windows.append(Window(ids[mask.bool()], len(targets[-1])))
+    nats, reference_nats = ([_nats(*pair) for pair in zip(rows, targets, strict=True)] for rows in (found, expected))
+    kl = [_kl(p, q) for p, q in zip(expected, found, strict=True)]
+    agreed = [int((p.argmax(-1) == q.argmax(-1)).sum()) for p, q in zip(expected, found, strict=True)]
+    tokens = tuple(w.scored for w in windows)
+    return Evaluation(
+        resident_bytes=resident_bytes(model),
+        reference_resident_bytes=resident_bytes(reference),
+        perplexity=summarize(nats, windows, None),
+        reference_perplexity=summarize(reference_nats, windows, None),
+        divergence=Divergence(
+            kl=ratio_estimate(kl, tokens),
+            agreement=ratio_estimate(agreed, tokens),
+            tokens=sum(tokens),
+            windows=fingerprint(windows),
+            window_tokens=tokens,
+            window_kl=tuple(kl),
+            window_agreed=tuple(agreed),
+        ),
+        info={"text": "answers of conversations", "windows": len(windows)},
+    )
+
+
 def judge_answers(
     found: Sequence[Tensor],
     batches: Sequence[Mapping[str, Tensor]],
@@ -89,6 +131,10 @@ def judge_answers(
     right = [bool((logits.argmax(-1) == row).all()) for logits, row in zip(found, labels, strict=True)]
     kl = [_kl(p, q) for p, q in zip(original, found, strict=True)] if original is not None else []
     return Answers(tuple(categories), tuple(right), tuple(len(row) for row in labels), tuple(kl))
+
+
+def _nats(logits: Tensor, targets: Tensor) -> float:
+    return -float(logits.float().log_softmax(-1).gather(-1, targets[:, None]).double().sum())
 
 
 def _kl(p: Any, q: Any) -> float:
