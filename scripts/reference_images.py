@@ -149,12 +149,9 @@ def shapes_scene(rng: random.Random, heldout: bool) -> Scene:
             asked.append(Question("shape", f"Which shape is {colour}?", shape))
         if shapes.count(shape) == 1:
             asked.append(Question("colour", f"Which colour is the {shape}?", colour))
-    if rng.random() < 0.5:
-        shape, colour = rng.choice(made)
-    else:  # one that is not there, though its shape or its colour is
-        absent = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in made and (s in shapes or c in colours)]
-        shape, colour = rng.choice(absent)
-    asked.append(Question("exists", f"Is there a {colour} {shape}?", "yes" if (shape, colour) in made else "no"))
+    absent = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in made and (s in shapes or c in colours)]
+    for (shape, colour), answer in ((rng.choice(made), "yes"), (rng.choice(absent), "no")):
+        asked.append(Question("exists", f"Is there a {colour} {shape}?", answer))
     return Scene(canvas, tuple(asked), tuple(marks))
 
 
@@ -203,8 +200,8 @@ def chart_scene(rng: random.Random, heldout: bool) -> Scene:
 KINDS: dict[str, tuple[Callable[[random.Random, bool], Scene], float]] = {
     "digit": (digit_scene, 0.12),
     "shapes": (shapes_scene, 0.45),
-    "word": (word_scene, 0.25),
-    "chart": (chart_scene, 0.18),
+    "word": (word_scene, 0.10),
+    "chart": (chart_scene, 0.33),
 }
 """Scenes, and their shares in training."""
 

@@ -35,12 +35,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import reference_images as images
+import mopeq.models.register  # noqa: F401  (the published tensors' names)
 from mopeq.models.configuration import DeepseekVL2Config
 from mopeq.models.deepseek_vl2 import DeepseekVL2ForConditionalGeneration
 from mopeq.models.processing_deepseek_vl2 import DeepseekVLV2Processor, tiles_of
 
 BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 TILE, PATCH, WIDTH, LAYERS, EXPERTS, TOP_K = images.SIDE, 12, 128, 5, 16, 2
+SCALE = EXPERTS / TOP_K
+"""Factor of the routing weights, which are not renormalised: evenly routed, a token's experts then weigh one."""
 RESOLUTIONS = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
 WIDE = "word"
 """The kind of scene whose images are two tiles wide."""
@@ -53,7 +56,8 @@ class Settings:
     tower_steps: int = 400
     tower_scenes: int = 96
     tower_learning_rate: float = 3e-3
-    steps: int = 1_200
+    steps: int = 750
+    scaled_from: int = 300
     scenes: int = 32
     questions: int = 4
     learning_rate: float = 3e-3
@@ -121,6 +125,7 @@ def configuration(vocabulary: int) -> dict[str, Any]:
             "first_k_dense_replace": 1,
             "moe_layer_freq": 1,
             "max_position_embeddings": 512,
+            "routed_scaling_factor": SCALE,
             "n_group": 1,
             "topk_group": 1,
             "topk_method": "greedy",
@@ -244,13 +249,18 @@ class OneTile:
 
 
 class Routers:
-    """What the routers say in a forward pass."""
+    """What the routers say in a forward pass, and how much it counts."""
 
     def __init__(self, model: nn.Module) -> None:
         self.logits: list[Tensor] = []
-        for name, module in model.named_modules():
-            if name.endswith("mlp.gate"):
-                module.register_forward_hook(lambda _m, _a, output: self.logits.append(output[0]))
+        self.modules: list[Any] = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+        for module in self.modules:
+            module.register_forward_hook(lambda _m, _a, output: self.logits.append(output[0]))
+
+    def scale(self, factor: float) -> None:
+        """Set the factor of the routing weights."""
+        for module in self.modules:
+            module.routed_scaling_factor = factor
 
     def balance(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """The balance loss, 1 where even, and the load (layers, experts); the logits are let go."""
@@ -447,6 +457,7 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
         inputs = lessons.batch(step)
         labels = inputs.pop("labels")[:, 1:]
         once.on = inputs["images"].shape[1] == 2
+        routers.scale(SCALE if step >= settings.scaled_from else 1.0)
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         asked = labels != -100
         loss = F.cross_entropy(logits[asked], labels[asked])
