@@ -124,6 +124,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "patch_size": 4,
             "num_position_embeddings": 16,
         },
+        "image_token_id": 259,
+        "vision_start_token_id": 260,
+        "vision_end_token_id": 261,
     },
     "llama4": {
         "text_config": {**_TEXT, **_LLAMA4},
@@ -138,6 +141,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "projector_input_dim": 32,
             "projector_output_dim": 32,
         },
+        "image_token_index": 259,
     },
     "llama4_text": _LLAMA4,
     "deepseek_vl_v2": {
@@ -229,6 +233,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "intermediate_size": 48,
             "patch_size": 4,
         },
+        "projection_hidden_size": 32,
         "image_token_id": 259,
         "tie_word_embeddings": False,
     },
