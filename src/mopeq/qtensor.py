@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mopeq.precision import FULL, Precision
 
-__all__ = ["Codes", "QTensor", "dequantize", "pack", "pack_bits", "packed_shapes", "unpack", "unpack_bits"]
+__all__ = ["Codes", "QTensor", "dequantize", "pack", "pack_bits", "packed_shapes", "rows_of", "unpack", "unpack_bits"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,13 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
             value = value | (eight[..., byte + 1] << (8 - shift))
         columns.append((value & mask).to(torch.uint8))
     return torch.stack(columns, -1).flatten(-2)
+
+
+def rows_of(codes: Codes, parts: int) -> list[Codes]:
+    """The matrices of equal shape that one was stacked from along its output axis."""
+    zeros = [None] * parts if codes.zeros is None else list(codes.zeros.chunk(parts))
+    both = zip(codes.codes.chunk(parts), codes.scales.chunk(parts), zeros, strict=True)
+    return [Codes(c, s, z, codes.precision) for c, s, z in both]
 
 
 def pack(codes: Codes) -> QTensor:
