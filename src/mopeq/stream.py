@@ -124,8 +124,13 @@ class Shell:
         for module in self.layers[number].modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
-                    empty = torch.empty_like(parameter, device="meta")
-                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+
+    def release_experts(self, module: nn.Module) -> None:
+        """Let go of the large weights of an experts module that has run; biases and the gate function stay."""
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.ndim > 2:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
 
     def run(self, number: int, batch: Batch, given: Tensor | None) -> Tensor:
         """Output (sequences, length, H) of a loaded layer; ``given`` is the output of the one before it."""
@@ -220,6 +225,7 @@ def forward(
         store.put(f"hidden {number + 1}", outputs)
         del outputs
         if tap is not None and number >= start:
+            shell.release_experts(tap.module)
             yield tap.layer, tap.module, tap.finish(vision_of(batches))
         shell.release(number)
         store.drop(f"hidden {number}")
@@ -238,18 +244,22 @@ def backward(
     """Every MoE layer from the last to the first with what it saw and its gradients, its weights resident.
 
     The loss is that of :func:`~mopeq.analyze.observe`: labels drawn from the model, with the same seed the same ones.
-    Layers from ``until`` on are passed over where the gradient that they leave is stored.
+    Goes on from what is stored; layers from ``until`` on need not be given away again.
     """
     check_batches(shell.model, batches)
     moe = {layer.index: layer for layer in shell.spec.layers}
     count, least = len(shell.layers), min(moe)
-    top = count if until is None or not store.has(f"gradient {until}") else until
-    if top == count and not store.has(f"gradient {count}"):
-        begin = next((k for k in range(count, 0, -1) if store.has(f"hidden {k}")), 0)
-        for number in track(range(begin, count), "calibration data forward", count - begin):
+    least_done = count if until is None else until
+    top = next((k for k in range(least_done, count + 1) if store.has(f"gradient {k}")), None)
+    needed = [*range(1, top or count), *([] if top else [count])]
+    if lost := [k for k in needed if not store.has(f"hidden {k}")]:
+        begin = next((k for k in range(lost[0] - 1, 0, -1) if store.has(f"hidden {k}")), 0)
+        for number in track(range(begin, lost[-1]), "calibration data forward", lost[-1] - begin):
             with torch.no_grad():
                 store.put(f"hidden {number + 1}", _layer(shell, number, batches, store, None))
             shell.release(number)
+    if top is None:
+        top = count
         store.put(f"gradient {count}", _loss_gradients(shell, batches, store.get(f"hidden {count}"), seed))
     for number in track(range(top - 1, least - 1, -1), "and back", top - least):
         tap = Tap(moe[number], experts_module(shell.model, moe[number]), True, None) if number in moe else None
@@ -258,7 +268,9 @@ def backward(
         store.put(f"gradient {number}", gradients)
         del gradients
         if tap is not None:
-            yield tap.layer, tap.module, tap.finish(vision_of(batches))
+            shell.release_experts(tap.module)
+            if until is None or number < until:
+                yield tap.layer, tap.module, tap.finish(vision_of(batches))
         shell.release(number)
         store.drop(f"hidden {number + 1}")
         store.drop(f"gradient {number + 1}")
