@@ -11,7 +11,7 @@ from mopeq.autoload import callable_module, extend
 from mopeq.checkpoint import Manifest, read_manifest
 from mopeq.errors import CheckpointError, ModelError
 
-__all__ = ["is_packed", "load", "load_original", "load_tokenizer"]
+__all__ = ["auto_class", "is_packed", "load", "load_original", "load_tokenizer", "model_config"]
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
@@ -28,7 +28,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     """
     if Path(path).is_dir():
         read_manifest(path)
-    config = _config(path)
+    config = model_config(path)
     Manifest.from_json(getattr(config, "quantization_config", None))
     from mopeq.integrations import transformers  # noqa: F401  (registers the quantizer, whatever autoload was told)
 
@@ -54,7 +54,7 @@ def load_original(
     Raises:
         ModelError: no such model, a packed one, or one whose tensors are not those of its architecture.
     """
-    config = _config(path)
+    config = model_config(path)
     settings = getattr(config, "quantization_config", None)
     if isinstance(settings, dict) and settings.get("quant_method") == "mopeq":
         raise ModelError(f"{path} is a packed checkpoint; expected an original model; load it with mopeq.load")
@@ -79,11 +79,11 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def is_packed(path: str | Path) -> bool:
     """Whether a folder or hub id is a packed checkpoint, whole or not."""
-    settings = getattr(_config(path), "quantization_config", None)
+    settings = getattr(model_config(path), "quantization_config", None)
     return isinstance(settings, dict) and settings.get("quant_method") == "mopeq"
 
 
-def _config(path: str | Path) -> Any:
+def model_config(path: str | Path) -> Any:
     """The configuration of a model, as transformers reads it."""
     if not Path(path).is_dir() and (isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ModelError(f"no folder {path}; expected a model's folder or its name on the Hugging Face hub")
@@ -97,6 +97,13 @@ def _config(path: str | Path) -> Any:
         raise ModelError(f"transformers cannot read the configuration of {path}: {_line(error)}") from error
 
 
+def auto_class(config: Any) -> Any:
+    """Transformers' class that makes the model of a configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
 def _load(
     path: str | Path, config: Any, failure: type[ModelError] | type[CheckpointError], dtype: torch.dtype | None,
     device: str | torch.device | None, **options: Any,
@@ -105,11 +112,8 @@ def _load(
 
     Every tensor of a packed checkpoint must be used; what transformers drops of an original one, ``describe`` says.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    auto: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     try:
-        model, info = auto.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",

@@ -59,7 +59,7 @@ def test_with_an_image(family: str, tiny_model: Make, tmp_path: Path) -> None:
         packing.dequantized(original, tmp_path / "packed", tmp_path / "dense"), dtype=torch.float32
     )
     model = load(tmp_path / "packed", dtype=torch.float32)
-    token, inputs = INPUTS[family]
+    _, inputs = INPUTS[family]
     got, want = model(**inputs).logits, dense(**inputs).logits
     assert (got - want).norm() / want.norm() < 1e-5
     other = dense(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits

@@ -148,7 +148,8 @@ def do_quantize(options: argparse.Namespace) -> None:
     from mopeq.measure import open_model
     from mopeq.quantize import quantize, require_new
 
-    require_new(Path(options.out))  # before a model is downloaded
+    if not options.resume:
+        require_new(Path(options.out))  # before a model is downloaded
     model = open_model(options.model).inventory
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
     with drawn() as track:
@@ -166,6 +167,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             rest=_rest_map(options.rest),
             dtype=_dtype(options),
             evaluated=not options.no_eval,
+            resume=options.resume,
             command=options.command_line,
             track=track,
         )

@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--granularity", default="group", choices=("group", "expert"))
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
+    p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
 
     p = verb("run", commands.do_run, "generate text from a prompt")
     _model(p)
