@@ -15,7 +15,7 @@ LEVELS = [
     {"stats"},
     {"qtensor"},
     {"progress", "seam", "autoload", "journal"},
-    {"source"},
+    {"models", "source"},
     {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint"},
     {"analyze", "candidates", "runtime"},
     {"integrations"},

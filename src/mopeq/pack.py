@@ -26,8 +26,8 @@ from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, Pro
 from mopeq.progress import Track, silent
 from mopeq.qtensor import QTensor, pack, pack_full, rows_of
 from mopeq.quantizers import QUANTIZERS, once
-from mopeq.source import close_files, read_tensor, stored_bytes
-from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer
+from mopeq.source import Source, close_files, read_kept, read_matrix, stored_bytes
+from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 
 __all__ = [
     "DATA_FREE",
@@ -129,10 +129,22 @@ def write_packed(
     for pattern in COMPANIONS:
         for path in sorted(source.path.glob(pattern)):
             writer.copy_file(path)
-    config = packed_config(source.config, spec, precisions, inventory)
+    config = packed_config(_with_type(source, spec), spec, precisions, inventory)
     size = writer.finish(config, {**files, "precision.json": precisions.to_json()})
     original = sum(stored_bytes(source, key) for key in source.shapes)
     return Packed(writer.out, precisions, size, original, time.perf_counter() - started, tuple(fallbacks), inventory)
+
+
+def _with_type(source: Source, spec: MoESpec) -> dict[str, Any]:
+    """The original's configuration; where it names no type (MolmoE's), that of its embedding.
+
+    transformers takes the first tensor's otherwise, which in a packed checkpoint is a scale's.
+    """
+    config = dict(source.config)
+    if config.get("dtype") is None and config.get("torch_dtype") is None:
+        embedding = next(ref.key for ref in spec.kept if ref.group == "embedding")
+        config["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(source.dtypes[embedding], "float32")
+    return config
 
 
 def _steps(opened: Prepared, refs: Sequence[LinearRef | KeptRef]) -> Iterator[list[LinearRef | KeptRef]]:
@@ -155,11 +167,12 @@ def _rest(
 ) -> Iterator[Stored]:
     """Matrices outside the experts at their precision, and what is kept as it is."""
     for ref in refs:
-        weight = read_tensor(opened.source, ref.key)
         if isinstance(ref, KeptRef):
-            yield ref.key, weight
-        elif linears[ref] == FULL:
-            yield ref.key, weight if weight.element_size() == 2 else weight.to(torch.bfloat16)
+            yield ref.key, read_kept(opened.source, ref)
+            continue
+        weight = read_matrix(opened.source, ref.weight)
+        if linears[ref] == FULL:
+            yield f"{ref.name}.weight", weight if weight.element_size() == 2 else weight.to(torch.bfloat16)
         else:
             yield ref.name, pack(QUANTIZERS["rtn-mse"](weight.float()[None], linears[ref], None)[0])
 

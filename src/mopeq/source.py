@@ -22,9 +22,19 @@ from torch import Tensor
 
 from mopeq.errors import ModelError
 from mopeq.precision import ProjectionGroup
-from mopeq.spec import MoELayer, WeightRef
+from mopeq.spec import TOWERS, KeptRef, MoELayer, WeightRef
 
-__all__ = ["Source", "close_files", "open_source", "read_group", "read_matrix", "read_tensor", "stored_bytes"]
+__all__ = [
+    "Source",
+    "close_files",
+    "kept_bytes",
+    "open_source",
+    "read_group",
+    "read_kept",
+    "read_matrix",
+    "read_tensor",
+    "stored_bytes",
+]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -83,6 +93,21 @@ def read_tensor(source: Source, key: str) -> Tensor:
     except (SafetensorError, OSError) as error:
         raise ModelError(_unreadable(source.path / source.files[key], error)) from error
     return tensor
+
+
+def read_kept(source: Source, ref: KeptRef) -> Tensor:
+    """A tensor that is not quantized, as a packed checkpoint holds it: as it is stored, of a tower in 16 bits."""
+    tensor = read_tensor(source, ref.key)
+    return tensor.to(torch.bfloat16) if _is_cut(source, ref) else tensor
+
+
+def kept_bytes(source: Source, ref: KeptRef) -> int:
+    """Bytes of :func:`read_kept`."""
+    return 2 * prod(ref.shape) if _is_cut(source, ref) else stored_bytes(source, ref.key)
+
+
+def _is_cut(source: Source, ref: KeptRef) -> bool:
+    return ref.group in TOWERS and source.dtypes[ref.key] in ("F32", "F64")
 
 
 def read_matrix(source: Source, ref: WeightRef) -> Tensor:

@@ -104,7 +104,7 @@ class Shell:
         self.model.eval()
         first = spec.layers[0]
         self._module = first.module.partition(f"layers.{first.index}.")[0] + "layers"
-        self._key = first.experts[0].gate.key.partition(f"layers.{first.index}.")[0] + "layers."
+        self._key = first.experts[0].gate.key.partition(f".{first.index}.")[0] + "."  # MolmoE's files say blocks
         self.layers: Any = self.model.get_submodule(self._module)
         self._turn = -1
         self._given: Tensor | None = None
