@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from mopeq.cli import commands
+from mopeq.cli.serve import add_serve, do_serve
 from mopeq.precision import DEFAULT_BITS
 
 __all__ = ["parser"]
@@ -87,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
     p = verb("chat", commands.do_chat, "talk to a model in the terminal", json=False)
     _model(p)
     _sampling(p)
+
+    add_serve(verb("serve", do_serve, "serve a model over HTTP, as OpenAI does", json=False))
 
     p = verb("eval", commands.do_eval, "perplexity, divergence from the original, tasks, speed")
     _model(p)
