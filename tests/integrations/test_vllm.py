@@ -41,7 +41,7 @@ NEW = 24
 SIZES: dict[str, dict[str, Any]] = {
     "olmoe": {},
     "mixtral": {"num_key_value_heads": 2},
-    "qwen2_moe": {"shared_expert_intermediate_size": 96, "num_key_value_heads": 4},
+    "qwen2_moe": {"shared_expert_intermediate_size": 128, "intermediate_size": 256, "num_key_value_heads": 4},
     "qwen3_moe": {"head_dim": 32},
     "deepseek_v2": {"kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32},
 }

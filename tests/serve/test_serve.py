@@ -50,7 +50,7 @@ def pair(folder: Path) -> tuple[Any, Any]:
 def serving(pair: tuple[Any, Any], limits: Limits | None = None, api_key: str = "") -> Iterator[int]:
     """The port of a server in a thread."""
     app = application(*pair, "tiny", limits, api_key)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -37,6 +37,8 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
         self.manifest = manifest
         self.experts = {name: i for i, e in manifest.experts.items() for name in (e.tensors, e.module)}
         self.linears: dict[str, PackedLinear] = {v.tensors: v for v in manifest.linears.values()}
+        self.renormalize = False
+        """Whether routing weights still have to be divided by their sum."""
 
     @classmethod
     def get_name(cls) -> str:
@@ -63,8 +65,10 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
         """From ``quantization_config``; :class:`CheckpointError` where it breaks docs/format.md."""
         return cls(Manifest.from_json(config))
 
-    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
-        """Check the files of a local folder before anything is built."""
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Check the files of a local folder before anything is built, and mend what vLLM's models leave out."""
+        # models/olmoe.py of vLLM 0.32 never renormalizes, whatever the configuration says
+        self.renormalize = getattr(hf_config, "model_type", "") == "olmoe" and hf_config.norm_topk_prob
         if Path(model_name).is_dir():
             verify(model_name, hashes=False)
 
@@ -88,7 +92,8 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
                 )
             index = self.experts[prefix]
             precisions = {g: layers[index] for g, layers in self.manifest.precisions.experts.items()}
-            return PackedExpertsMethod(layer.moe_config, prefix, self.manifest.inventory.layers[index], precisions)
+            shape = self.manifest.inventory.layers[index]
+            return PackedExpertsMethod(layer.moe_config, prefix, shape, precisions, self.renormalize)
         if isinstance(layer, LinearBase | ParallelLMHead):
             parts = self._parts(prefix)
             if all(part.precision == FULL for part in parts):

@@ -34,10 +34,11 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     """Keeps one layer's experts packed. vLLM routes, adds shared experts, and sums over workers."""
 
     def __init__(
-        self, moe: Any, name: str, shape: LayerShape, precisions: Mapping[ProjectionGroup, tuple[Precision, ...]]
-    ) -> None:
+        self, moe: Any, name: str, shape: LayerShape, precisions: Mapping[ProjectionGroup, tuple[Precision, ...]],
+        renormalize: bool,
+    ) -> None:  # fmt: skip
         super().__init__(moe)
-        self.name, self.shape, self.precisions = name, shape, precisions
+        self.name, self.shape, self.precisions, self.renormalize = name, shape, precisions, renormalize
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int, *args: Any,
@@ -86,6 +87,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **shared: Any) -> Tensor:
         """(tokens, H), (tokens, k), (tokens, k) to (tokens, H); other workers' experts count nothing."""
+        if self.renormalize:
+            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
         out: Tensor = torch.ops.mopeq.vllm_experts(x, topk_weights, topk_ids, layer.layer_name)
         return out
 

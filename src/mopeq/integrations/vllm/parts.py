@@ -38,7 +38,7 @@ class Cut:
         ):
             if precision.bits != 16 and (begin, end) != (0, size) and (begin % unit or end % unit):
                 raise InputError(
-                    f"{name} is {whole[0]} x {whole[1]} at {precision}, and a worker would get {what} {begin} to {end}; "
+                    f"{name} is {whole[0]} x {whole[1]} at {precision}; a worker would get {what} {begin} to {end}; "
                     f"expected multiples of {unit}; serve with fewer tensor-parallel workers, or experts whole by "
                     "--enable-expert-parallel"
                 )
