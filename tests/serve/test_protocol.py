@@ -72,7 +72,7 @@ def test_what_cannot_be_done_is_refused(form: Form, changes: dict[str, Any], sta
     assert caught.value.status == status
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b'{"model": "\\ud800"}', b"[" * 100_000])
 def test_a_body_that_is_no_object_is_refused(raw: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         parse("chat", raw, "m")

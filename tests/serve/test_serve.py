@@ -175,6 +175,14 @@ def test_errors_reach_the_client_as_its_exceptions(client: OpenAI) -> None:
         client.completions.create(model="tiny", prompt="a", max_tokens=600, stream=True)
 
 
+def test_messages_that_the_template_refuses(
+    client: OpenAI, pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair[1], "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(openai.BadRequestError, match="roles must alternate"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES)
+
+
 def test_a_key_is_asked_for_under_v1(pair: tuple[Any, Any]) -> None:
     with serving(pair, api_key="secret") as port:
         with asking(port, "secret") as right, asking(port, "guess") as wrong:

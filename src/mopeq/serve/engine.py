@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from mopeq.errors import InputError
 from mopeq.runtime.generate import generate
 from mopeq.serve.limits import Limits
@@ -110,6 +112,8 @@ class _Job:
             )  # fmt: skip
         except InputError as error:
             return self._put(RequestError(400, str(error)))
+        except TemplateError as error:  # templates refuse roles, or their order
+            return self._put(RequestError(400, f"the model's chat template refuses the messages: {error}"))
         if self._over() and not self.met_stop:
             return self._refuse()
         if not self.met_stop:

@@ -61,8 +61,9 @@ def parse(form: Form, body: bytes, model: str) -> Ask:
     """A request's body, checked; ``model`` is the served name. Raises :class:`RequestError` with status 400 or 404."""
     try:
         data = json.loads(body)
+        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not JSON: {error}") from error
+        raise RequestError(400, f"the body is not JSON in UTF-8: {error}") from error
     if not isinstance(data, dict):
         raise RequestError(400, f"the body is a JSON {type(data).__name__}; expected an object")
     for name, value in data.items():
