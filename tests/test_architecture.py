@@ -20,7 +20,7 @@ LEVELS = [
     {"analyze", "candidates", "runtime"},
     {"integrations"},
     {"load"},
-    {"evaluate", "report", "stream"},
+    {"evaluate", "fit", "report", "stream"},
     {"measure"},
     {"pack"},
     {"quantize"},
