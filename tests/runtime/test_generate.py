@@ -52,6 +52,15 @@ def test_sampling_repeats_with_its_seed_and_leaves_ours_alone(pair: tuple[Any, A
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_it_ends_where_it_is_told_and_at_the_last_position(pair: tuple[Any, Any]) -> None:
+    whole = generate(*pair, "abc", max_new_tokens=12)
+    asked = iter([False, False, True])
+    assert generate(*pair, "abc", max_new_tokens=12, stopped=lambda: next(asked)).tokens == whole.tokens[:3]
+    made = generate(*pair, "a" * 500, max_new_tokens=None)
+    assert len(made.tokens) <= 12
+    assert made.prompt_tokens == 500
+
+
 def test_stream_gives_the_text_in_pieces(pair: tuple[Any, Any]) -> None:
     model, tokenizer = pair
     pieces: list[str] = []

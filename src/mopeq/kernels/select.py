@@ -94,8 +94,8 @@ def grouped_linear(x: Tensor, packed: PackedGroup, offsets: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, packed: PackedGroup) -> Tensor:
-    """``x (..., in)`` times the only matrix of a group: ``(..., out)`` in ``x``'s type."""
+    """``x (..., in)`` times the matrices of a group's only expert, one after the other: ``(..., out)`` in its type."""
     if _takes(x, packed):
         return cpu.grouped_linear(x.reshape(-1, x.shape[-1]), packed).view(*x.shape[:-1], packed.out_features)
-    (matrix,) = packed.matrices(0)
-    return naive.linear(x, matrix)
+    products = [naive.linear(x, matrix) for matrix in packed.matrices(0)]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)

@@ -47,11 +47,12 @@ def generate(
     tokenizer: Any,
     prompt: str | Messages,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> Generation:
     """Continue a prompt.
 
@@ -59,16 +60,17 @@ def generate(
         model: a transformers model, packed or not.
         tokenizer: its tokenizer.
         prompt: text, taken as it is, or a conversation, put through :func:`render`.
-        max_new_tokens: stop after so many.
+        max_new_tokens: stop after so many; None: at the end of the model's positions.
         temperature: 0 takes the most likely token every time.
         top_p: sample from the smallest set of tokens with this probability.
         seed: makes sampling repeatable; the caller's random state is left alone.
         stream: called with each piece of text when it is known.
+        stopped: asked after each token; True ends the generation there.
 
     Raises:
         InputError: an empty prompt, more tokens than the model has positions, or numbers out of range.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+    if (max_new_tokens is not None and max_new_tokens < 1) or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise InputError(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}; "
             f"expected at least 1, at least 0, and above 0 up to 1"
@@ -81,6 +83,10 @@ def generate(
     if count == 0:
         raise InputError("the prompt is empty; give at least one token")
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_new_tokens is None:
+        if most is None:
+            raise InputError("this model names no number of positions; expected max_new_tokens")
+        max_new_tokens = max(most - count, 1)
     if most is not None and count + max_new_tokens > most:
         raise InputError(
             f"{count} tokens of prompt and {max_new_tokens} new ones; this model takes at most {most} in all; "
@@ -96,6 +102,7 @@ def generate(
             **inputs,
             generation_config=_settings(model, tokenizer, max_new_tokens, temperature, top_p),
             streamer=None if stream is None else _Pieces(tokenizer, count, stream),
+            stopping_criteria=None if stopped is None else [_Stopped(stopped)],
         )
     seconds = time.perf_counter() - started
     tokens = output[0, count:].tolist()
@@ -120,6 +127,16 @@ def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: floa
         bos_token_id=own.bos_token_id,
         **sampling,
     )
+
+
+class _Stopped:
+    """transformers' stopping criterion protocol."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.stopped(), device=input_ids.device)
 
 
 class _Pieces:
