@@ -4,6 +4,10 @@
 namespace mopeq {
 
 void widen(const void *x, int64_t type, int64_t count, float *to);
+// Rounded to nearest, ties to even.
+void narrow(const float *x, int64_t type, int64_t count, void *to);
+// The gate function of mopeq_experts_job.
+void gated(const float *gate, const float *up, int64_t count, float alpha, float limit, float shift, float *to);
 // One row: (blocks, digits, 32) digits, (blocks) scales, (blocks, digits) minus their sums. A block with an infinite
 // or undefined value gets the scale NaN.
 void split(const float *x, int64_t blocks, int digits, int8_t *to, float *scales, int32_t *minus);
