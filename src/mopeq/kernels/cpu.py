@@ -24,7 +24,7 @@ from mopeq.seam import Gate
 __all__ = ["DIGITS", "ISAS", "convert", "experts", "grouped_linear", "isa", "library", "why_not"]
 
 LIBRARY = Path(__file__).with_name("libmopeq_cpu.so")
-ABI = 2
+ABI = 3
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
@@ -43,7 +43,7 @@ FAULTS = {
 }
 
 
-class _Group(ctypes.Structure):
+class Group(ctypes.Structure):
     """``mopeq_group`` of csrc/mopeq_cpu.h."""
 
     _fields_ = (
@@ -57,7 +57,7 @@ class _Job(ctypes.Structure):
     """``mopeq_job``."""
 
     _fields_ = (
-        ("x", c_void_p), ("rows", c_int64), ("inputs", c_int64), ("x_type", c_int64), ("group", _Group),
+        ("x", c_void_p), ("rows", c_int64), ("inputs", c_int64), ("x_type", c_int64), ("group", Group),
         ("offsets", c_void_p), ("out", c_void_p), ("out_features", c_int64), ("digits", c_int64), ("threads", c_int64),
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ class _ExpertsJob(ctypes.Structure):
 
     _fields_ = (
         ("x", c_void_p), ("tokens", c_int64), ("hidden", c_int64), ("x_type", c_int64), ("index", c_void_p),
-        ("weights", c_void_p), ("k", c_int64), ("gate_up", _Group), ("down", _Group), ("gate_up_bias", c_void_p),
+        ("weights", c_void_p), ("k", c_int64), ("gate_up", Group), ("down", Group), ("gate_up_bias", c_void_p),
         ("down_bias", c_void_p), ("bias_type", c_int64), ("interleaved", c_int64), ("alpha", c_float),
         ("limit", c_float), ("shift", c_float), ("out", c_void_p), ("digits", c_int64), ("threads", c_int64),
     )  # fmt: skip
@@ -129,7 +129,7 @@ def isa() -> str:
     return ISAS[library().mopeq_isa()]
 
 
-def _check(code: int) -> None:
+def check(code: int) -> None:
     if code:
         raise InputError(f"the CPU kernel refuses its arguments: {FAULTS.get(code, f'fault {code}')}")
 
@@ -151,10 +151,10 @@ def _fits(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
         raise InputError(f"the CPU kernel got {name} {list(tensor.shape)}; expected {list(shape)}")
 
 
-def _group(qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor) -> _Group:
+def group_of(qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor) -> Group:
     if table.dim() != 3 or table.shape[2] != 8:
         raise InputError(f"the CPU kernel got a table {list(table.shape)}; expected (experts, matrices, 8)")
-    return _Group(
+    return Group(
         *_parts("qweight", qweight, torch.uint8), *_parts("scales", scales, torch.float16),
         *_parts("zeros", zeros, torch.uint8), _parts("table", table, torch.int64)[0], *table.shape[:2],
     )  # fmt: skip
@@ -170,7 +170,7 @@ def _grouped_linear(
             f"the CPU kernel got x {x.dtype} {list(x.shape)} and {out_features} outputs; "
             f"expected float32, bfloat16 or float16 (rows, inputs), and at least one output"
         )
-    group = _group(qweight, scales, zeros, table)
+    group = group_of(qweight, scales, zeros, table)
     at, count = _parts("offsets", offsets, torch.int64)
     if offsets is not None and count != group.experts + 1:
         raise InputError(
@@ -182,7 +182,7 @@ def _grouped_linear(
         torch.get_num_threads(),
     )  # fmt: skip
     if x.shape[0]:
-        _check(library().mopeq_grouped_linear(ctypes.byref(job)))
+        check(library().mopeq_grouped_linear(ctypes.byref(job)))
     return out
 
 
@@ -200,8 +200,8 @@ def _experts(
             f"bfloat16 or float16 (tokens, hidden), and biases of one of these types"
         )
     groups = (
-        _group(gate_up, gate_up_scales, gate_up_zeros, gate_up_table),
-        _group(down, down_scales, down_zeros, down_table),
+        group_of(gate_up, gate_up_scales, gate_up_zeros, gate_up_table),
+        group_of(down, down_scales, down_zeros, down_table),
     )
     (tokens, hidden), experts, inner = x.shape, len(down_table), int(down_table[0, 0, 4]) if down_table.numel() else 0
     _fits("index", index, (tokens, *index.shape[1:2]))
@@ -216,7 +216,7 @@ def _experts(
         TYPES[biases[0].dtype] if biases else 0, interleaved, *gate, out.data_ptr(), digits, torch.get_num_threads(),
     )  # fmt: skip
     if tokens:
-        _check(library().mopeq_experts(ctypes.byref(job)))
+        check(library().mopeq_experts(ctypes.byref(job)))
     return out
 
 
@@ -297,13 +297,13 @@ def convert(packed: PackedGroup, form: Form) -> PackedGroup:
         for q in packed.stored(expert):
             (rows, inputs), groups, bits = q.shape, q.scales.shape[1], precision.bits
             before = q.qweight.clone()
-            _check(lib.mopeq_repack_codes(before.data_ptr(), _parts("qweight", q.qweight, torch.uint8)[0],
+            check(lib.mopeq_repack_codes(before.data_ptr(), _parts("qweight", q.qweight, torch.uint8)[0],
                                           rows, inputs, bits, forward, threads))  # fmt: skip
             before = q.scales.clone()
-            _check(lib.mopeq_repack_scales(before.data_ptr(), _parts("scales", q.scales, torch.float16)[0],
+            check(lib.mopeq_repack_scales(before.data_ptr(), _parts("scales", q.scales, torch.float16)[0],
                                            rows, groups, forward))  # fmt: skip
             if q.zeros is not None:
                 before = q.zeros.clone()
-                _check(lib.mopeq_repack_zeros(before.data_ptr(), _parts("zeros", q.zeros, torch.uint8)[0],
+                check(lib.mopeq_repack_zeros(before.data_ptr(), _parts("zeros", q.zeros, torch.uint8)[0],
                                               rows, groups, bits, forward))  # fmt: skip
     return PackedGroup(packed.layout, packed.qweight, packed.scales, packed.zeros, form)

@@ -1,7 +1,8 @@
-"""Token after token of one sequence, with nothing between the model's own forward passes but the choice of a token.
+"""Token after token of one sequence: the prompt by the model's own forward pass, then step by step.
 
 The tokens are those of transformers' ``generate`` with the same settings and random state. What is left out is what one
-sequence does not need: beams, padding, the copying of the whole cache for every token.
+sequence does not need: beams, padding, the copying of the whole cache for every token. A step is native where
+``step.py`` knows the family, else the model's own pass.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mopeq.runtime.step import step_of
 
 __all__ = ["Sampling", "decode"]
 
@@ -34,15 +37,20 @@ def decode(model: Any, prompt: Tensor, most: int, stops: frozenset[int], samplin
 
     Random numbers are torch's own: seed them before the first token is asked for. Run it without gradients.
     """
-    choose = _chooser(sampling)
-    cache, seen = _cache(model, prompt.shape[1] + most), prompt
+    choose, count = _chooser(sampling), prompt.shape[1]
+    cache = _cache(model, count + most)
+    logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    step = step_of(model, cache)
     for number in range(most):
-        out = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = choose(seen, out.logits[:, -1].float())
+        token = choose(prompt, logits.float())
         yield (value := int(token))
         if value in stops or number + 1 == most:
             return
-        prompt = token.view(1, 1)
+        if step is not None:
+            logits = step(token.view(1, 1), count + number)
+        else:
+            out = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits = out.logits[:, -1]
 
 
 def _chooser(sampling: Sampling) -> Any:
@@ -79,7 +87,7 @@ def _cache(model: Any, room: int) -> Any:
 def _roomy() -> Any:
     from transformers.cache_utils import DynamicLayer
 
-    class Roomy(DynamicLayer):  # type: ignore[misc]
+    class Roomy(DynamicLayer):
         """A layer that writes into its place what others append to a copy."""
 
         def __init__(self, room: int) -> None:

@@ -52,7 +52,7 @@ float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  return as_float(bits_of(p) + (bits_of(shifted) << 23));
+  return x == x ? as_float(bits_of(p) + (bits_of(shifted) << 23)) : x;
 }
 
 constexpr float ROUND = 0x1.8p23f;      // adding and subtracting it rounds to the nearest integer
@@ -84,6 +84,10 @@ void narrow(const float *x, int64_t type, int64_t count, void *to) {
   } else {
     for (int64_t i = 0; i < count; i++) out[i] = to_half(x[i]);
   }
+}
+
+void exponentials(float *x, int64_t count) {
+  for (int64_t i = 0; i < count; i++) x[i] = exponential(-88.0f > x[i] ? -88.0f : x[i]);
 }
 
 void gated(const float *gate, const float *up, int64_t count, float alpha, float limit, float shift, float *to) {

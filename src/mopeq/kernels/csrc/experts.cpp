@@ -118,7 +118,7 @@ int batch(const mopeq_experts_job &job, int64_t first, int64_t tokens, int64_t i
     const Inputs x(tokens, job.hidden, job.digits);
     fill(x, job.threads, token_row, &b);
     gate_up.x = &x, gate_up.rows = b.token.data(), gate_up.out = middle.get();
-    gate_up.run(job.threads);
+    run(&gate_up, 1, job.threads);
   }
   std::vector<int64_t> order(size_t(rows), 0);
   std::iota(order.begin(), order.end(), 0);
@@ -126,7 +126,7 @@ int batch(const mopeq_experts_job &job, int64_t first, int64_t tokens, int64_t i
   b.middle = middle.get(), b.rows = out.get();
   fill(h, job.threads, gated_row, &b);
   down.x = &h, down.rows = order.data(), down.out = out.get();
-  down.run(job.threads);
+  run(&down, 1, job.threads);
   run(tokens, tokens * job.k * job.hidden < FEW ? 1 : job.threads, combine, &b);
   return MOPEQ_OK;
 }

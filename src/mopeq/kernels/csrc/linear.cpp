@@ -1,5 +1,6 @@
 // The C interface, and the call for rows through linears.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "activations.hpp"
+#include "attention.hpp"
 #include "experts.hpp"
 #include "product.hpp"
 #include "threads.hpp"
@@ -74,7 +76,7 @@ int linear(const mopeq_job &job) {
   std::unique_ptr<float[]> sums(wide ? nullptr : new float[size_t(rows * n)]);
   product.x = &x, product.rows = order.data();
   product.out = wide ? static_cast<float *>(job.out) + begin * n : sums.get();
-  product.run(job.threads);
+  run(&product, 1, job.threads);
   if (!wide) {
     Narrowing rest{sums.get(), out + begin * n * size, job.x_type, n};
     run(rows, rows * n < FEW ? 1 : job.threads, narrowing, &rest);
@@ -128,6 +130,7 @@ void mopeq_set_parallel_for(void *function) { mopeq::set_parallel_for(function);
 
 int mopeq_grouped_linear(const mopeq_job *job) { return mopeq::guarded(job, mopeq::linear); }
 int mopeq_experts(const mopeq_experts_job *job) { return mopeq::guarded(job, mopeq::experts); }
+int mopeq_attention(const mopeq_attention_job *job) { return mopeq::guarded(job, mopeq::attention); }
 
 uint64_t mopeq_read(const void *data, int64_t bytes, int64_t threads) {
   mopeq::Reading reading{static_cast<const char *>(data), bytes, std::max<int64_t>(threads, 1),

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { MOPEQ_ABI = 2 };
+enum { MOPEQ_ABI = 3 };
 
 // Type of the activations.
 enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
@@ -76,6 +76,26 @@ typedef struct {
   int64_t digits, threads;
 } mopeq_experts_job;
 
+// One token through the attention of a layer, between the sums that surround it:
+//   x += add; n = norm(x); q, k, v = projections of n; k, v join the cache at `position`;
+//   x += o(attention(q, keys, values)); h = norm(x).
+// norm(x) = weight * x / sqrt(mean(x^2) + eps). Rotation pairs the halves of the first `rotated` numbers of a head.
+typedef struct {
+  float *x;         // (hidden), in and out
+  const void *add;  // (hidden) of type `type`, or null
+  void *h;          // (hidden) of type `type`
+  int64_t type, hidden, heads, kv_heads, size, rotated;  // size: of a head
+  float eps, scale;
+  const float *norm_before, *norm_after;                // (hidden)
+  mopeq_group q, k, v, o;                               // one matrix each
+  const float *q_bias, *k_bias, *v_bias, *o_bias;       // or null
+  const float *q_norm, *k_norm;                         // both or neither
+  int64_t norm_heads;                                   // 1: norms of each head (size); 0: of all heads together
+  const float *cos, *sin;                               // (rotated)
+  void *keys, *values;                                  // (kv_heads, room, size) of type `type`
+  int64_t room, position, digits, threads;
+} mopeq_attention_job;
+
 MOPEQ_API int mopeq_abi(void);
 // 0 portable, 1 AVX2, 2 AVX-512 VNNI: the best this machine has.
 MOPEQ_API int mopeq_best_isa(void);
@@ -87,6 +107,7 @@ MOPEQ_API void mopeq_set_parallel_for(void *function);
 
 MOPEQ_API int mopeq_grouped_linear(const mopeq_job *job);
 MOPEQ_API int mopeq_experts(const mopeq_experts_job *job);
+MOPEQ_API int mopeq_attention(const mopeq_attention_job *job);
 
 // Plain bit strings (docs/format.md) to panels and back. `to` and `from` must not overlap. scales, zeros: the same for
 // the other two parts; a null part is left out. rows a multiple of 8, inputs of 32.

@@ -1,6 +1,7 @@
 #include "product.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <new>
 
 #include "activations.hpp"
@@ -77,12 +78,22 @@ void piece(const Product &product, const Part &part, int64_t number) {
   }
 }
 
+struct Handing {
+  const Product *products;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+};
+
 void pieces(int64_t, int64_t, void *context) {
-  Product &product = *static_cast<Product *>(context);
-  for (int64_t n; (n = product.next.fetch_add(1, std::memory_order_relaxed)) < product.pieces;) {
-    const auto after = std::upper_bound(product.parts.begin(), product.parts.end(), n,
+  Handing &handing = *static_cast<Handing *>(context);
+  for (;;) {
+    int64_t n = handing.next.fetch_add(1, std::memory_order_relaxed);
+    const Product *product = handing.products, *const end = product + handing.count;
+    while (product < end && n >= product->pieces) n -= product++->pieces;
+    if (product == end) return;
+    const auto after = std::upper_bound(product->parts.begin(), product->parts.end(), n,
                                         [](int64_t value, const Part &part) { return value < part.first; });
-    piece(product, *(after - 1), n);
+    piece(*product, *(after - 1), n);
   }
 }
 
@@ -175,9 +186,11 @@ int Product::plan(const int64_t *offsets, int64_t inputs, int64_t outputs) {
   return MOPEQ_OK;
 }
 
-void Product::run(int64_t threads) {
-  next.store(0);
-  mopeq::run(bytes < ALONE ? 1 : std::min(threads, pieces), threads, mopeq::pieces, this);
+void run(const Product *products, int64_t count, int64_t threads) {
+  Handing handing{products, count};
+  int64_t all = 0, bytes = 0;
+  for (int64_t i = 0; i < count; i++) all += products[i].pieces, bytes += products[i].bytes;
+  run(bytes < ALONE ? 1 : std::min(threads, all), threads, pieces, &handing);
 }
 
 }  // namespace mopeq

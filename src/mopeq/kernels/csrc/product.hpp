@@ -1,6 +1,5 @@
 // A product of rows with the matrices of their experts: checks, activations to digits, panels handed out to threads.
 #pragma once
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -58,12 +57,13 @@ struct Product {
   int64_t out_features = 0;
   std::vector<Part> parts{};
   int64_t pieces = 0, bytes = 0;
-  std::atomic<int64_t> next{0};
 
   Product(const mopeq_group &of) : group(&of), kernels(table_of(isa())) {}
   // Checks every matrix that has rows, and that it has so many outputs.
   int plan(const int64_t *offsets, int64_t inputs, int64_t outputs);
-  void run(int64_t threads);
 };
+
+// Products that do not wait for each other.
+void run(const Product *products, int64_t count, int64_t threads);
 
 }  // namespace mopeq
