@@ -84,10 +84,17 @@ def test_conversations(pair: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}],
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+    ],
 )
 def test_numbers_out_of_range(pair: tuple[Any, Any], wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="expected at least 1, at least 0, and above 0 up to 1"):
+    with pytest.raises(InputError, match="expected at least 1, at least 0, above 0 up to 1, and at least 0"):
         generate(*pair, "a", **wrong)
 
 

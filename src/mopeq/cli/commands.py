@@ -336,7 +336,7 @@ def _check_original(model: str, against: str) -> None:
 
 
 def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     return {name: getattr(options, name) for name in names}
 
 

@@ -158,5 +158,6 @@ def _sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--top-k", type=int, default=0, help="0 samples from all tokens (default)")
     _seed(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1 ...")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mopeq.errors import CheckpointError
-from mopeq.kernels import GroupLayout, PackedGroup, grouped_linear
+from mopeq.kernels import GroupLayout, PackedGroup, experts, grouped_linear
 from mopeq.kernels.layout import PARTS
 from mopeq.precision import GROUPS, ProjectionGroup
 from mopeq.runtime.packed import PackedModule
-from mopeq.seam import activate, down_bias, is_experts, weighs_input
+from mopeq.seam import activate, down_bias, gate_of, gate_up_bias, is_experts, weighs_input
 
 __all__ = ["MixedExperts", "bounds", "mix", "pack_experts"]
 
@@ -49,13 +49,26 @@ class MixedExperts(PackedModule):
         Llama 4 gives (experts * tokens, H), already weighted, and gets as many rows back.
         """
         if top_k_index is None or top_k_weights is None:
-            return self._every_expert(hidden_states)
+            return cast(Tensor, self._every_expert(hidden_states))
+        gate, biases = gate_of(self), (gate_up_bias(self, ...), down_bias(self, ...))
+        if gate is not None:
+            groups = self.packed("gate_up"), self.packed("down")
+            done = experts(hidden_states, top_k_index, top_k_weights, *groups, gate, biases)
+            if done is not None:
+                return done
+        return cast(Tensor, self._on_torch(hidden_states, top_k_index, top_k_weights))
+
+    # how many tokens an expert gets is data: torch.compile would make a graph for every count, so it goes around
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _on_torch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What :func:`mopeq.kernels.experts` computes, in steps that have gradients: the definition."""
         return mix(hidden_states, top_k_index, top_k_weights, self._experts, self._run)
 
     @property
     def _experts(self) -> int:
         return len(self.mopeq_layouts["down"].precisions)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _every_expert(self, hidden_states: Tensor) -> Tensor:
         """Rows (experts * tokens, H), expert after expert. Rows of zeros, tokens not routed there, stay zeros."""
         ids = torch.arange(self._experts, device=hidden_states.device).repeat_interleave(
@@ -118,9 +131,7 @@ def bounds(ids: Tensor, experts: int) -> Tensor:
 
 @cache
 def _mixed(cls: Any) -> type[nn.Module]:
-    # how many tokens an expert gets is data: torch.compile would make a graph for every count, so it goes around
-    body = {"__module__": __name__, "forward": torch.compiler.disable(MixedExperts.forward)}  # type: ignore[no-untyped-call]
-    return type(f"Mopeq{cls.__name__}", (MixedExperts, cls), body)
+    return type(f"Mopeq{cls.__name__}", (MixedExperts, cls), {"__module__": __name__})
 
 
 def _remake(cls: Any) -> nn.Module:
