@@ -5,7 +5,7 @@ the same calibration, packed, loaded back, compared with the original on held-ou
 
 Studies: ``maps`` (uniform, MoPEQ's k-means, knapsack, controls), ``groups`` (group sizes at equal bits per weight),
 ``levels`` (which bits to choose from, in groups of 128), ``quantizers`` (RTN, clipped RTN, GPTQ at uniform bits),
-``grids`` (GPTQ on searched and on min-max grids), ``damping`` (of GPTQ). All but ``maps`` use the first seed only.
+``grids`` (what grids GPTQ may choose), ``damping`` (of GPTQ). All but ``maps`` use the first seed only.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ from mopeq.measure import Calibration, Prepared, measure_prepared, observed, ope
 from mopeq.precision import GROUPS, Precision, PrecisionMap
 from mopeq.quantize import pack_model
 from mopeq.quantizers import QUANTIZERS, gptq
+from mopeq.quantizers.gptq import FACTORS
+from mopeq.quantizers.grid import FACTORS as WIDE
 from mopeq.stats import Stats, cost_metric
 
 STUDIES = ("maps", "groups", "levels", "quantizers", "grids", "damping")
-DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
+DAMPING = (0.01, 0.05, 0.1, 0.2, 0.5)
 LEVELS = ((2, 3, 4), (2, 4), (2, 3, 4, 8), (2, 3, 4, 5, 6), (2, 3, 4, 5, 6, 8))
 COST = "fisher_error"
 COSTS = ("fisher_error", "output_error")
 SCORES = ("frequency", "inverse_norm", "hessian_trace")
 BITS = (2, 3, 4)
-MINMAX = "gptq-minmax"
-"""Name under which ``grids`` registers GPTQ on min-max grids."""
+GRIDS = {"gptq": FACTORS, "gptq-minmax": (), "gptq-wide": WIDE}
+"""Multiples of the min-max scale that ``grids`` lets GPTQ choose from, and the names it registers them under."""
 DRAWS = 2
 """Random maps of one histogram for every calibration seed."""
 HEADER = 2048
@@ -253,10 +255,10 @@ def _quantizers(stats: Stats, seed: int, size: int) -> Iterator[Job]:
 
 
 def _grids(stats: Stats, seed: int, size: int) -> Iterator[Job]:
-    """GPTQ on its searched grids and on min-max grids, at uniform bits and two group sizes."""
-    QUANTIZERS[MINMAX] = partial(gptq, search=False)
+    """GPTQ on its grids, on min-max grids and on those of clipped rounding, at uniform bits and two group sizes."""
     for p in [*_options(64), *_options(128)]:
-        for method in ("gptq", MINMAX):
+        for method, factors in GRIDS.items():
+            QUANTIZERS[method] = partial(gptq, factors=factors)
             yield Job(f"{method} {p}", uniform_map(stats.model, [p]), method)
 
 

@@ -30,8 +30,8 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
 
 
 def _fidelity(prefix: str, named: list[str]) -> dict[str, list[str]]:
-    studies = {"fidelity": ["maps"], "choices": ["groups", "quantizers"], "levels": ["levels", "grids"],
-               "damping": ["damping"]}  # fmt: skip
+    studies = {"fidelity": ["maps"], "choices": ["groups", "quantizers"], "levels": ["levels"],
+               "damping": ["damping", "grids"]}  # fmt: skip
     made = {}
     for name, asked in studies.items():
         words = ["fidelity.py", *named, "--studies", *asked]

@@ -198,7 +198,7 @@ def choices(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def levels(results: Mapping[str, Any]) -> dict[str, str]:
-    """Offered bits at equal bits per weight, and GPTQ's grids at uniform bits."""
+    """Offered bits at equal bits per weight."""
     rows = {row["name"]: row for run in results["runs"] for row in run["rows"]}
     named = [name.split(" at ") for name in rows if " at " in name]
     offered = list(dict.fromkeys(found[0] for found in named))
@@ -206,20 +206,19 @@ def levels(results: Mapping[str, Any]) -> dict[str, str]:
         [bits, *(_cell(rows[f"{one} at {bits}"], rows[f"2, 3, 4 at {bits}"]) for one in offered)]
         for bits in dict.fromkeys(found[1] for found in named)
     ]
-    uniform = [name.removeprefix("gptq ") for name in rows if name.startswith("gptq ")]
-    other = [[p, *(_cell(rows[f"{m} {p}"], rows[f"gptq {p}"]) for m in ("gptq", "gptq-minmax"))] for p in uniform]
-    return {
-        "levels": table(["bits per expert weight", *offered], grid),
-        "grids": table(["uniform", "searched grids", "min-max grids"], other),
-    }
+    return {"levels": table(["bits per expert weight", *offered], grid)}
 
 
 def damping(results: Mapping[str, Any]) -> dict[str, str]:
-    """GPTQ's damping at uniform bits."""
+    """GPTQ's damping and its grids at uniform bits."""
     rows = {row["name"]: row for run in results["runs"] for row in run["rows"]}
-    values, bits = (list(dict.fromkeys(name.split()[i] for name in rows)) for i in (1, 2))
+    named = [name.split() for name in rows if name.startswith("damping ")]
+    values, bits = (list(dict.fromkeys(words[i] for words in named)) for i in (1, 2))
     body = [[b, *(_cell(rows[f"damping {v} {b}"], rows[f"damping {values[0]} {b}"]) for v in values)] for b in bits]
-    return {"damping": table(["uniform bits", *values], body)}
+    methods = {"gptq": "0.85 to 1", "gptq-minmax": "1", "gptq-wide": "0.3 to 1.2"}
+    uniform = [name.removeprefix("gptq ") for name in rows if name.startswith("gptq ")]
+    other = [[p, *(_cell(rows[f"{m} {p}"], rows[f"gptq {p}"]) for m in methods)] for p in uniform]
+    return {"damping": table(["uniform bits", *values], body), "grids": table(["uniform", *methods.values()], other)}
 
 
 def _cell(row: Row | None, beside: Row | None) -> str:

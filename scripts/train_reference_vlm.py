@@ -34,8 +34,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-import reference_images as images
 import mopeq.models.register  # noqa: F401  (the published tensors' names)
+import reference_images as images
 from mopeq.models.configuration import DeepseekVL2Config
 from mopeq.models.deepseek_vl2 import DeepseekVL2ForConditionalGeneration
 from mopeq.models.processing_deepseek_vl2 import DeepseekVLV2Processor, tiles_of
@@ -96,9 +96,12 @@ def build_tokenizer(most: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> DeepseekVLV2Processor:
-    """The processor, which completes the tokenizer."""
-    return DeepseekVLV2Processor(build_tokenizer(384), candidate_resolutions=RESOLUTIONS, patch_size=PATCH)
+def build_processor(work: Path) -> DeepseekVLV2Processor:
+    """The processor, which completes the tokenizer; made on first use and kept in ``work``."""
+    if not (work / "processor_config.json").exists():
+        tokenizer = build_tokenizer(384)
+        DeepseekVLV2Processor(tokenizer, candidate_resolutions=RESOLUTIONS, patch_size=PATCH).save_pretrained(work)
+    return DeepseekVLV2Processor.from_pretrained(work)
 
 
 def configuration(vocabulary: int) -> dict[str, Any]:
@@ -431,7 +434,7 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
     torch.set_num_threads(1)
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    processor = build_processor()
+    processor = build_processor(work)
     config = configuration(len(processor.tokenizer))
     model = build_model(config, settings.seed)
     optimizers = build_optimizers(model, settings)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import mopeq.analyze.slab as slab_module
 import mopeq.quantize as quantize_module
 from mopeq.checkpoint import PackedWriter, verify
 from mopeq.cli import main
@@ -392,7 +393,7 @@ def test_asked_to_terminate(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(quantize_module, "read_group", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(slab_module, "read_group", lambda *_: signal.raise_signal(signal.SIGTERM))
     command = ("quantize", folder, "-o", tmp_path / "out", "--uniform", "4g32", "--method", "rtn", "--no-eval")
     code, said = fails(capsys, *command)
     assert code == 130
@@ -421,7 +422,7 @@ def test_interrupted_while_comparing(
 def test_interrupted_at_any_layer(
     at: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, read = 0, quantize_module.read_group
+    calls, read = 0, slab_module.read_group
 
     def interrupted(*arguments: Any) -> Any:
         nonlocal calls
@@ -430,12 +431,22 @@ def test_interrupted_at_any_layer(
             raise KeyboardInterrupt
         return read(*arguments)
 
-    monkeypatch.setattr(quantize_module, "read_group", interrupted)
+    monkeypatch.setattr(slab_module, "read_group", interrupted)
     command = ("quantize", folder, "-o", tmp_path / "out", "--uniform", "4g32", "--method", "rtn", "--no-eval")
     code, said = fails(capsys, *command)
     assert code == 130
     assert "interrupted" in said
-    assert list(tmp_path.iterdir()) == []
+    if at < 3:  # in the first layer: nothing is finished
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert "the same command with --resume goes on" in said
+    code, said = fails(capsys, *command)
+    assert code == 2
+    assert "out.partial holds an unfinished run; the same command with --resume goes on with it" in said
+    assert run(capsys, *command, "--resume")[0] == 0
+    assert calls == at + 2  # the first layer was not read again, the refused command read nothing
+    verify(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("seconds", [0.3, 2.0, 3.5, 5.0])
@@ -449,7 +460,12 @@ def test_ctrl_c_in_a_terminal(seconds: float, folder: Path, text: Path, tmp_path
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert list(tmp_path.glob("*partial*")) == []
+    if list(tmp_path.glob("*partial*")):
+        assert process.returncode == 130
+        assert b"--resume goes on" in err
+        assert subprocess.run([sys.executable, "-c", code, *command, "--resume"], check=False).returncode == 0
+        verify(out)
+        return
     if process.returncode == 0:
         verify(out)
     elif out.exists():

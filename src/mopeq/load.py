@@ -11,7 +11,16 @@ from mopeq.autoload import callable_module, extend
 from mopeq.checkpoint import Manifest, read_manifest
 from mopeq.errors import CheckpointError, ModelError
 
-__all__ = ["is_packed", "load", "load_original", "load_processor", "load_tokenizer", "takes_images"]
+__all__ = [
+    "auto_class",
+    "is_packed",
+    "load",
+    "load_original",
+    "load_processor",
+    "load_tokenizer",
+    "model_config",
+    "takes_images",
+]
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
@@ -28,7 +37,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     """
     if Path(path).is_dir():
         read_manifest(path)
-    config = _config(path)
+    config = model_config(path)
     Manifest.from_json(getattr(config, "quantization_config", None))
     from mopeq.integrations import transformers  # noqa: F401  (registers the quantizer, whatever autoload was told)
 
@@ -54,7 +63,7 @@ def load_original(
     Raises:
         ModelError: no such model, a packed one, or one whose tensors are not those of its architecture.
     """
-    config = _config(path)
+    config = model_config(path)
     settings = getattr(config, "quantization_config", None)
     if isinstance(settings, dict) and settings.get("quant_method") == "mopeq":
         raise ModelError(f"{path} is a packed checkpoint; expected an original model; load it with mopeq.load")
@@ -82,7 +91,7 @@ def load_processor(path: str | Path) -> Any:
 
     Raises :class:`ModelError` where there is none, or one whose tokens the model's vocabulary does not have.
     """
-    config = _config(path)
+    config = model_config(path)
     if not hasattr(config, "vision_config"):
         raise ModelError(f"{path} is a {config.model_type}, which takes no images; expected a vision-language model")
     from transformers.models.auto import processing_auto
@@ -106,16 +115,16 @@ def load_processor(path: str | Path) -> Any:
 
 def takes_images(path: str | Path) -> bool:
     """Whether a folder or hub id is a vision-language model."""
-    return hasattr(_config(path), "vision_config")
+    return hasattr(model_config(path), "vision_config")
 
 
 def is_packed(path: str | Path) -> bool:
     """Whether a folder or hub id is a packed checkpoint, whole or not."""
-    settings = getattr(_config(path), "quantization_config", None)
+    settings = getattr(model_config(path), "quantization_config", None)
     return isinstance(settings, dict) and settings.get("quant_method") == "mopeq"
 
 
-def _config(path: str | Path) -> Any:
+def model_config(path: str | Path) -> Any:
     """The configuration of a model, as transformers reads it."""
     if not Path(path).is_dir() and (isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ModelError(f"no folder {path}; expected a model's folder or its name on the Hugging Face hub")
@@ -129,6 +138,13 @@ def _config(path: str | Path) -> Any:
         raise ModelError(f"transformers cannot read the configuration of {path}: {_line(error)}") from error
 
 
+def auto_class(config: Any) -> Any:
+    """Transformers' class that makes the model of a configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
 def _load(
     path: str | Path, config: Any, failure: type[ModelError] | type[CheckpointError], dtype: torch.dtype | None,
     device: str | torch.device | None, **options: Any,
@@ -137,11 +153,8 @@ def _load(
 
     Every tensor of a packed checkpoint must be used; what transformers drops of an original one, ``describe`` says.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    auto: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     try:
-        model, info = auto.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",

@@ -1,7 +1,8 @@
 """From a model and text to statistics: open, run once, measure.
 
-``open_model`` reads headers, ``observed`` runs the model once over the calibration text, ``measure_prepared`` computes
-metrics from what was seen; ``measure`` is the verb ``analyze``, made of these.
+``open_model`` reads headers and ``calibrated`` cuts text into batches; ``measure_streamed`` runs the model layer by
+layer and measures each while it is in memory. ``observed`` loads the whole model and records all layers at once, for
+several maps of one observation; ``measure_prepared`` measures those. ``measure`` is the verb ``analyze``.
 """
 
 from __future__ import annotations
@@ -16,28 +17,37 @@ import torch
 from torch import Tensor
 
 from mopeq.adapters import describe, inventory_of
-from mopeq.analyze import Routed, analyze, check_request, observe
+from mopeq.analyze import COSTS, Routed, analyze, check_request, data_facts, layer_metrics, observe
+from mopeq.candidates import Candidates
 from mopeq.data.conversations import conversation_batches, has_images, read_conversations
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
 from mopeq.errors import DataError
-from mopeq.load import load_original, load_processor, load_tokenizer
+from mopeq.journal import Journal
+from mopeq.load import load_original, load_processor, load_tokenizer, model_config
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
-from mopeq.source import Source, open_source
-from mopeq.spec import Inventory, MoESpec
+from mopeq.source import Source, close_files, open_source
+from mopeq.spec import Inventory, MoELayer, MoESpec
 from mopeq.stats import Stats
+from mopeq.stream import Shell, Store, backward, forward
 
 __all__ = [
     "Calibration",
     "Prepared",
+    "calibrated",
     "has_pictures",
     "measure",
     "measure_prepared",
+    "measure_streamed",
+    "measured_step",
     "observed",
     "open_model",
     "split_texts",
 ]
+
+WHOLE = ("fisher", "hessian_trace")
+"""Metrics for which the model must be in memory whole."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,33 @@ def open_model(model: str | Path) -> Prepared:
     return Prepared(source, spec, inventory_of(source, spec))
 
 
+def calibrated(opened: Prepared, calibration: Calibration, *, texts: Sequence[Any] | None = None) -> Prepared:
+    """An opened model with its tokenizer and batches of the calibration data; the model is not loaded.
+
+    texts: documents, or conversations where it has images, to take instead of reading ``calibration.data``. Raises
+    :class:`DataError` for data that give no batches, and for sequences longer than the model takes.
+    """
+    path = opened.source.path
+    sizes = {"samples": calibration.samples, "batch_size": calibration.batch_size, "seed": calibration.seed}
+    if has_pictures(calibration):
+        processor = load_processor(path)
+        tokenizer = processor.tokenizer
+        batches = conversation_batches(texts or read_conversations(str(calibration.data)), processor, **sizes)
+        length = max(batch["input_ids"].shape[1] for batch in batches)
+    else:
+        tokenizer, length = load_tokenizer(path), calibration.length
+        texts = texts or read_texts(calibration.data or bundled_text("calibration.jsonl"))
+        batches = token_batches(texts, tokenizer, length=length, **sizes)
+    check_length(model_config(path), length)
+    info = {
+        "data": calibration.data or "bundled calibration text",
+        "samples": calibration.samples,
+        "length": length,
+        "seed": calibration.seed,
+    }
+    return replace(opened, tokenizer=tokenizer, batches=batches, info=info)
+
+
 def observed(
     opened: Prepared,
     calibration: Calibration,
@@ -89,7 +126,7 @@ def observed(
     dtype: torch.dtype | None = None,
     track: Track = silent,
 ) -> Prepared:
-    """An opened model, loaded and run once over the calibration text.
+    """An opened model, loaded whole and run once over the calibration text: for several maps of one observation.
 
     Args:
         opened: from :func:`open_model`.
@@ -99,30 +136,12 @@ def observed(
         dtype: compute type of the model; None takes the checkpoint's.
         track: progress.
     """
-    source, spec = opened.source, opened.spec
-    tokenizer: Any
-    sizes = {"samples": calibration.samples, "batch_size": calibration.batch_size, "seed": calibration.seed}
-    if has_pictures(calibration):
-        processor = load_processor(source.path)
-        tokenizer = processor.tokenizer
-        batches = conversation_batches(texts or read_conversations(str(calibration.data)), processor, **sizes)
-        length = max(batch["input_ids"].shape[1] for batch in batches)
-    else:
-        tokenizer, length = load_tokenizer(source.path), calibration.length
-        texts = texts or read_texts(calibration.data or bundled_text("calibration.jsonl"))
-        batches = token_batches(texts, tokenizer, length=length, **sizes)
-    loaded = load_original(source.path, dtype=dtype)
-    check_length(loaded, length)
+    ready = calibrated(opened, calibration, texts=texts)
+    loaded = load_original(opened.source.path, dtype=dtype)
     started = time.perf_counter()
-    routed = observe(loaded, spec, batches, gradients=gradients, seed=calibration.seed, track=track)
-    info = {
-        "data": calibration.data or "bundled calibration text",
-        "samples": calibration.samples,
-        "length": length,
-        "seed": calibration.seed,
-        "observe_seconds": round(time.perf_counter() - started, 2),
-    }
-    return replace(opened, model=loaded, tokenizer=tokenizer, batches=batches, routed=routed, info=info)
+    routed = observe(loaded, opened.spec, ready.batches, gradients=gradients, seed=calibration.seed, track=track)
+    info = {**ready.info, "observe_seconds": round(time.perf_counter() - started, 2)}
+    return replace(ready, model=loaded, routed=routed, info=info)
 
 
 def measure(
@@ -137,12 +156,93 @@ def measure(
 ) -> Stats:
     """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``."""
     calibration = calibration or Calibration()
-    prepared = open_model(model)
-    check_request(prepared.inventory, metrics, options or prepared.inventory.precisions(), quantizer)
-    if set(metrics) - {"inverse_norm"}:
-        gradients = "fisher_error" in metrics
-        prepared = observed(prepared, calibration, gradients=gradients, dtype=dtype, track=track)
-    return measure_prepared(prepared, metrics, options=options, quantizer=quantizer, seed=calibration.seed, track=track)
+    opened = open_model(model)
+    options = options or opened.inventory.precisions()
+    check_request(opened.inventory, metrics, options, quantizer)
+    if set(metrics) & set(WHOLE):
+        prepared = observed(opened, calibration, gradients="fisher_error" in metrics, dtype=dtype, track=track)
+        seed = calibration.seed
+        return measure_prepared(prepared, metrics, options=options, quantizer=quantizer, seed=seed, track=track)
+    streamed = [name for name in metrics if name != "inverse_norm"]
+    stats = Stats(opened.inventory, {}, {"seed": calibration.seed})
+    if "inverse_norm" in metrics:
+        stats = analyze(None, opened.source, opened.spec, [], ["inverse_norm"], seed=calibration.seed, track=track)
+    if streamed:
+        ready, started = calibrated(opened, calibration), time.perf_counter()
+        found, _ = measure_streamed(
+            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype, track=track
+        )
+        seconds = {**stats.info.get("seconds", {}), ", ".join(streamed): round(time.perf_counter() - started, 3)}
+        stats = found.with_metrics(stats.metrics, seconds=seconds)
+    return stats
+
+
+def measure_streamed(
+    ready: Prepared,
+    metrics: Sequence[str],
+    *,
+    options: Sequence[Precision],
+    quantizer: str,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    journal: Journal | None = None,
+    track: Track = silent,
+) -> tuple[Stats, tuple[str, ...]]:
+    """Metrics of a model of which one decoder layer at a time is in memory, and the units that fell back.
+
+    Args:
+        ready: from :func:`calibrated`.
+        metrics: names that :func:`~mopeq.analyze.layer_metrics` knows.
+        options: precisions at which costs are measured.
+        quantizer: name of the quantizer they are measured with.
+        seed: of sampled labels.
+        dtype: compute type of the model; None takes the checkpoint's.
+        journal: of the folder that activations are spilled to; what the run that it tells of has measured is taken
+            over, and every unit at every option is left there packed (``mopeq.candidates``), :func:`measured_step`.
+        track: progress.
+    """
+    spec, source = ready.spec, ready.source
+    names = ("tokens", *metrics)
+    found: dict[int, Mapping[str, Any]] = {}
+    for layer in spec.layers:
+        facts = None if journal is None else journal.done(measured_step(layer))
+        if facts is not None:
+            found[layer.index] = facts
+    left = [layer.index for layer in spec.layers if layer.index not in found]
+    if left:
+        shell, store = Shell(source, spec, dtype), Store(journal)
+        if "fisher_error" in names:
+            sweep = backward(shell, ready.batches, store, seed=seed, until=max(left) + 1, track=track)
+        else:
+            sweep = forward(shell, ready.batches, store, until=min(left), track=track)
+        for layer, module, seen in sweep:
+            if layer.index not in left:
+                continue
+            kept = None if journal is None else Candidates(journal.folder, store.scratch, layer)
+            rows, short = layer_metrics(
+                source, layer, seen, module, names, options=options, quantizer=quantizer, keep=kept
+            )
+            facts = {"metrics": rows, "fallbacks": short}
+            if journal is not None and kept is not None:
+                journal.record(measured_step(layer), facts, kept.finish())
+            found[layer.index] = facts
+            close_files()
+        store.clear()
+    ordered = {layer.index: found[layer.index] for layer in spec.layers}
+    by_name = {
+        name: {index: facts["metrics"][name] for index, facts in ordered.items()}
+        for name in next(iter(ordered.values()))["metrics"]
+    }
+    info = {**ready.info, "seed": seed, **data_facts(ready.batches, by_name["tokens"], spec)}
+    if set(metrics) & set(COSTS):
+        info |= {"quantizer": quantizer, "options": [str(p) for p in options]}
+    fallbacks = tuple(unit for facts in ordered.values() for unit in facts["fallbacks"])
+    return Stats(ready.inventory, {}, info).with_metrics(by_name), fallbacks
+
+
+def measured_step(layer: MoELayer) -> str:
+    """The step of a journal in which a layer was measured and its candidates were written."""
+    return f"measure layer {layer.index}"
 
 
 def measure_prepared(

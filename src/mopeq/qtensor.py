@@ -8,13 +8,14 @@ stores none. Bit strings are little-endian: code i of a row occupies bits [i*bit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from mopeq.precision import FULL, Precision
 
-__all__ = ["Codes", "QTensor", "dequantize", "pack", "pack_bits", "packed_shapes", "unpack", "unpack_bits"]
+__all__ = ["Codes", "QTensor", "dequantize", "pack", "pack_bits", "packed_shapes", "rows_of", "unpack", "unpack_bits"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,13 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     n = codes.shape[-1]
     if n % 8:
         raise ValueError(f"{n} codes in a row; expected a multiple of 8")
-    eight = codes.to(torch.int64).reshape(*codes.shape[:-1], n // 8, 8)
-    word = (eight << (torch.arange(8, device=codes.device) * bits)).sum(-1)
-    out = (word.unsqueeze(-1) >> (torch.arange(bits, device=codes.device) * 8)) & 0xFF
-    return out.to(torch.uint8).flatten(-2).contiguous()
+    eight = codes.to(torch.uint8).reshape(*codes.shape[:-1], n // 8, 8).movedim(-1, 0)
+    packed = torch.empty(*eight.shape[1:], bits, dtype=torch.uint8, device=codes.device)
+    for j in range(bits):
+        inside = [i for i in range(8) if 8 * j - bits < i * bits < 8 * j + 8]
+        parts = ((eight[i], i * bits - 8 * j) for i in inside)  # a shift to the left drops the bits of the next byte
+        packed[..., j] = reduce(torch.bitwise_or, (c << shift if shift >= 0 else c >> -shift for c, shift in parts))
+    return packed.flatten(-2)
 
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
@@ -88,6 +92,13 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
             value = value | (eight[..., byte + 1] << (8 - shift))
         columns.append((value & mask).to(torch.uint8))
     return torch.stack(columns, -1).flatten(-2)
+
+
+def rows_of(codes: Codes, parts: int) -> list[Codes]:
+    """The matrices of equal shape that one was stacked from along its output axis."""
+    zeros = [None] * parts if codes.zeros is None else list(codes.zeros.chunk(parts))
+    both = zip(codes.codes.chunk(parts), codes.scales.chunk(parts), zeros, strict=True)
+    return [Codes(c, s, z, codes.precision) for c, s, z in both]
 
 
 def pack(codes: Codes) -> QTensor:

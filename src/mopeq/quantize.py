@@ -1,72 +1,71 @@
-"""From a checkpoint and a map, or a budget, to a packed checkpoint.
+"""From a checkpoint and a map, or a budget, to a packed checkpoint that is compared with the original.
 
-``pack_model`` quantizes a model with a map and writes the packed folder; ``quantize`` is the verb: it measures and
-allocates first where a budget is given, and compares the result with the original.
+``quantize`` is the verb. Every step of it is noted in the journal of the unfinished folder, so that a run that was
+killed can go on: layers measured, the map, layers packed. No step holds more of the model than one decoder layer.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from mopeq.allocate import COSTS, allocate, parse_budget, uniform_map
-from mopeq.allocate.budget import check_budget
-from mopeq.analyze import check_request, moments
+from mopeq.allocate.budget import check_budget, expert_budget
+from mopeq.analyze import Routed, check_request
 from mopeq.autoload import callable_module
-from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config
+from mopeq.candidates import candidate_bytes, chosen
+from mopeq.checkpoint import PackedWriter, Stored, read_manifest
 from mopeq.data.conversations import conversation_batches
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
 from mopeq.evaluate import Evaluation, evaluate
 from mopeq.evaluate.answers import evaluate_answers
+from mopeq.journal import Journal, read_journal
 from mopeq.load import load, load_original, load_processor, load_tokenizer
-from mopeq.measure import Calibration, Prepared, has_pictures, measure_prepared, observed, open_model, split_texts
-from mopeq.precision import DEFAULT_REST, FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.measure import (
+    Calibration,
+    Prepared,
+    calibrated,
+    has_pictures,
+    measure_streamed,
+    measured_step,
+    open_model,
+    split_texts,
+)
+from mopeq.pack import (
+    DATA_FREE,
+    LayerTensors,
+    Packed,
+    check_method,
+    pack_experts,
+    pack_model,
+    packed_step,
+    write_packed,
+)
+from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
 from mopeq.progress import Track, silent
-from mopeq.qtensor import Codes, QTensor, pack, pack_full
-from mopeq.quantizers import QUANTIZERS, fallback_moments
-from mopeq.source import Source, read_group, read_kept, read_matrix, stored_bytes
-from mopeq.spec import Inventory, MoELayer, MoESpec
+from mopeq.source import stored_bytes
+from mopeq.spec import MoELayer
 from mopeq.stats import write_json
+from mopeq.stream import Shell, Store, forward
 
 __all__ = ["Packed", "pack_model", "quantize", "require_new", "run_record"]
 
-DATA_FREE = ("rtn", "rtn-mse")
-"""Quantizers that run without calibration inputs."""
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
-    "generation_config.json", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-"""Files that go with a model and are copied as they are."""
 JUDGED_WINDOWS = 32
 """Windows of held-out text on which a new checkpoint is compared with its original."""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A packed checkpoint on disk."""
-
-    path: Path
-    precisions: PrecisionMap
-    bytes: int
-    """Bytes of its safetensors files."""
-    original_bytes: int
-    seconds: float
-    fallbacks: tuple[str, ...]
-    """Units quantized with moments filled up from their layer's, because few or no calibration tokens reached them."""
-    inventory: Inventory
-    evaluation: Evaluation | None = None
 
 
 def quantize(
@@ -84,6 +83,7 @@ def quantize(
     rest: Mapping[str, Precision] | None = None,
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
+    resume: bool = False,
     command: str = "",
     track: Track = silent,
 ) -> Packed:
@@ -107,6 +107,7 @@ def quantize(
         rest: precisions of the groups outside the experts, over the defaults.
         dtype: compute type of the original model.
         evaluated: compare the result with the original.
+        resume: go on with what the same call left unfinished; the result is the same as without the interruption.
         command: command line to record.
         track: progress.
     """
@@ -115,59 +116,44 @@ def quantize(
     if precisions is not None and rest:
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
     check_method(method)
-    require_new(Path(out))
+    if not resume:
+        require_new(Path(out))
     calibration = calibration or Calibration()
     clock = _Clock()
     training, heldout = split_texts(calibration)
     rest = {**DEFAULT_REST, **(rest or {})}
-    prepared = open_model(model)
-    options = options or prepared.inventory.precisions()
+    opened = open_model(model)
+    options = options or opened.inventory.precisions()
     if budget is not None:
-        sizes = (prepared.inventory.expert_bytes(uniform_map(prepared.inventory, [p], None, rest)) for p in options)
-        check_budget(parse_budget(budget), prepared.inventory, rest, min(sizes))
+        sizes = (opened.inventory.expert_bytes(uniform_map(opened.inventory, [p], None, rest)) for p in options)
+        check_budget(parse_budget(budget), opened.inventory, rest, min(sizes))
         if cost not in COSTS:
             raise InputError(f"no cost {cost!r}; there are {', '.join(COSTS)}")
-        check_request(prepared.inventory, (cost,), options, method)
+        check_request(opened.inventory, (cost,), options, method)
+    if uniform is not None:
+        precisions = PrecisionMap.uniform(opened.inventory.experts, uniform, rest)
     if precisions is not None:
-        prepared.inventory.check(precisions)
+        opened.inventory.check(precisions)
     if evaluated and not has_pictures(calibration):  # text that cannot be scored is found before hours of work
         try:
-            text_windows(heldout, load_tokenizer(prepared.source.path), calibration.length, limit=JUDGED_WINDOWS)
+            text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
             raise DataError(f"of the tenth of the data kept apart for comparing, {error}, or use --no-eval") from error
     if budget is not None or method not in DATA_FREE:
-        prepared = observed(
-            prepared,
-            calibration,
-            texts=training,
-            gradients=budget is not None and cost == "fisher_error",
-            dtype=dtype,
-            track=track,
-        )
-    files: dict[str, Mapping[str, Any]] = {}
-    clock("observe")
-    if uniform is not None:
-        precisions = PrecisionMap.uniform(prepared.inventory.experts, uniform, rest)
-    elif precisions is None:
-        wanted = ("frequency", "gate_mass", cost)
-        stats = measure_prepared(
-            prepared, wanted, options=options, quantizer=method, seed=calibration.seed, track=track
-        )
-        clock("measure")
-        precisions = allocate(
-            stats, method="knapsack", budget=budget, cost=cost, options=options, granularity=granularity, rest=rest
-        )
-        clock("allocate")
-        files["stats.json"] = stats.to_json()
-        seen = {layer: replace(routed, gradient=None) for layer, routed in prepared.routed.items()}
-        prepared = replace(prepared, routed=seen)  # the gradients take half the memory and are done with
-    packed = pack_model(prepared, precisions, out, method=method, files=files, track=track)
-    clock("quantize")
+        opened = calibrated(opened, calibration, texts=training)
+    plan = _Plan(opened, method, budget, precisions, tuple(options), cost, granularity, rest, calibration.seed, dtype)
+    job = _job(plan, calibration, training)
+    packed = _finished(Path(out), plan, job) if resume else None
+    if packed is None:
+        with PackedWriter(out, needed_bytes=plan.disk_bytes, job=job, resume=resume) as writer, writer.disk():
+            packed = plan.carry_out(writer, clock, track)
+        clock("quantize")
     run = packed.path / "mopeq" / "run.json"
-    write_json(run, run_record(prepared, packed, method, [command], clock.seconds))
-    if evaluated:
+    if not run.exists():
+        write_json(run, run_record(opened, packed, method, [command], clock.seconds))
+    if evaluated and not (packed.path / "mopeq" / "evaluation.json").exists():
         try:
-            judged = _judge(prepared, packed, heldout, calibration, dtype, track)
+            judged = _judge(opened, packed, heldout, calibration, dtype, track)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(
                 f"interrupted while comparing; {out} is complete, mopeq eval {out} --against {model} compares it"
@@ -175,8 +161,143 @@ def quantize(
         clock("evaluate")
         write_json(packed.path / "mopeq" / "evaluation.json", judged.to_json())
         packed = replace(packed, evaluation=judged)
-        write_json(run, run_record(prepared, packed, method, [command], clock.seconds))
+        write_json(run, run_record(opened, packed, method, [command], clock.seconds))
     return packed
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done, all of it known before any of it is."""
+
+    opened: Prepared
+    method: str
+    budget: str | None
+    precisions: PrecisionMap | None
+    options: tuple[Precision, ...]
+    cost: str
+    granularity: str
+    rest: Mapping[str, Precision]
+    seed: int
+    dtype: torch.dtype | None
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the checkpoint takes, and what is needed until it is finished: candidates and activations."""
+        inventory = self.opened.inventory
+        hidden = max(layer.hidden_size for layer in self.opened.spec.layers)
+        layers = 1 + max(layer.index for layer in self.opened.spec.layers)
+        stored = 4 * hidden * sum(batch["input_ids"].numel() for batch in self.opened.batches)
+        if self.precisions is not None:
+            return inventory.total_bytes(self.precisions) + (0 if self.method in DATA_FREE else 2 * stored)
+        most = expert_budget(parse_budget(self.budget or ""), inventory, self.rest)
+        fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
+        return most + fixed + candidate_bytes(inventory, self.options) + (layers + 2) * stored
+
+    def carry_out(self, writer: PackedWriter, clock: _Clock, track: Track) -> Packed:
+        """All steps that are not done yet."""
+        opened, journal = self.opened, writer.journal
+        assert journal is not None
+        if self.precisions is not None:
+            tensors = self._tensors(self.precisions, journal, track)
+            return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track)
+        stats, fallbacks = measure_streamed(
+            opened,
+            ("frequency", "gate_mass", self.cost),
+            options=self.options,
+            quantizer=self.method,
+            seed=self.seed,
+            dtype=self.dtype,
+            journal=journal,
+            track=track,
+        )
+        clock("measure")
+        known = journal.done("allocate")
+        if known is None:
+            made = allocate(
+                stats,
+                method="knapsack",
+                budget=self.budget,
+                cost=self.cost,
+                options=self.options,
+                granularity=self.granularity,
+                rest=self.rest,
+            )
+            known = {"map": made.to_json()}
+            journal.record("allocate", known)
+        clock("allocate")
+        precisions = PrecisionMap.from_json(known["map"])
+
+        def taken(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
+            short += [unit for unit in fallbacks if int(unit.partition(".")[0]) == layer.index]
+            return chosen(journal, measured_step(layer), opened.source, layer, precisions)
+
+        return write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
+
+    def _tensors(self, precisions: PrecisionMap, journal: Journal, track: Track) -> LayerTensors:
+        """Packs a layer with a map, running the model up to it where the quantizer needs what it saw."""
+        sweep: Iterator[tuple[MoELayer, nn.Module, Routed]] | None = None
+
+        def tensors(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
+            nonlocal sweep
+            seen, module = None, None
+            if self.method not in DATA_FREE:
+                if sweep is None:
+                    shell = Shell(self.opened.source, self.opened.spec, self.dtype)
+                    sweep = forward(shell, self.opened.batches, Store(journal), until=layer.index, track=track)
+                seen, module = next((routed, experts) for at, experts, routed in sweep if at.index == layer.index)
+            return pack_experts(self.opened, layer, precisions, self.method, short, seen, module)
+
+        return tensors
+
+
+def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[str, Any]:
+    """What a run is: two runs of the same job make the same checkpoint."""
+    source = plan.opened.source
+    files = sorted(set(source.files.values()))
+    state = [(name, (source.path / name).stat()) for name in files]
+    checkpoint = [source.config, [(name, s.st_size, s.st_mtime_ns) for name, s in state]]
+    used: dict[str, Any] = {}
+    if plan.opened.batches:
+        used = {**asdict(calibration), "data": calibration.data or "bundled", "text": _digest(calibration, texts)}
+    return {
+        "model": str(source.path.resolve()),
+        "checkpoint": _hash(checkpoint),
+        "budget": plan.budget,
+        "map": None if plan.precisions is None else _hash(plan.precisions.to_json()),
+        "method": plan.method,
+        **({"options": [str(p) for p in plan.options], "cost": plan.cost} if plan.budget is not None else {}),
+        **({"granularity": plan.granularity} if plan.budget is not None else {}),
+        "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
+        "calibration": used,
+        "dtype": None if plan.dtype is None else str(plan.dtype),
+        "versions": {name: version(name) for name in ("mopeq", "torch", "transformers")},
+    }
+
+
+def _digest(calibration: Calibration, texts: Sequence[Any]) -> str:
+    """Of the data: of its text, or of conversations, whose images are files or in the file, with their pixels."""
+    if not has_pictures(calibration):
+        return _hash(list(texts))
+    return _hash([[message["role"], part.get("text") or hashlib.sha256(part["image"].tobytes()).hexdigest()]
+                  for said in texts for message in said for part in message["content"]])  # fmt: skip
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _finished(out: Path, plan: _Plan, job: Mapping[str, Any]) -> Packed | None:
+    """The checkpoint that the same job has finished, if it has."""
+    found = read_journal(out)
+    if found is None or found[0] != json.loads(json.dumps(job)):
+        return None
+    manifest = read_manifest(out)
+    source = plan.opened.source
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    original = sum(stored_bytes(source, key) for key in source.shapes)
+    packed = (found[1][packed_step(layer)] for layer in plan.opened.spec.layers)
+    fallbacks = tuple(unit for facts in packed for unit in facts["fallbacks"])
+    return Packed(out, manifest.precisions, size, original, 0.0, fallbacks, manifest.inventory)
 
 
 def _judge(
@@ -248,113 +369,6 @@ def run_record(
         "seconds": dict(seconds),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
     }
-
-
-def pack_model(
-    prepared: Prepared,
-    precisions: PrecisionMap,
-    out: str | Path,
-    *,
-    method: str = "gptq",
-    minimum_tokens: int | None = None,
-    files: Mapping[str, Mapping[str, Any]] | None = None,
-    track: Track = silent,
-) -> Packed:
-    """Quantize a prepared model with a map and write it, or leave nothing behind.
-
-    Raises :class:`MapError` for a map of another model, :class:`ModelError` for weights that are not finite,
-    :class:`OutputError` where the folder exists or the disk is full.
-    """
-    started = time.perf_counter()
-    source, spec, inventory = prepared.source, prepared.spec, prepared.inventory
-    inventory.check(precisions)
-    check_method(method)
-    needed = inventory.total_bytes(precisions)
-    fallbacks: list[str] = []
-    with PackedWriter(Path(out), needed_bytes=needed) as writer:
-        for layer in track(spec.layers, f"quantize with {method}", len(spec.layers)):
-            for name, tensor in _quantized_layer(prepared, layer, precisions, method, minimum_tokens, fallbacks):
-                writer.add(name, tensor)
-        for ref, precision in linear_precisions(spec, precisions).items():
-            weight = read_matrix(source, ref.weight)
-            if precision == FULL:
-                writer.add_tensor(
-                    f"{ref.name}.weight", weight if weight.element_size() == 2 else weight.to(torch.bfloat16)
-                )
-            else:
-                writer.add(ref.name, pack(QUANTIZERS["rtn-mse"](weight.float()[None], precision, None)[0]))
-        for kept in spec.kept:
-            writer.add_tensor(kept.key, read_kept(source, kept))
-        for pattern in COMPANIONS:
-            for path in sorted(source.path.glob(pattern)):
-                writer.copy_file(path)
-        config = packed_config(_with_type(source, spec), spec, precisions, inventory)
-        size = writer.finish(config, {**(files or {}), "precision.json": precisions.to_json()})
-    original = sum(stored_bytes(source, key) for key in source.shapes)
-    return Packed(Path(out), precisions, size, original, time.perf_counter() - started, tuple(fallbacks), inventory)
-
-
-def _with_type(source: Source, spec: MoESpec) -> dict[str, Any]:
-    """The original's configuration; where it names no type (MolmoE's), that of its embedding.
-
-    transformers takes the first tensor's otherwise, which in a packed checkpoint is a scale's.
-    """
-    config = dict(source.config)
-    if not {"dtype", "torch_dtype"} & {key for key in config if config[key] is not None}:
-        embedding = next(ref.key for ref in spec.kept if ref.group == "embedding")
-        config["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(source.dtypes[embedding], "float32")
-    return config
-
-
-def _quantized_layer(
-    prepared: Prepared,
-    layer: MoELayer,
-    precisions: PrecisionMap,
-    method: str,
-    minimum_tokens: int | None,
-    fallbacks: list[str],
-) -> Iterator[tuple[str, QTensor]]:
-    """Packed matrices of one MoE layer, in the order experts, then gate, up, down."""
-    weights = {group: read_group(prepared.source, layer, group) for group in GROUPS}
-    inputs: dict[ProjectionGroup, Tensor | None] = dict.fromkeys(GROUPS)
-    if prepared.routed and prepared.model is not None:
-        module = prepared.model.get_submodule(layer.module)
-        found = moments(prepared.routed[layer.index], module, weights["gate_up"])
-        for group in GROUPS:
-            summed: Tensor = getattr(found, group)
-            enough = minimum_tokens if minimum_tokens is not None else summed.shape[-1] // 4
-            inputs[group], short = fallback_moments(summed, found.tokens, enough)
-            fallbacks.extend(f"{layer.index}.{expert}.{group}" for expert in short)
-    made: dict[tuple[int, str], QTensor] = {}
-    for group in GROUPS:
-        buckets: dict[Precision, list[int]] = {}
-        for expert, precision in enumerate(precisions.experts[group][layer.index]):
-            buckets.setdefault(precision, []).append(expert)
-        for precision, experts in buckets.items():
-            weight, seen = weights[group][experts], inputs[group]
-            if precision.bits == 16:
-                full = {e: weight[i] for i, e in enumerate(experts)}
-                parts = {e: [pack_full(m) for m in w.chunk(len(MATRICES[group]))] for e, w in full.items()}
-            else:
-                codes = QUANTIZERS[method](weight, precision, None if seen is None else seen[experts])
-                parts = {e: [pack(c) for c in _rows(codes[i], len(MATRICES[group]))] for i, e in enumerate(experts)}
-            for expert, packed in parts.items():
-                made.update({(expert, m): q for m, q in zip(MATRICES[group], packed, strict=True)})
-    for (expert, matrix), tensor in sorted(made.items()):
-        yield layer.experts[expert].names[matrix], tensor
-
-
-def _rows(codes: Codes, parts: int) -> list[Codes]:
-    """The matrices that were stacked along the output axis."""
-    zeros = [None] * parts if codes.zeros is None else list(codes.zeros.chunk(parts))
-    both = zip(codes.codes.chunk(parts), codes.scales.chunk(parts), zeros, strict=True)
-    return [Codes(c, s, z, codes.precision) for c, s, z in both]
-
-
-def check_method(method: str) -> None:
-    """Raise :class:`InputError` unless there is such a quantizer."""
-    if method not in QUANTIZERS:
-        raise InputError(f"no quantizer {method!r}; there are {', '.join(QUANTIZERS)}")
 
 
 def require_new(out: Path) -> None:

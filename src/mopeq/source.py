@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -26,6 +26,7 @@ from mopeq.spec import TOWERS, KeptRef, MoELayer, WeightRef
 
 __all__ = [
     "Source",
+    "close_files",
     "kept_bytes",
     "open_source",
     "read_group",
@@ -120,21 +121,27 @@ def read_matrix(source: Source, ref: WeightRef) -> Tensor:
     return matrix
 
 
-def read_group(source: Source, layer: MoELayer, group: ProjectionGroup) -> Tensor:
-    """Weights of one projection group of all experts of a layer, float32 (experts, rows, in).
+def read_group(source: Source, layer: MoELayer, group: ProjectionGroup, experts: Sequence[int] | None = None) -> Tensor:
+    """Weights of one projection group of a layer's experts, all or those named, float32 (experts, rows, in).
 
     Rows are gate's then up's for ``gate_up`` (2I, H), and down's for ``down`` (H, I). Raises like :func:`read_matrix`.
     """
     shapes = layer.shapes(group)
-    stacked = torch.empty(len(layer.experts), sum(out for out, _ in shapes), shapes[0][1])
-    for into, expert in zip(stacked, layer.experts, strict=True):
+    wanted = layer.experts if experts is None else [layer.experts[e] for e in experts]
+    stacked = torch.empty(len(wanted), sum(out for out, _ in shapes), shapes[0][1])
+    for into, expert in zip(stacked, wanted, strict=True):
         refs = expert.refs(group)
         for rows, ref in zip(into.split([ref.shape[0] for ref in refs]), refs, strict=True):
             matrix = _view(source, ref)
             rows.copy_(matrix)
-            if not bool(torch.isfinite(rows).all()):
+            if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):  # the sum may overflow
                 raise ModelError(_not_finite(source, ref, matrix))
     return stacked
+
+
+def close_files() -> None:
+    """Unmap all files: pages that were read count as resident memory as long as their file is mapped."""
+    _mapped.cache_clear()
 
 
 def _view(source: Source, ref: WeightRef) -> Tensor:

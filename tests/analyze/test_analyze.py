@@ -32,7 +32,7 @@ def test_everything_at_once(tiny_model: Make) -> None:
     assert (info["data"], info["tokens"], info["sequences"], info["seed"]) == ("noise", 26, 3, 5)
     assert (info["quantizer"], info["options"], info["hessian_trace_probes"]) == ("gptq", ["2g32", "4g32"], 2)
     assert set(info["seconds"]) == {
-        "inverse_norm", "observe", "usage", "fisher", "hessian_trace", "output_error, fisher_error",
+        "inverse_norm", "observe", "fisher", "hessian_trace", "output_error, fisher_error",
     }  # fmt: skip
     assert Stats.from_json(json.loads(json.dumps(stats.to_json()))).model == stats.model
 

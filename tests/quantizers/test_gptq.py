@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from mopeq.errors import DataError
 from mopeq.precision import BITS, GROUP_SIZES, Precision
 from mopeq.qtensor import Codes, dequantize
-from mopeq.quantizers import QUANTIZERS, gptq, moment_error, rtn, rtn_mse
-from mopeq.quantizers.grid import minmax, nearest
+from mopeq.quantizers import QUANTIZERS, gptq, moment_error, rtn_mse
+from mopeq.quantizers.gptq import FACTORS
+from mopeq.quantizers.grid import Grid, minmax, nearest, searched
+from mopeq.quantizers.rtn import importance
 
 module = importlib.import_module("mopeq.quantizers.gptq")
 QUANTIZED = [Precision(b, g, s) for b in BITS if b < 16 for g in GROUP_SIZES for s in (False, True)]
@@ -26,22 +29,22 @@ def same(a: Codes, b: Codes, share: float = 0.999) -> bool:
     return torch.equal(a.scales, b.scales) and float((a.codes == b.codes).double().mean()) >= share
 
 
-KINDS = [(True, True), (True, False), (False, True), (False, False)]
+KINDS = [(FACTORS, True), (FACTORS, False), ((), True), ((), False)]
 
 
 @pytest.mark.parametrize(
-    ("precision", "search", "act_order"),
+    ("precision", "factors", "act_order"),
     [(p, *KINDS[i % 4]) for i, p in enumerate(QUANTIZED)] + [(Precision(3, 32), *kind) for kind in KINDS],
     ids=str,
 )
-def test_codes_are_those_of_the_textbook(precision: Precision, search: bool, act_order: bool) -> None:
+def test_codes_are_those_of_the_textbook(precision: Precision, factors: Sequence[float], act_order: bool) -> None:
     weight, h = weights(2, 8, 128, seed=precision.bits), moments_of(inputs(2, 200, 128))
-    codes = gptq(weight, precision, h, act_order=act_order, search=search)
+    codes = gptq(weight, precision, h, act_order=act_order, factors=factors)
     equal = 0
     for i in range(2):
         scale, zero = grid_of(codes[i])
         w, hessian = weight[i].double().numpy(), h[i].double().numpy()
-        expected = textbook_gptq(w, hessian, scale, zero, precision, 0.01, act_order)
+        expected = textbook_gptq(w, hessian, scale, zero, precision, 0.2, act_order)
         equal += int((codes.codes[i].numpy() == expected).sum())
         difference = w - values(expected, scale, zero)
         error = float(((difference @ hessian) * difference).sum())
@@ -49,25 +52,36 @@ def test_codes_are_those_of_the_textbook(precision: Precision, search: bool, act
     assert equal >= 0.999 * weight.numel()
 
 
-@pytest.mark.parametrize("search", [True, False])
-def test_grids_are_static(search: bool) -> None:
+@pytest.mark.parametrize("factors", [FACTORS, (0.5, 1.0), ()], ids=str)
+def test_grids_are_static(factors: Sequence[float]) -> None:
     weight, h = weights(2, 16, 128), moments_of(inputs(2, 200, 128))
     precision = Precision(3, 32)
-    codes = gptq(weight, precision, h, search=search)
-    expected = (rtn_mse if search else rtn)(weight, precision, h)
-    assert torch.equal(codes.scales, expected.scales)
+    codes = gptq(weight, precision, h, factors=factors)
+    expected = searched(weight, precision, importance(h), factors=factors, refits=0)
+    grid = expected if factors else minmax(weight, precision)
+    assert torch.equal(codes.scales.float(), grid.scale)
     assert codes.zeros is not None
-    assert expected.zeros is not None
-    assert torch.equal(codes.zeros, expected.zeros)
+    assert torch.equal(codes.zeros.float(), grid.zero)
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.sampled_from(QUANTIZED), st.integers(0, 10**6), st.integers(20, 300))
-def test_error_is_not_above_that_of_rounding(precision: Precision, seed: int, tokens: int) -> None:
+def test_error_is_not_above_that_of_rounding_on_the_same_grids(precision: Precision, seed: int, tokens: int) -> None:
     weight, h = weights(3, 32, 128, seed), moments_of(inputs(3, tokens, 128, seed))
-    got = moment_error(weight, gptq(weight, precision, h), h)
-    assert (got < moment_error(weight, rtn_mse(weight, precision, h), h)).all()
-    assert (got < moment_error(weight, rtn(weight, precision), h)).all()
+    damped = h + 0.2 * h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(128)
+    codes = gptq(weight, precision, h)
+    zero = torch.full_like(codes.scales, precision.levels // 2) if codes.zeros is None else codes.zeros
+    rounded = nearest(weight, Grid(codes.scales.float(), zero.float(), precision))
+    assert (moment_error(weight, codes, damped) < moment_error(weight, rounded, damped)).all()
+
+
+@pytest.mark.parametrize("precision", [Precision(2, 64), Precision(3, 64), Precision(4, 64)], ids=str)
+def test_damping_helps_inputs_that_were_not_seen(precision: Precision) -> None:
+    """Moments of 96 tokens for 128 channels; the other 4,000 are what counts."""
+    weight, x = weights(1, 64, 128), inputs(1, 4096, 128)
+    seen, unseen = moments_of(x[:, :96]), moments_of(x[:, 96:])
+    fitted = moment_error(weight, gptq(weight, precision, seen, damping=0.01), unseen)
+    assert moment_error(weight, gptq(weight, precision, seen), unseen) < fitted
 
 
 @pytest.mark.parametrize("precision", [Precision(2, 32), Precision(4, -1, True)], ids=str)
@@ -116,14 +130,16 @@ def test_the_order_of_inputs_does_not_matter_with_one_group() -> None:
 def test_identity_moments_are_plain_rounding() -> None:
     weight = weights(2, 16, 64)
     eye = torch.eye(64).expand(2, 64, 64)
-    assert torch.equal(gptq(weight, Precision(3, 32), eye).codes, rtn_mse(weight, Precision(3, 32)).codes)
+    grid = searched(weight, Precision(3, 32), factors=FACTORS, refits=0)
+    assert torch.equal(gptq(weight, Precision(3, 32), eye).codes, nearest(weight, grid).codes)
 
 
 def test_an_expert_without_tokens_is_rounded_plainly() -> None:
     weight, h = weights(3, 16, 64), moments_of(inputs(3, 100, 64))
     h[1] = 0
     codes = gptq(weight, Precision(2, 32), h)
-    assert torch.equal(codes.codes[1], rtn_mse(weight, Precision(2, 32)).codes[1])
+    grid = searched(weight, Precision(2, 32), factors=FACTORS, refits=0)
+    assert torch.equal(codes.codes[1], nearest(weight, grid).codes[1])
     h[1] = torch.eye(64)
     assert same(codes, gptq(weight, Precision(2, 32), h))
 
@@ -133,7 +149,7 @@ def test_dead_inputs_are_rounded_and_leave_the_others_alone() -> None:
     dead = torch.arange(0, 64, 5)
     x[:, :, dead] = 0
     weight, h = weights(2, 16, 64), moments_of(x)
-    codes = gptq(weight, Precision(4, 32), h, search=False)
+    codes = gptq(weight, Precision(4, 32), h, factors=())
     plain = nearest(weight, minmax(weight, Precision(4, 32)))
     assert torch.equal(codes.codes[:, :, dead], plain.codes[:, :, dead])
     assert not torch.equal(codes.codes, plain.codes)

@@ -88,7 +88,8 @@ def _header_bytes(spec: MoESpec, most_bytes: int) -> int:
     """Upper bound of the safetensors headers of the packed checkpoint.
 
     A matrix takes at most three tensors, whose sizes have no more digits than at 16 bits. A shard adds its length,
-    ``__metadata__`` and alignment, for which 4 KiB are allowed; shards hold at least 1 GB on average.
+    ``__metadata__`` and alignment, for which 64 bytes are allowed; there is one for each MoE layer, one for the rest,
+    and one more for every 256 MiB.
     """
     digits = len(str(most_bytes))
     fixed = len(':{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},')
@@ -101,7 +102,7 @@ def _header_bytes(spec: MoESpec, most_bytes: int) -> int:
     for expert in spec.experts():
         for matrix, ref in (("gate", expert.gate), ("up", expert.up), ("down", expert.down)):
             total += 3 * entry(f"{expert.names[matrix]}.qweight", ref.shape)
-    return total + 4096 * (1 + most_bytes // 10**9)
+    return total + 64 * (1 + len(spec.layers) + most_bytes // 2**28)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,29 @@ _LLAMA4_TEXT = Family(
     shared="shared_expert",
 )
 
+_LLAVA_NAMES = (
+    (r"\Alanguage_model\.model\.", "model.language_model."),
+    (r"\Alanguage_model\.lm_head\.", "lm_head."),
+    (r"\A(vision_tower|multi_modal_projector)\.", r"model.\1."),
+)
+"""Files of models like LLaVA have decoder, tower and projector side by side; transformers nests them."""
+_LLAVA_TOWERS = {"model.vision_tower.": "vision", "model.multi_modal_projector.": "projector"}
+
 FAMILIES: dict[str, Family] = {
+    "aria": replace(
+        _OLMOE,
+        router="mlp.router",
+        router_keys=r"mlp\.router\.weight",
+        layouts=(
+            fused("mlp.experts.fc1.weight", "mlp.experts.fc2.weight", stored="in_out"),
+            fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj", stored="in_out"),
+        ),
+        shared="shared_experts",
+        text="text_config",
+        prefix="model.language_model.",
+        renamed=_LLAVA_NAMES,
+        towers=_LLAVA_TOWERS,
+    ),
     "olmoe": _OLMOE,
     "mixtral": _MIXTRAL,
     "phimoe": replace(_MIXTRAL, router="mlp.router", router_keys=r"block_sparse_moe\.gate\.weight|mlp\.router\.weight"),
@@ -134,6 +156,32 @@ FAMILIES: dict[str, Family] = {
         dropped=r"vision\.attn_pool\..*",
     ),
     "glm4_moe": _GLM4_MOE,
+    "glm4v_moe": replace(
+        _GLM4_MOE,
+        text="text_config",
+        prefix="model.language_model.",
+        towers={"model.visual.": "vision", "model.visual.merger.": "projector"},
+    ),
+    "internvl": replace(  # with Qwen3-MoE as its decoder
+        _QWEN3_MOE,
+        text="text_config",
+        decoders=("qwen3_moe",),
+        prefix="model.language_model.",
+        renamed=_LLAVA_NAMES,
+        towers=_LLAVA_TOWERS,
+    ),
+    "kimi_k25": replace(
+        _DEEPSEEK_V3,
+        text="text_config",
+        prefix="model.language_model.",
+        renamed=(
+            # transformers' own way back from its names turns layers into blocks
+            (r"\Alanguage_model\.model\.blocks\.", "language_model.model.layers."),
+            *_LLAVA_NAMES,
+            (r"\Amm_projector\.", "model.mm_projector."),
+        ),
+        towers={"model.vision_tower.": "vision", "model.mm_projector.": "projector"},
+    ),
     "molmo": replace(
         _OLMOE,
         read=molmo,

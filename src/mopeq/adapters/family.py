@@ -42,7 +42,8 @@ class Family:
     is_moe: whether layer ``i`` has routed experts. width: configuration entry of an expert's intermediate size.
     attention: matrices of attention; alternatives: those of them that not every model has.
     shared: module of the shared experts inside the block. biases, other: tensors kept (regular expressions).
-    text: entry of the language model's configuration in that of a vision-language model. prefix, head: of the language
+    text: entry of the language model's configuration in that of a vision-language model. decoders: the
+    language models it may have, where it may have others too. prefix, head: of the language
     model, absolute. towers: ``{absolute prefix: group}`` of what is kept whole. extra_layers: whether layers after the
     last are multi-token-prediction heads. read: puts a published configuration into the words of transformers.
     renamed: ``((pattern, replacement), ...)`` that turn names in files into those of modules, in order. joined:
@@ -64,6 +65,7 @@ class Family:
     biases: str = r"(?!)"
     other: str = r"(?!)"
     text: str = ""
+    decoders: tuple[str, ...] = ()
     prefix: str = "model."
     head: str = "lm_head"
     towers: Mapping[str, str] = field(default_factory=dict)
@@ -160,9 +162,12 @@ def _as_stored(spec: MoESpec, places: Mapping[str, _Place]) -> MoESpec:
     def stored(ref: WeightRef) -> WeightRef:
         return replace(ref, key=places[ref.key].key)
 
-    def packed(name: str) -> str:
-        place = places.get(f"{name}.weight")
-        return name if place is None else place.key.removesuffix(".weight")
+    def packed(name: str, prefix: str) -> str:
+        """The name that files have for an expert's matrix, or would have where experts are fused."""
+        if place := places.get(f"{name}.weight"):
+            return place.key.removesuffix(".weight")
+        norm = "input_layernorm.weight"
+        return places[prefix + norm].key.removesuffix(norm) + name.removeprefix(prefix)
 
     layers = tuple(
         replace(
@@ -173,7 +178,7 @@ def _as_stored(spec: MoESpec, places: Mapping[str, _Place]) -> MoESpec:
                     gate=stored(e.gate),
                     up=stored(e.up),
                     down=stored(e.down),
-                    names={matrix: packed(name) for matrix, name in e.names.items()},
+                    names={m: packed(n, _layer_prefix(layer.module)) for m, n in e.names.items()},
                 )
                 for e in layer.experts
             ),
@@ -189,10 +194,21 @@ def _as_stored(spec: MoESpec, places: Mapping[str, _Place]) -> MoESpec:
     )
 
 
+def _layer_prefix(module: str) -> str:
+    """``model.layers.3.`` of ``model.layers.3.mlp.experts``."""
+    stem, index = re.match(r"(.*layers\.)([0-9]+)\.", module).groups()  # type: ignore[union-attr]
+    return f"{stem}{index}."
+
+
 def _account(model_type: str, family: Family, config: Config, shapes: Shapes) -> MoESpec:
     text = config.get(family.text) if family.text else config
     if not isinstance(text, Mapping):
         raise ModelError(f"config.json of this {model_type} has no {family.text}; use the model's own config.json")
+    if family.decoders and text.get("model_type") not in family.decoders:
+        raise ModelError(
+            f"this {model_type} has {text.get('model_type')!r} as its language model; "
+            f"mopeq knows it with {' or '.join(family.decoders)}; give one of these"
+        )
     depth = count(text, "num_hidden_layers")
     if depth > len(shapes):
         raise ModelError(
@@ -206,7 +222,7 @@ def _account(model_type: str, family: Family, config: Config, shapes: Shapes) ->
         experts=count(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         hidden=count(text, "hidden_size"),
         intermediate=count(text, family.width),
-        top_k=count(text, "num_experts_per_tok", "moe_k"),
+        top_k=count(text, "num_experts_per_tok", "moe_k", "moe_topk"),
     )
     if sizes.top_k > sizes.experts:
         raise ModelError(f"config.json asks for {sizes.top_k} of {sizes.experts} experts a token; expected at most all")

@@ -13,29 +13,33 @@ from torch import nn
 
 from mopeq.adapters import inventory_of
 from mopeq.analyze.activation import expert_tokens, frequency, gate_mass, usage
-from mopeq.analyze.cost import COSTS, layer_costs
+from mopeq.analyze.cost import COSTS, Keep, layer_costs
 from mopeq.analyze.fisher import fisher
-from mopeq.analyze.forward import Batch, check_batches, experts_module
+from mopeq.analyze.forward import Batch, check_batches, experts_module, token_mask
 from mopeq.analyze.hessian import hessian_trace
 from mopeq.analyze.moments import Moments, moments
 from mopeq.analyze.observe import Routed, expert_rows, observe
+from mopeq.analyze.slab import MEMORY, Slab, slabs
 from mopeq.analyze.weight_norm import hutchinson_norm_trace, inverse_norm, norm_trace
 from mopeq.errors import DataError, MapError
 from mopeq.precision import GROUPS, Precision
 from mopeq.progress import Track, silent
 from mopeq.quantizers import QUANTIZERS
-from mopeq.source import Source, read_group
-from mopeq.spec import ExpertId, Inventory, MoESpec
+from mopeq.source import Source
+from mopeq.spec import ExpertId, Inventory, MoELayer, MoESpec
 from mopeq.stats import Stats
 
 __all__ = [
     "COSTS",
     "METRICS",
     "Batch",
+    "Keep",
     "Moments",
     "Routed",
+    "Slab",
     "analyze",
     "check_request",
+    "data_facts",
     "expert_rows",
     "expert_tokens",
     "fisher",
@@ -45,9 +49,11 @@ __all__ = [
     "hutchinson_norm_trace",
     "inverse_norm",
     "layer_costs",
+    "layer_metrics",
     "moments",
     "norm_trace",
     "observe",
+    "slabs",
 ]
 
 METRICS = {
@@ -115,7 +121,7 @@ def analyze(
     check_request(inventory, metrics, options, quantizer)
     costs = [name for name in COSTS if name in metrics]
     seconds: dict[str, float] = {}
-    found: dict[str, Mapping[int, Sequence[float]]] = {}
+    found: dict[str, dict[int, list[float]]] = {}
     facts: dict[str, Any] = {"seed": seed, **(info or {})}
 
     if "inverse_norm" in metrics:
@@ -131,26 +137,25 @@ def analyze(
             with _timed(seconds, "observe"):
                 routed = observe(model, spec, batches, gradients="fisher_error" in metrics, seed=seed, track=track)
     if with_data and model is not None and routed:
-        names = ("tokens", *(n for n in ("frequency", "gate_mass") if n in metrics))
-        with _timed(seconds, "usage"):
-            found.update(usage(routed, inventory.experts, names))
-        minimum = minimum_tokens if minimum_tokens is not None else max(layer.hidden_size for layer in spec.layers) // 4
-        facts |= {
-            "tokens": len(routed[spec.layers[0].index].hidden),
-            "sequences": sum(len(batch["input_ids"]) for batch in batches),
-            "minimum_tokens": minimum,
-            "starved": _starved(found["tokens"], minimum),
-        }
+        names = ("tokens", *(name for name in with_data if name not in _ESTIMATORS))
+        with _timed(seconds, ", ".join(costs) or "usage"):
+            for layer in track(spec.layers, f"costs with {quantizer}" if costs else "usage", len(spec.layers)):
+                module = experts_module(model, layer)
+                device = next(module.parameters()).device
+                rows, _ = layer_metrics(
+                    source, layer, routed[layer.index], module, names,
+                    options=options, quantizer=quantizer, minimum_tokens=minimum_tokens, device=device,
+                )  # fmt: skip
+                for name, row in rows.items():
+                    found.setdefault(name, {})[layer.index] = row
+        facts |= data_facts(batches, found["tokens"], spec, minimum_tokens)
+        facts |= {"quantizer": quantizer, "options": [str(p) for p in options]} if costs else {}
     for name, measure in _ESTIMATORS.items():
         if name in metrics and model is not None:
             with _timed(seconds, name):
                 extra = {"probes": probes} if name == "hessian_trace" else {}
                 found[name], found[f"{name}.stderr"] = measure(model, spec, batches, seed=seed, track=track, **extra)
             facts |= {f"{name}_probes": probes} if extra else {}
-    if costs and model is not None and routed:
-        facts |= {"quantizer": quantizer, "options": [str(p) for p in options]}
-        with _timed(seconds, ", ".join(costs)):
-            found.update(_costs(model, source, spec, routed, costs, options, quantizer, minimum_tokens, track))
     return Stats(inventory, {}, facts).with_metrics(found, seconds=seconds)
 
 
@@ -173,30 +178,84 @@ _ESTIMATORS: dict[str, Callable[..., tuple[dict[int, list[float]], dict[int, lis
 }
 
 
-def _costs(
-    model: nn.Module,
+def layer_metrics(
     source: Source,
-    spec: MoESpec,
-    routed: Mapping[int, Routed],
-    costs: Sequence[str],
-    options: Sequence[Precision],
-    quantizer: str,
-    minimum_tokens: int | None,
-    track: Track,
-) -> dict[str, dict[int, list[float]]]:
-    """The cost metrics of all layers, one layer in memory at a time."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for layer in track(spec.layers, f"costs with {quantizer}", len(spec.layers)):
-        module, seen = experts_module(model, layer), routed[layer.index]
-        device = next(module.parameters()).device
-        weights = {group: read_group(source, layer, group).to(device) for group in GROUPS}
-        inputs = None if quantizer in WITHOUT_MOMENTS else moments(seen, module, weights["gate_up"])
+    layer: MoELayer,
+    seen: Routed,
+    module: nn.Module,
+    metrics: Sequence[str],
+    *,
+    options: Sequence[Precision] = (),
+    quantizer: str = "gptq",
+    minimum_tokens: int | None = None,
+    device: torch.device | str = "cpu",
+    memory: int = MEMORY,
+    keep: Keep | None = None,
+) -> tuple[dict[str, list[float]], list[str]]:
+    """What one layer saw, and what each option would cost it, a few experts at a time.
+
+    Args:
+        source: the checkpoint, from which weights are read.
+        layer: which.
+        seen: what it saw.
+        module: its experts module, asked for the gate function.
+        metrics: of ``tokens``, ``frequency``, ``gate_mass``, ``output_error`` and ``fisher_error``; others are left to
+            :func:`analyze`.
+        options: precisions at which costs are measured.
+        quantizer: name of the quantizer they are measured with.
+        minimum_tokens: experts with fewer are quantized with moments filled up from their layer's mean; None for a
+            quarter of a matrix's inputs.
+        device: where to compute.
+        memory: bytes of weights and moments, and of dequantized weights, at a time.
+        keep: as for :func:`layer_costs`.
+
+    Returns:
+        ``{metric: [one value per expert]}``, and the units whose moments were filled up, such as ``3.17.down``.
+    """
+    experts = {layer.index: len(layer.experts)}
+    used = usage({layer.index: seen}, experts, tuple(n for n in ("tokens", "frequency", "gate_mass") if n in metrics))
+    found = {name: rows[layer.index] for name, rows in used.items()}
+    costs = [name for name in COSTS if name in metrics]
+    if not costs:
+        return found, []
+    short: list[str] = []
+    with_moments = None if quantizer in WITHOUT_MOMENTS else seen
+    parts = slabs(source, layer, with_moments, module, minimum_tokens=minimum_tokens, memory=memory, device=device)
+    for slab in parts:
+        short += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
         values = layer_costs(
-            seen, module, weights, inputs, options, QUANTIZERS[quantizer], costs=costs, minimum_tokens=minimum_tokens
+            seen,
+            module,
+            slab.weights,
+            slab.moments,
+            options,
+            QUANTIZERS[quantizer],
+            costs=costs,
+            minimum_tokens=0,
+            memory=memory,
+            experts=slab.experts,
+            keep=keep,
         )
         for name, row in values.items():
-            found.setdefault(name, {})[layer.index] = row
-    return found
+            whole = found.setdefault(name, [0.0] * len(layer.experts))
+            for expert, value in zip(slab.experts, row, strict=True):
+                whole[expert] = value
+    return found, short
+
+
+def data_facts(
+    batches: Sequence[Batch], tokens: Mapping[int, Sequence[float]], spec: MoESpec, minimum_tokens: int | None = None
+) -> dict[str, Any]:
+    """What the info of :func:`analyze` says of the data, from the number of tokens that each expert got."""
+    minimum = minimum_tokens if minimum_tokens is not None else max(layer.hidden_size for layer in spec.layers) // 4
+    few = {str(ExpertId(layer, e)): int(n) for layer, row in tokens.items() for e, n in enumerate(row) if n < minimum}
+    starved = dict(sorted(few.items(), key=lambda item: item[1]))  # fewest first
+    return {
+        "tokens": sum(int(token_mask(batch).sum()) for batch in batches),
+        "sequences": sum(len(batch["input_ids"]) for batch in batches),
+        "minimum_tokens": minimum,
+        "starved": starved,
+    }
 
 
 def _lacks(routed: Mapping[int, Routed], spec: MoESpec, metrics: Sequence[str]) -> bool:
@@ -204,12 +263,6 @@ def _lacks(routed: Mapping[int, Routed], spec: MoESpec, metrics: Sequence[str]) 
     if not set(routed) >= {layer.index for layer in spec.layers}:
         return True
     return "fisher_error" in metrics and any(seen.gradient is None for seen in routed.values())
-
-
-def _starved(tokens: Mapping[int, Sequence[float]], minimum: int) -> dict[str, int]:
-    """Experts with fewer than ``minimum`` tokens and their counts, fewest first."""
-    few = {str(ExpertId(layer, e)): int(n) for layer, row in tokens.items() for e, n in enumerate(row) if n < minimum}
-    return dict(sorted(few.items(), key=lambda item: item[1]))
 
 
 def _check_names(names: Sequence[str], known: Mapping[str, object], kind: str) -> None:

@@ -16,36 +16,44 @@ multiply it again. Units whose expert saw no tokens cost 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mopeq.analyze.moments import CHUNK, Moments, expert_inputs
+from mopeq.analyze.moments import CHUNK, Moments, enough_tokens, expert_inputs
 from mopeq.analyze.observe import Routed, expert_rows
 from mopeq.errors import DataError
 from mopeq.precision import GROUPS, Precision, ProjectionGroup
-from mopeq.qtensor import dequantize
-from mopeq.quantizers import Quantizer, fallback_moments
+from mopeq.qtensor import Codes, dequantize
+from mopeq.quantizers import Quantizer, fallback_moments, once
 from mopeq.seam import activate
 from mopeq.stats import cost_metric
 
-__all__ = ["COSTS", "enough_tokens", "layer_costs", "quantized"]
+__all__ = ["COSTS", "Keep", "layer_costs", "quantized"]
 
 COSTS = ("output_error", "fisher_error")
 MEMORY = 1 << 30
 """Bytes of dequantized weights held at a time."""
 
 
-def enough_tokens(group: ProjectionGroup, moments: Moments, minimum: int | None) -> int:
-    """Tokens below which an expert's moments are filled up; unless given, a quarter of the matrix's inputs."""
-    return minimum if minimum is not None else getattr(moments, group).shape[-1] // 4
+Keep = Callable[[ProjectionGroup, Sequence[int], Codes], None]
+"""Takes the codes (experts, rows, in) of some experts, whose numbers in their layer it is told."""
 
 
 def quantized(weight: Tensor, precision: Precision, quantizer: Quantizer, moments: Tensor | None) -> Tensor:
     """What is left of float32 weights (experts, out, in) at a precision; 16 bits rounds to bfloat16."""
+    return _quantized(weight, precision, quantizer, moments, lambda codes: None)
+
+
+def _quantized(
+    weight: Tensor, precision: Precision, quantizer: Quantizer, inputs: Any, keep: Callable[[Codes], None]
+) -> Tensor:
     if precision.bits == 16:
         return weight.to(torch.bfloat16).float()
-    return dequantize(quantizer(weight, precision, moments))
+    codes = quantizer(weight, precision, inputs)
+    keep(codes)
+    return dequantize(codes)
 
 
 def layer_costs(
@@ -60,6 +68,8 @@ def layer_costs(
     minimum_tokens: int | None = None,
     memory: int = MEMORY,
     chunk: int = CHUNK,
+    experts: Sequence[int] | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, list[float]]:
     """Costs of every unit of one layer at every option, in one pass over its tokens.
 
@@ -76,6 +86,9 @@ def layer_costs(
             default.
         memory: bytes of dequantized weights to hold; experts are worked on in groups that fit.
         chunk: tokens worked on at a time.
+        experts: the layer's experts that ``weights`` and ``moments`` are of; None for all.
+        keep: called with the codes of every unit at every option below 16 bits; without it, experts that saw no token
+            are not quantized, because their costs are known.
 
     Returns:
         ``{cost_metric name: [one value per expert]}``, means per calibration token.
@@ -83,29 +96,36 @@ def layer_costs(
     if "fisher_error" in costs and routed.gradient is None:
         raise DataError("fisher_error needs gradients; this layer was observed without; use observe(gradients=True)")
     gate_up, down = weights["gate_up"], weights["down"]
-    experts, device = len(gate_up), gate_up.device
+    device = gate_up.device
+    which = range(len(gate_up)) if experts is None else experts
     full: dict[ProjectionGroup, Tensor | None] = dict.fromkeys(GROUPS)
     if moments is not None:
         for group in GROUPS:
-            enough = enough_tokens(group, moments, minimum_tokens)
-            full[group] = fallback_moments(getattr(moments, group), moments.tokens, enough)[0]
-    sums = torch.zeros(len(GROUPS), len(options), len(COSTS), experts, dtype=torch.float64, device=device)
-    rows = expert_rows(routed, experts)
-    used = [e for e in range(experts) if len(rows[e][0])]
+            summed: Tensor = getattr(moments, group)
+            full[group] = fallback_moments(summed, moments.tokens, enough_tokens(summed.shape[-1], minimum_tokens))[0]
+    sums = torch.zeros(len(GROUPS), len(options), len(COSTS), len(which), dtype=torch.float64, device=device)
+    rows = expert_rows(routed, which)
+    used = [i for i in range(len(which)) if keep is not None or len(rows[i][0])]
     each = 4 * (gate_up[0].numel() + down[0].numel()) * len(options)
     with torch.no_grad():
         for part in _parts(used, max(1, memory // each)):
             changed: dict[ProjectionGroup, list[Tensor]] = {}
             for group in GROUPS:
-                weight, summed = weights[group][part], full[group]
-                inputs = None if summed is None else summed[part]
-                changed[group] = [quantized(weight, p, quantizer, inputs) for p in options]
-            for i, e in enumerate(part):
+                weight, filled = weights[group][part], full[group]
+                inputs = once(quantizer, None if filled is None else filled[part])
+                numbers = [which[i] for i in part]
+
+                def kept(codes: Codes, group: ProjectionGroup = group, numbers: Sequence[int] = numbers) -> None:
+                    if keep is not None:
+                        keep(group, numbers, codes)
+
+                changed[group] = [_quantized(weight, p, quantizer, inputs, kept) for p in options]
+            for i, at in enumerate(part):
                 one = {group: [weight[i] for weight in changed[group]] for group in GROUPS}
-                for r, x, c in expert_inputs(routed, *rows[e], device, chunk):
+                for r, x, c in expert_inputs(routed, *rows[at], device, chunk):
                     g2 = None if routed.gradient is None else routed.gradient[r].to(device).float().square()
-                    add = _adder(sums[..., e], c, g2)
-                    _expert(module, e, x, gate_up[e], down[e], one, add)
+                    add = _adder(sums[..., at], c, g2)
+                    _expert(module, which[at], x, gate_up[at], down[at], one, add)
     sums /= max(1, len(routed.hidden))
     return {
         cost_metric(cost, group, precision): sums[i, j, k].tolist()

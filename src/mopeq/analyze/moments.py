@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mopeq.analyze.observe import Routed, expert_rows
 from mopeq.seam import activate
 
-__all__ = ["Moments", "expert_inputs", "moments"]
+__all__ = ["Moments", "enough_tokens", "expert_inputs", "moments"]
 
 CHUNK = 4096
 """Tokens of one expert worked on at a time."""
@@ -44,8 +44,15 @@ def expert_inputs(
         yield (r, x * c, torch.ones_like(c)) if routed.weighs_input else (r, x, c)
 
 
-def moments(routed: Routed, module: nn.Module, gate_up: Tensor, chunk: int = CHUNK) -> Moments:
-    """Moments of a layer's experts from its recorded tokens.
+def enough_tokens(inputs: int, minimum: int | None) -> int:
+    """Tokens below which an expert's moments are filled up; unless given, a quarter of the matrix's inputs."""
+    return minimum if minimum is not None else inputs // 4
+
+
+def moments(
+    routed: Routed, module: nn.Module, gate_up: Tensor, chunk: int = CHUNK, experts: Sequence[int] | None = None
+) -> Moments:
+    """Moments of a layer's experts, all or those named, from its recorded tokens.
 
     The weight c^2 makes ``tr(D M D^T)`` the squared error that a change D of a matrix of ``down`` makes in the layer's
     output, and the same for gate and up up to the gate function and ``down``.
@@ -53,19 +60,21 @@ def moments(routed: Routed, module: nn.Module, gate_up: Tensor, chunk: int = CHU
     Args:
         routed: what the layer saw.
         module: its experts module, asked for the gate function.
-        gate_up: float32 (experts, 2I, H), gate rows before up rows. The result is on its device.
+        gate_up: float32 (experts, 2I, H), gate rows before up rows, of those experts. The result is on its device.
         chunk: tokens worked on at a time, which bounds memory.
+        experts: which; None for all.
     """
-    experts, rows, hidden = gate_up.shape
+    count, rows, hidden = gate_up.shape
     device = gate_up.device
-    up = torch.zeros(experts, hidden, hidden, device=device)
-    down = torch.zeros(experts, rows // 2, rows // 2, device=device)
-    per_expert = expert_rows(routed, experts)
+    up = torch.zeros(count, hidden, hidden, device=device)
+    down = torch.zeros(count, rows // 2, rows // 2, device=device)
+    which = range(count) if experts is None else experts
+    per_expert = expert_rows(routed, which)
     with torch.no_grad():
-        for e, (tokens, weights) in enumerate(per_expert):
+        for i, (e, (tokens, weights)) in enumerate(zip(which, per_expert, strict=True)):
             for _, x, c in expert_inputs(routed, tokens, weights, device, chunk):
-                h = activate(module, x @ gate_up[e].T, e) * c
+                h = activate(module, x @ gate_up[i].T, e) * c
                 x = x * c
-                up[e].addmm_(x.T, x)
-                down[e].addmm_(h.T, h)
+                up[i].addmm_(x.T, x)
+                down[i].addmm_(h.T, h)
     return Moments(up, down, torch.tensor([len(r) for r, _ in per_expert]))

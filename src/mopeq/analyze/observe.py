@@ -34,7 +34,7 @@ from mopeq.progress import Track, silent
 from mopeq.seam import weighs_input
 from mopeq.spec import MoELayer, MoESpec
 
-__all__ = ["Routed", "expert_rows", "observe"]
+__all__ = ["Routed", "Tap", "check_logits", "expert_rows", "observe", "vision_of"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,14 @@ class Routed:
     vision: Tensor | None = None
 
 
-def expert_rows(routed: Routed, experts: int) -> list[tuple[Tensor, Tensor]]:
-    """For each expert the tokens (rows) routed to it, int64 (n,), in order, and their routing weights, float32 (n,)."""
+def expert_rows(routed: Routed, experts: int | Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """For each expert the tokens (rows) routed to it, int64 (n,), in order, and their routing weights, float32 (n,).
+
+    experts: how many the layer has, or which are wanted.
+    """
+    if not isinstance(experts, int):
+        everyone = expert_rows(routed, 1 + max(experts))
+        return [everyone[e] for e in experts]
     flat = routed.index.flatten()
     order = flat.argsort(stable=True)
     order = order[int((flat < 0).sum()) :]
@@ -98,8 +104,7 @@ def observe(
     check_batches(model, batches)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    taps = [_Tap(layer, experts_module(model, layer), gradients, store_dtype) for layer in spec.layers]
-    visions: list[Tensor | None] = []
+    taps = [Tap(layer, experts_module(model, layer), gradients, store_dtype) for layer in spec.layers]
     handles: list[Any] = []
     try:
         for tap in taps:
@@ -116,31 +121,31 @@ def observe(
                 del logits
                 for tap in taps:
                     tap.end()
-                vision = vision_mask(batch)
-                visions.append(None if vision is None else vision[keep].cpu())
     finally:
         for handle in handles:
             handle.remove()
-    vision = _vision(visions, [int(token_mask(batch).sum()) for batch in batches])
+    vision = vision_of(batches)
     return {tap.layer.index: tap.finish(vision) for tap in taps}
 
 
-def _vision(parts: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
-    """One bool (tokens,) over all batches, where any of them has images."""
-    if all(part is None for part in parts):
+def vision_of(batches: Sequence[Batch]) -> Tensor | None:
+    """Which of the tokens that count are image tokens, bool (tokens,) over all batches; None for text alone."""
+    if all(vision_mask(batch) is None for batch in batches):
         return None
-    return torch.cat([torch.zeros(n, dtype=torch.bool) if p is None else p for p, n in zip(parts, counts, strict=True)])
+    masks = [(token_mask(batch), vision_mask(batch)) for batch in batches]
+    parts = [torch.zeros_like(keep)[keep] if vision is None else vision[keep] for keep, vision in masks]
+    return torch.cat([part.cpu() for part in parts])
 
 
-def _check(taps: Sequence[_Tap], logits: Tensor, number: int) -> None:
+def _check(taps: Sequence[Tap], logits: Tensor, number: int) -> None:
     """Raise :class:`ModelError` naming the first place that is not finite."""
     for tap in taps:
-        where = tap.bad
-        if where:
-            raise ModelError(
-                f"layer {tap.layer.index}: NaN or infinite values {where} {tap.layer.module} in batch {number}; "
-                f"expected finite ones; check the weights up to this layer, or run in float32 or bfloat16"
-            )
+        tap.check(number)
+    check_logits(logits, number)
+
+
+def check_logits(logits: Tensor, number: int) -> None:
+    """Raise :class:`ModelError` where the logits of a batch are no numbers."""
     if not sensible(logits):
         raise ModelError(
             f"the logits of batch {number} are NaN or infinite though the last MoE layer gives finite values; "
@@ -148,7 +153,7 @@ def _check(taps: Sequence[_Tap], logits: Tensor, number: int) -> None:
         )
 
 
-class _Tap:
+class Tap:
     """Hooks on one MoE layer, and what they caught."""
 
     def __init__(self, layer: MoELayer, module: nn.Module, gradients: bool, dtype: torch.dtype | None) -> None:
@@ -171,6 +176,14 @@ class _Tap:
     def begin(self, keep: Tensor) -> None:
         """A batch starts; ``keep`` bool (rows,) marks the tokens that are not padding."""
         self.keep, self.bad, self.calls = keep, "", 0
+
+    def check(self, number: int) -> None:
+        """Raise :class:`ModelError` if something in this batch was not finite."""
+        if self.bad:
+            raise ModelError(
+                f"layer {self.layer.index}: NaN or infinite values {self.bad} {self.layer.module} in batch {number}; "
+                f"expected finite ones; check the weights up to this layer, or run in float32 or bfloat16"
+            )
 
     def end(self) -> None:
         """A batch is through."""

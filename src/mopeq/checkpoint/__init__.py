@@ -14,13 +14,14 @@ from mopeq.checkpoint.reader import (
     rest_elements,
     verify,
 )
-from mopeq.checkpoint.writer import PackedWriter
+from mopeq.checkpoint.writer import PackedWriter, Stored, write_tensors
 
 __all__ = [
     "Manifest",
     "PackedExperts",
     "PackedLinear",
     "PackedWriter",
+    "Stored",
     "check_packed",
     "linear_precisions",
     "packed_config",
@@ -29,4 +30,5 @@ __all__ = [
     "read_packed",
     "rest_elements",
     "verify",
+    "write_tensors",
 ]

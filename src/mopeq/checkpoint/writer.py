@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,19 +18,25 @@ import torch
 from torch import Tensor
 
 from mopeq.checkpoint.manifest import DTYPES, Header, Manifest
-from mopeq.checkpoint.reader import CONFIG, HASHES, INDEX, canonical, check_packed, check_rest
-from mopeq.errors import CheckpointError, OutputError
+from mopeq.checkpoint.reader import CONFIG, HASHES, INDEX, SIZES, canonical, check_packed, check_rest, read_headers
+from mopeq.errors import CheckpointError, MopeqError, OutputError
+from mopeq.journal import JOURNAL, Journal, check_free
 from mopeq.qtensor import QTensor, packed_shapes
 from mopeq.stats import write_json
 
-__all__ = ["PackedWriter"]
+__all__ = ["PackedWriter", "Stored", "write_tensors"]
 
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 1 << 29
 """A shard is held in memory until it is full."""
+SCRATCH = "scratch"
+"""Folder beside the shards for what a run needs until it is finished."""
+
+Stored = tuple[str, QTensor | Tensor]
+"""A packed matrix under its base name, or a tensor as it is."""
 
 
 class PackedWriter:
-    """Writes a packed checkpoint beside its folder and renames it into place; nothing is left behind if that fails.
+    """Writes a packed checkpoint beside its folder and renames it into place.
 
     ::
 
@@ -39,15 +46,31 @@ class PackedWriter:
             writer.copy_file(source / "tokenizer.json")
             writer.finish(packed_config(...), {"precision.json": ..., "stats.json": ...})
 
-    Leaving the block without :meth:`finish`, by an error or Ctrl-C, removes everything. Raises :class:`OutputError`
-    where ``out`` has something in it, where ``needed_bytes`` are not free, and where the disk refuses or fills up.
+    Leaving the block without :meth:`finish`, by an error or Ctrl-C, removes everything. With a ``job``, which says what
+    is made of what and how, the folder has a :class:`~mopeq.journal.Journal`, and what :meth:`part` has written stays
+    if the process is killed, interrupted, or the disk fills up; the same job with ``resume`` goes on from there. Errors
+    that the same job would meet again remove everything all the same.
+
+    Raises :class:`OutputError` where ``out`` has something in it, where ``needed_bytes`` are not free, where the disk
+    refuses or fills up, where another process is writing, and where another job, or this one without ``resume``, left
+    something unfinished.
     """
 
-    def __init__(self, out: str | Path, *, needed_bytes: int = 0, max_shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        needed_bytes: int = 0,
+        max_shard_bytes: int = SHARD_BYTES,
+        job: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
         self.out = Path(os.path.abspath(Path(out).expanduser()))
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.needed_bytes = needed_bytes
         self.max_shard_bytes = max_shard_bytes
+        self.job, self.resume = job, resume
+        self.journal: Journal | None = None
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[dict[str, Header]] = []
@@ -56,28 +79,79 @@ class PackedWriter:
         self._hashes: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Self:
-        with self._disk():
+        with self.disk():
             if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
                 raise OutputError(f"{self.out} exists already; give another folder or remove it")
             if self.partial.exists():
-                raise OutputError(
-                    f"{self.partial} exists: another mopeq is writing it, or one was killed; wait for it or remove it"
-                )
+                self._check_partial()
             self.out.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.out.parent).free
-            if free < self.needed_bytes:
+            there = sum(file.stat().st_size for file in self.partial.rglob("*"))
+            if free + there < self.needed_bytes:
                 raise OutputError(
                     f"{self.out.parent} has {free:,} bytes free and the checkpoint needs {self.needed_bytes:,}; "
                     f"free space or give another folder"
                 )
-            self.partial.mkdir()
+            self.partial.mkdir(exist_ok=self.resume)
+            if self.job is not None:
+                self.journal = Journal(self.partial, self.job)
+        for name in self.partial.glob("model-*.safetensors"):  # killed while it finished: as they were before
+            name.rename(self.partial / _temporary(int(name.name[6:11]) - 1))
         return self
+
+    def _check_partial(self) -> None:
+        """Raise :class:`OutputError` unless what is there may be gone on with."""
+        if self.job is None or not (self.resume or (self.partial / JOURNAL).is_file()):
+            raise OutputError(
+                f"{self.partial} exists: another mopeq is writing it, or one was killed; wait for it or remove it"
+            )
+        if not self.resume:
+            check_free(self.partial)
+            raise OutputError(
+                f"{self.partial} holds an unfinished run; the same command with --resume goes on with it; "
+                f"or remove that folder"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pending = {}
-        shutil.rmtree(self.partial, ignore_errors=True)
+        kept = self.journal is not None and bool(self.journal.steps) and _passing(error)
+        if not kept:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if self.journal is not None:
+            self.journal.close()
+        if kept and isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(
+                f"interrupted; {self.partial} keeps what is finished, and the same command with --resume goes on"
+            ) from error
+
+    def part(self, step: str, tensors: Callable[[], Iterable[Stored]], facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Shards of their own for some tensors; nothing is made where an earlier run has finished this step.
+
+        step: its name in the journal. tensors: called for them if they are to be made. facts: what to note of the step,
+        looked at when all tensors are there. Returns the facts that the run noted that made them.
+        """
+        self._flush()
+        first = len(self._shards)
+        found = self.journal.done(step) if self.journal is not None else None
+        if self.journal is not None and found is not None:
+            for name in self.journal.files(step):
+                headers = read_headers([self.partial / name])
+                self._names.update(headers)
+                self._hashes[name] = dict(self.journal.files(step)[name])
+                self._shards.append(headers)
+                self._total += sum(prod(shape) * SIZES[kind] for kind, shape in headers.values())
+            return found
+        for name, tensor in tensors():
+            self.add(name, tensor) if isinstance(tensor, QTensor) else self.add_tensor(name, tensor)
+        self._flush()
+        if self.journal is not None:
+            with self.disk():
+                _sync(self.partial)
+                names = [_temporary(number) for number in range(first, len(self._shards))]
+                self.journal.record(step, facts, {name: self._hashes[name] for name in names})
+        return facts
 
     def add(self, name: str, matrix: QTensor) -> None:
         """A packed matrix under its base name. 16-bit matrices outside the experts go to :meth:`add_tensor` instead."""
@@ -88,7 +162,7 @@ class PackedWriter:
         """Any tensor as it is. It is held until its shard is full."""
         if key in self._names:
             raise CheckpointError(f"tensor {key} was added twice; expected one tensor of that name")
-        nbytes = tensor.numel() * tensor.element_size()
+        nbytes = _bytes(tensor)
         if self._pending and self._pending_bytes + nbytes > self.max_shard_bytes:
             self._flush()
         self._names.add(key)
@@ -98,7 +172,7 @@ class PackedWriter:
     def copy_file(self, path: str | Path) -> None:
         """A file that goes with the model, under its own name."""
         path = Path(path)
-        with self._disk():
+        with self.disk():
             self._file(path.name, path.read_bytes())
 
     def finish(self, config: Mapping[str, Any], mopeq_files: Mapping[str, Mapping[str, Any]] | None = None) -> int:
@@ -109,7 +183,7 @@ class PackedWriter:
         manifest = Manifest.from_json(config.get("quantization_config"))
         check_packed(manifest, headers)
         check_rest(manifest, headers)
-        with self._disk():
+        with self.disk():
             for number, name in enumerate(shards):
                 (self.partial / _temporary(number)).rename(self.partial / name)
                 self._hashes[name] = self._hashes.pop(_temporary(number))
@@ -117,7 +191,8 @@ class PackedWriter:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
             for file, data in ((CONFIG, config), (INDEX, index)):
                 self._json(file, data)
-            (self.partial / "mopeq").mkdir()
+            shutil.rmtree(self.partial / SCRATCH, ignore_errors=True)
+            (self.partial / "mopeq").mkdir(exist_ok=True)
             for file, data in (mopeq_files or {}).items():
                 self._json(f"mopeq/{file}", data)
             hashes = {"format": "mopeq-hashes", "version": 1, "files": self._hashes}
@@ -129,27 +204,14 @@ class PackedWriter:
         return sum(self._hashes[name]["bytes"] for name in shards)
 
     def _flush(self) -> None:
-        """Write the pending tensors as one shard: wide elements first, so that everything is aligned."""
+        """Write the pending tensors as one shard."""
         if not self._pending:
             return
-        ordered = sorted(self._pending.items(), key=lambda item: -item[1].element_size())
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        shard: dict[str, Header] = {}
-        end = 0
-        for key, tensor in ordered:
-            if tensor.dtype not in DTYPES:
-                raise CheckpointError(f"tensor {key} is {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
-            begin, end = end, end + tensor.numel() * tensor.element_size()
-            shard[key] = (DTYPES[tensor.dtype], tuple(tensor.shape))
-            header[key] = {"dtype": shard[key][0], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        pieces = (t.reshape(-1).view(torch.uint8).numpy().data for _, t in ordered if t.numel())
         name = _temporary(len(self._shards))
-        with self._disk():
-            self._hashes[name] = _write(self.partial / name, [len(text).to_bytes(8, "little"), text], pieces)
+        with self.disk():
+            self._hashes[name], shard = write_tensors(self.partial / name, self._pending)
         self._shards.append(shard)
-        self._total += end
+        self._total += sum(_bytes(tensor) for tensor in self._pending.values())
         self._pending, self._pending_bytes = {}, 0
 
     def _json(self, name: str, data: Mapping[str, Any]) -> None:
@@ -162,7 +224,8 @@ class PackedWriter:
         self._hashes[name] = _write(self.partial / name, [content])
 
     @contextmanager
-    def _disk(self) -> Iterator[None]:
+    def disk(self) -> Iterator[None]:
+        """What the disk refuses inside becomes an :class:`OutputError`."""
         try:
             yield
         except OSError as error:
@@ -170,9 +233,40 @@ class PackedWriter:
                 free = shutil.disk_usage(self.out.parent).free
                 raise OutputError(
                     f"the disk is full: {self.out} needs {self.needed_bytes:,} bytes in all and {free:,} are free; "
-                    f"free space or give another folder"
+                    f"free space{' and go on with --resume' if self.journal else ''}, or give another folder"
                 ) from error
             raise OutputError(f"cannot write {self.out}: {error}; give a folder that can be written to") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Header]]:
+    """Write and sync a safetensors file, wide elements first, so that everything is aligned.
+
+    Returns its bytes and sha256, and the types and shapes in it. Raises :class:`CheckpointError` for a type that a
+    packed checkpoint may not hold, and OSError.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    shard: dict[str, Header] = {}
+    end = 0
+    for key, tensor in ordered:
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"tensor {key} is {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+        begin, end = end, end + _bytes(tensor)
+        shard[key] = (DTYPES[tensor.dtype], tuple(tensor.shape))
+        header[key] = {"dtype": shard[key][0], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    pieces = (t.contiguous().reshape(-1).view(torch.uint8).numpy().data for _, t in ordered if t.numel())
+    return _write(path, [len(text).to_bytes(8, "little"), text], pieces), shard
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _passing(error: BaseException | None) -> bool:
+    """Whether the same job may get further another time: not after an error that lies in what it was given."""
+    return not isinstance(error, MopeqError) or isinstance(error, OutputError)
 
 
 def _temporary(number: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mopeq.cli import show
+from mopeq.cli.fit import fitted
 from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
@@ -151,9 +152,12 @@ def do_quantize(options: argparse.Namespace) -> None:
     from mopeq.measure import open_model
     from mopeq.quantize import quantize, require_new
 
-    require_new(Path(options.out))  # before a model is downloaded
+    if not options.resume:
+        require_new(Path(options.out))  # before a model is downloaded
     model = open_model(options.model).inventory
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
+    if options.fit:
+        options.budget = fitted(options, model)
     with drawn() as track:
         packed = quantize(
             options.model,
@@ -169,6 +173,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             rest=_rest_map(options.rest),
             dtype=_dtype(options),
             evaluated=not options.no_eval,
+            resume=options.resume,
             command=options.command_line,
             track=track,
         )
@@ -338,7 +343,7 @@ def _check_original(model: str, against: str) -> None:
 
 
 def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     return {name: getattr(options, name) for name in names}
 
 

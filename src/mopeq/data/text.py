@@ -105,12 +105,11 @@ def _text_of(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def check_length(model: Any, length: int) -> None:
+def check_length(config: Any, length: int) -> None:
     """Raise :class:`DataError` where ``length`` tokens are more than the positions a transformers model is made for.
 
-    A model whose configuration names no ``max_position_embeddings``, or that has none, takes any length.
+    A configuration that names no ``max_position_embeddings``, and None, take any length.
     """
-    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(text, "max_position_embeddings", None)
     if most is not None and length > most:

@@ -137,7 +137,7 @@ def evaluate(
     info: dict[str, Any] = {"device": str(first.device), "dtype": dtype, "seed": seed, "resamples": resamples}
     found: dict[str, Any] = {}
     if text is not None:
-        check_length(model, length)
+        check_length(getattr(model, "config", None), length)
         windows = text_windows(text, tokenizer, length, stride=stride, limit=limit)
         size = text_bytes(windows, tokenizer)
         info |= {"text": text.name if isinstance(text, Path) else None, "windows": len(windows), "length": length,

@@ -96,7 +96,7 @@ def perplexity(
         resamples: of the bootstrap.
         track: progress.
     """
-    check_length(model, length)
+    check_length(getattr(model, "config", None), length)
     windows = text_windows(text, tokenizer, length, stride=stride, limit=limit)
     nats = score_windows(model, windows, batch_size=batch_size, track=track)
     return summarize(nats, windows, text_bytes(windows, tokenizer), seed=seed, resamples=resamples)

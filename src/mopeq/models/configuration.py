@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any
 
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from mopeq.models.published import DEEPSEEK_VL2, MOLMO, deepseek_vl2, molmo
@@ -20,12 +20,7 @@ class DeepseekVL2Config(PreTrainedConfig):
     """
 
     model_type = DEEPSEEK_VL2
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="deepseek_v2"),
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="siglip_vision_model", init_kwargs={"vision_use_head": False}
-        ),
-    }
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
     text_config: Any = None
     vision_config: Any = None
@@ -48,6 +43,8 @@ class DeepseekVL2Config(PreTrainedConfig):
             )
             for name in ("text_config", "vision_config", "downsample_ratio"):
                 setattr(self, name, read[name])
+        self.text_config = _part(self.text_config, "deepseek_v2")
+        self.vision_config = _part(self.vision_config, "siglip_vision_model", vision_use_head=False)
         super().__post_init__(**kwargs)
 
 
@@ -59,10 +56,7 @@ class MolmoEConfig(PreTrainedConfig):
     """
 
     model_type = MOLMO
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="olmoe"),
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-    }
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
     text_config: Any = None
     vision_config: Any = None
@@ -77,9 +71,19 @@ class MolmoEConfig(PreTrainedConfig):
             for name in ("text_config", "vision_config", "head_rows", "image_pooling_size"):
                 setattr(self, name, read[name])
             kwargs = {k: v for k, v in kwargs.items() if k in KEPT}
+        self.text_config = _part(self.text_config, "olmoe")
+        self.vision_config = _part(self.vision_config, "clip_vision_model")
         super().__post_init__(**kwargs)
 
 
 KEPT = ("dtype", "torch_dtype", "architectures", "quantization_config", "name_or_path", "_commit_hash",
         "attn_implementation", "experts_implementation")  # fmt: skip
 """Entries of a published MolmoE configuration that transformers itself reads."""
+
+
+def _part(given: Any, usual: str, **defaults: Any) -> Any:
+    """A part's configuration of the class that its ``model_type`` names, ``usual`` where it names none."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    settings = {**defaults, **(given or {})}
+    return AutoConfig.for_model(settings.pop("model_type", usual), **settings)

@@ -51,6 +51,11 @@ class Rearranged(ConversionOps):
         return Rearranged(self.back, self.there)
 
 
+def _module(name: str) -> str:
+    """``q_proj`` of ``self_attn.q_proj.weight``."""
+    return name.split(".")[-2]
+
+
 class Divided(ConversionOps):
     """A matrix to several, which lie below each other in it."""
 
@@ -74,11 +79,12 @@ class United(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        """The whole, or the parts under their full names."""
-        if getattr(kwargs["model"], "hf_quantizer", None) is None:
-            return {target_patterns[0]: torch.cat([_only(input_dict[name]) for name in source_patterns])}
+        """The whole, or the parts; under full names, which transformers 5.17 has renamed already and 5.23 has not."""
         whole: str = kwargs["full_layer_name"]
-        return {whole.replace(target_patterns[0], name): _only(part) for name, part in input_dict.items()}
+        if getattr(kwargs["model"], "hf_quantizer", None) is None:
+            return {whole: torch.cat([_only(input_dict[name]) for name in source_patterns])}
+        last = _module(target_patterns[0])
+        return {whole.replace(last, _module(name)): _only(part) for name, part in input_dict.items()}
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
-from mopeq.quantizers.gptq import gptq
+from mopeq.quantizers.gptq import Factored, factored, gptq
 from mopeq.quantizers.moments import fallback_moments, moment_error
 from mopeq.quantizers.rtn import rtn, rtn_mse
 
-__all__ = ["QUANTIZERS", "Quantizer", "fallback_moments", "gptq", "moment_error", "rtn", "rtn_mse"]
+__all__ = ["QUANTIZERS", "Quantizer", "fallback_moments", "gptq", "moment_error", "once", "rtn", "rtn_mse"]
 
 
 class Quantizer(Protocol):
-    """weight: float32 (experts, out, in); moments: float32 (experts, in, in) sums of x x^T, or None."""
+    """weight: float32 (experts, out, in); moments: float32 (experts, in, in) sums of x x^T, or None.
 
-    def __call__(self, weight: Tensor, precision: Precision, moments: Tensor | None = None) -> Codes:
+    Instead of the moments it takes what :func:`once` made of them for it.
+    """
+
+    def __call__(self, weight: Tensor, precision: Precision, moments: Any = None) -> Codes:
         """Codes of the whole batch."""
         ...
+
+
+def once(quantizer: Quantizer, moments: Tensor | None) -> Tensor | Factored | None:
+    """What a quantizer computes from moments alone, to be given instead of them at several precisions."""
+    return factored(moments) if quantizer is gptq and moments is not None else moments
 
 
 QUANTIZERS: dict[str, Quantizer] = {"rtn": rtn, "rtn-mse": rtn_mse, "gptq": gptq}

@@ -6,6 +6,9 @@ Transformers", arXiv 2210.17323. For one row w and input moments H it reduces ``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,32 +18,70 @@ from mopeq.qtensor import Codes
 from mopeq.quantizers.grid import Grid, minmax, searched, steps
 from mopeq.quantizers.rtn import importance
 
-__all__ = ["gptq"]
+__all__ = ["Factored", "factored", "gptq"]
 
+FACTORS = tuple(1 - 0.025 * i for i in range(7))
+"""Multiples of the min-max scale from which grids are chosen. None below 0.85: what one column gives up the others take
+on, and need room at the ends of the grid that plain rounding does not."""
+DAMPING = 0.2
+"""Share of the mean diagonal that is added to the diagonal of the moments."""
 LEAF = 16
 """Columns that are rounded one after the other before a matrix product takes over."""
 CHUNK = 1 << 28
 """Floats of weights and moments worked on at a time (1 GiB, about three such buffers live)."""
 
 
+@dataclass(frozen=True)
+class Factored:
+    """What GPTQ needs of moments (experts, in, in), whatever the precision.
+
+    importance: float32 (experts, in), of the grid search. order: int64 (experts, in), in which columns are rounded.
+    upper: float32 (experts, in, in), U with U^T U the inverse of the damped moments in that order.
+    """
+
+    importance: Tensor
+    order: Tensor
+    upper: Tensor
+
+    def __getitem__(self, part: slice | list[int]) -> Factored:
+        """Some of the matrices."""
+        return Factored(self.importance[part], self.order[part], self.upper[part])
+
+
+def factored(moments: Tensor, *, damping: float = DAMPING, act_order: bool = True) -> Factored:
+    """What several calls of :func:`gptq` share; arguments and errors are those of it."""
+    experts, inp, _ = moments.shape
+    bad = (~torch.isfinite(moments.sum((1, 2)))).nonzero().flatten().tolist()
+    if bad:
+        raise DataError(f"moments of matrices {bad[:8]} of the batch are not finite; calibrate in float32 or bfloat16")
+    moments = moments.float()
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    if act_order:
+        order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    else:
+        order = torch.arange(inp, device=moments.device).expand(experts, inp)
+    return Factored(importance(moments), order, _factor(moments, order, damping))
+
+
 def gptq(
     weight: Tensor,
     precision: Precision,
-    moments: Tensor | None = None,
+    moments: Tensor | Factored | None = None,
     *,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     act_order: bool = True,
-    search: bool = True,
+    factors: Sequence[float] = FACTORS,
 ) -> Codes:
     """GPTQ codes of a batch of matrices.
 
     weight: float32 (experts, out, in). moments: (experts, in, in), sums of x x^T over an expert's inputs, at any
-    scale; an expert with none gets the identity, that is, plain rounding on its grids. ``damping`` times the mean of
-    the diagonal is added to it; where the factorization fails in float32 it is repeated in float64, with ten times
-    more damping each time it still fails. ``act_order`` rounds columns in the order of falling diagonal. Grids are
-    static: computed from the weights before any compensation and before reordering, so that a group is a run of
-    neighbouring inputs whatever the order. ``search`` takes grids of least squared error (weighted by the diagonal)
-    instead of min-max ones.
+    scale, or what :func:`factored` made of them; an expert with none gets the identity, that is, plain rounding on its
+    grids. ``damping`` times the mean of the diagonal is added to it: more than the usual 0.01, which fits the few
+    tokens an expert sees better than the tokens it will see (docs/results.md). Where the factorization fails in float32
+    it is repeated in float64, with ten times more damping each time it still fails. ``act_order`` rounds columns in the
+    order of falling diagonal. Grids are static: computed from the weights before any compensation and before
+    reordering, so that a group is a run of neighbouring inputs whatever the order. They are those of least squared
+    error (weighted by the diagonal) among the multiples ``factors`` of the min-max scale; with none, min-max grids.
 
     Raises :class:`DataError` without moments, or where they are not finite or not positive semidefinite.
     """
@@ -49,31 +90,30 @@ def gptq(
             "gptq needs the moments of calibration inputs, found none; give calibration data, or use rtn-mse"
         )
     experts, out, inp = weight.shape
-    if moments.shape != (experts, inp, inp):
-        raise ValueError(f"moments {tuple(moments.shape)}; expected {(experts, inp, inp)}")
-    bad = (~torch.isfinite(moments.sum((1, 2)))).nonzero().flatten().tolist()
-    if bad:
-        raise DataError(f"moments of matrices {bad[:8]} of the batch are not finite; calibrate in float32 or bfloat16")
+    shape = tuple(moments.upper.shape if isinstance(moments, Factored) else moments.shape)
+    if shape != (experts, inp, inp):
+        raise ValueError(f"moments {shape}; expected {(experts, inp, inp)}")
     codes, grids = [], []
     step = max(1, CHUNK // (inp * (inp + out)))
-    for i in range(0, experts, step):
-        part, h = weight[i : i + step], moments[i : i + step].float()
-        grids.append(searched(part, precision, importance(h)) if search else minmax(part, precision))
-        codes.append(_round(part, grids[-1], h, damping, act_order))
-    grid = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]), precision)
-    return grid.codes(torch.cat(codes))
+    for start in range(0, experts, step):
+        rows = slice(start, start + step)
+        h = moments[rows]
+        part = weight[rows]
+        f = h if isinstance(h, Factored) else factored(h, damping=damping, act_order=act_order)
+        grid = minmax(part, precision)
+        if factors:
+            grid = searched(part, precision, f.importance, factors=factors, refits=0)
+        grids.append(grid)
+        codes.append(_round(part, grid, f))
+    whole = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]), precision)
+    return whole.codes(torch.cat(codes))
 
 
-def _round(weight: Tensor, grid: Grid, moments: Tensor, damping: float, act_order: bool) -> Tensor:
+def _round(weight: Tensor, grid: Grid, factors: Factored) -> Tensor:
     """Codes uint8 (experts, out, in). Columns are rows here, (experts, in, out), so that one column is contiguous."""
-    experts, out, inp = weight.shape
+    out, inp = weight.shape[1:]
     levels = grid.precision.levels
-    diagonal = moments.diagonal(dim1=-2, dim2=-1)
-    if act_order:
-        order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    else:
-        order = torch.arange(inp, device=weight.device).expand(experts, inp)
-    upper = _factor(moments, order, damping)
+    order, upper = factors.order, factors.upper
     pivot = upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     group = (order // (inp // grid.scale.shape[-1])).unsqueeze(-1)
     rows = order.unsqueeze(-1).expand(-1, -1, out)

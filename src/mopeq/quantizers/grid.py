@@ -8,7 +8,7 @@ ModelError.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,13 +78,21 @@ def minmax(weight: Tensor, precision: Precision) -> Grid:
     return Grid(scale, (-low.clamp_max(0) / scale).round_().clamp_(0, levels - 1), precision)
 
 
-def searched(weight: Tensor, precision: Precision, importance: Tensor | None = None) -> Grid:
+def searched(
+    weight: Tensor,
+    precision: Precision,
+    importance: Tensor | None = None,
+    *,
+    factors: Sequence[float] = FACTORS,
+    refits: int = REFITS,
+) -> Grid:
     """The grid of least squared error among multiples of the min-max scale and neighbouring zero points.
 
     weight: float32 (experts, out, in). importance: float32 (experts, in), weights of the squared errors, at any scale;
-    the diagonal of the input's second moments makes this the output error of independent inputs. After the search the
-    scale is refitted twice by least squares on the codes found, ``sum(h w k) / sum(h k k)``. The error of a group never
-    exceeds that of :func:`minmax`; groups whose importance is all zero keep the min-max grid.
+    the diagonal of the input's second moments makes this the output error of independent inputs. factors: the multiples
+    to try. After the search the scale is refitted ``refits`` times by least squares on the codes found,
+    ``sum(h w k) / sum(h k k)``. The error of a group never exceeds that of :func:`minmax`; groups whose importance is
+    all zero keep the min-max grid.
     """
     start = minmax(weight, precision)
     experts, out, inp = weight.shape
@@ -96,7 +104,7 @@ def searched(weight: Tensor, precision: Precision, importance: Tensor | None = N
         h = None
         if heavy is not None:
             h = heavy[torch.arange(part.start, part.stop, device=rows.device) // out]
-        _search(rows[part], h, scale[part], zero[part], precision)
+        _search(rows[part], h, scale[part], zero[part], precision, factors, refits)
     return Grid(scale.view_as(start.scale), zero.view_as(start.zero), precision)
 
 
@@ -120,7 +128,15 @@ def steps(weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
     return torch.minimum(torch.maximum((weight / scale).round_(), -zero), levels - 1 - zero)
 
 
-def _search(rows: Tensor, h: Tensor | None, scale: Tensor, zero: Tensor, precision: Precision) -> None:
+def _search(
+    rows: Tensor,
+    h: Tensor | None,
+    scale: Tensor,
+    zero: Tensor,
+    precision: Precision,
+    factors: Sequence[float],
+    refits: int,
+) -> None:
     """Improve scale and zero (rows, groups) in place; rows and h (rows, groups, size)."""
     levels = precision.levels
     first_scale, first_zero = scale.clone(), zero.clone()
@@ -136,9 +152,9 @@ def _search(rows: Tensor, h: Tensor | None, scale: Tensor, zero: Tensor, precisi
 
     for shift in (0,) if precision.symmetric else SHIFTS:
         z = (first_zero + shift).clamp_(0, levels - 1)
-        for factor in FACTORS:
+        for factor in factors:
             offer(_fp16(first_scale * factor), z)
-    for _ in range(REFITS):
+    for _ in range(refits):
         _, k = _error(rows, h, scale, zero, levels)
         hk = k if h is None else k * h
         fit = (hk * rows).sum(-1) / (hk * k).sum(-1)

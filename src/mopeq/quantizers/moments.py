@@ -12,13 +12,16 @@ from mopeq.qtensor import Codes, dequantize
 __all__ = ["fallback_moments", "moment_error"]
 
 
-def fallback_moments(moments: Tensor, tokens: Tensor | Sequence[int], minimum: int) -> tuple[Tensor, tuple[int, ...]]:
+def fallback_moments(
+    moments: Tensor, tokens: Tensor | Sequence[int], minimum: int, mean: Tensor | None = None
+) -> tuple[Tensor, tuple[int, ...]]:
     """Moments fit for quantizing when some experts saw fewer than ``minimum`` tokens, and those experts' indices.
 
     moments: (experts, in, in) sums over each expert's tokens; tokens: (experts,) their counts n. An expert with n <
     minimum is filled up to ``minimum`` tokens with the layer's mean token: ``H + (minimum - n) * sum(H) / sum(n)``,
     which is the pooled moments alone where n = 0. A layer that saw no token at all gets identities: plain squared
-    error. The input is not changed; it is returned itself if no expert falls short.
+    error. The input is not changed; it is returned itself if no expert falls short. ``mean`` (in, in) is the layer's
+    mean token ``sum(H) / sum(n)`` where ``moments`` are of some of its experts only.
     """
     counts = torch.as_tensor(tokens, device=moments.device).to(moments.dtype)
     if counts.shape != moments.shape[:1]:
@@ -29,10 +32,10 @@ def fallback_moments(moments: Tensor, tokens: Tensor | Sequence[int], minimum: i
         return moments, ()
     total = counts.sum()
     filled = moments.clone()
-    if total == 0:
+    if mean is None and total == 0:
         filled[:] = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
     else:
-        pooled = moments.sum(0) / total
+        pooled = moments.sum(0) / total if mean is None else mean
         for e in affected:
             filled[e] += (minimum - counts[e]) * pooled
     return filled, affected

@@ -1,0 +1,97 @@
+"""Every unit of a layer at every option, packed, on disk: quantized once for the costs, and not again for the map.
+
+The files lie in the folder of a journal until the checkpoint is finished. They take as many bytes as the experts would
+at each option together; see :func:`candidate_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mopeq.checkpoint import write_tensors
+from mopeq.errors import OutputError
+from mopeq.journal import Journal
+from mopeq.precision import GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.qtensor import Codes, QTensor, pack, pack_full, packed_shapes, rows_of
+from mopeq.source import Source, read_matrix
+from mopeq.spec import Inventory, MoELayer
+
+__all__ = ["Candidates", "candidate_bytes", "chosen"]
+
+FILE_BYTES = 1 << 28
+"""Bytes held until they are written."""
+
+
+def candidate_bytes(inventory: Inventory, options: Sequence[Precision]) -> int:
+    """Bytes of all units at all options below 16 bits."""
+    below = [p for p in options if p.bits < 16]
+    units = ((layer, group) for layer in inventory.layers for group in GROUPS)
+    return sum(inventory.experts[layer] * inventory.unit_bytes(layer, g, p) for layer, g in units for p in below)
+
+
+class Candidates:
+    """Takes the codes of one layer's units (``keep`` of :func:`~mopeq.analyze.layer_metrics`) and writes them."""
+
+    def __init__(self, folder: Path, below: str, layer: MoELayer) -> None:
+        self.folder, self.below, self.layer = folder, below, layer
+        self._held: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._files: dict[str, Mapping[str, Any]] = {}
+
+    def __call__(self, group: ProjectionGroup, experts: Sequence[int], codes: Codes) -> None:
+        """Pack and hold the codes (experts, rows, in) of some experts."""
+        for i, expert in enumerate(experts):
+            for matrix, one in zip(MATRICES[group], rows_of(codes[i], len(MATRICES[group])), strict=True):
+                packed = pack(one)
+                for suffix in packed_shapes(packed.shape, packed.precision):
+                    self._held[_key(expert, matrix, codes.precision, suffix)] = getattr(packed, suffix)
+                self._bytes += packed.nbytes
+        if self._bytes > FILE_BYTES:
+            self._flush()
+
+    def finish(self) -> dict[str, Mapping[str, Any]]:
+        """Write what is left; the files, for the journal."""
+        self._flush()
+        return self._files
+
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        name = f"{self.below}/options-{self.layer.index:05}-{len(self._files):05}.safetensors"
+        self._files[name], _ = write_tensors(self.folder / name, self._held)
+        self._held, self._bytes = {}, 0
+
+
+def chosen(
+    journal: Journal, step: str, source: Source, layer: MoELayer, precisions: PrecisionMap
+) -> Iterator[tuple[str, QTensor]]:
+    """The packed matrices of a layer that a map chooses, in the order experts, then gate, up, down; 16 bits anew.
+
+    step: the one that wrote the candidates. Raises :class:`OutputError` where one is not among them.
+    """
+    where: dict[str, Any] = {}
+    for name in journal.files(step):
+        stored: Any = safe_open(journal.folder / name, "pt")
+        where.update(dict.fromkeys(stored.keys(), stored))
+    for number, expert in enumerate(layer.experts):
+        for group in GROUPS:
+            precision = precisions.of(layer.index, number, group)
+            for matrix, ref in zip(MATRICES[group], expert.refs(group), strict=True):
+                if precision.bits == 16:
+                    yield expert.names[matrix], pack_full(read_matrix(source, ref))
+                    continue
+                keys = {s: _key(number, matrix, precision, s) for s in packed_shapes(ref.shape, precision)}
+                if missing := [key for key in keys.values() if key not in where]:
+                    raise OutputError(f"{journal.folder} has no {missing[0]}; remove it and begin again")
+                parts = {suffix: where[key].get_tensor(key) for suffix, key in keys.items()}
+                made = QTensor(parts["qweight"], parts["scales"], parts.get("zeros"), ref.shape, precision)
+                yield expert.names[matrix], made
+
+
+def _key(expert: int, matrix: str, precision: Precision, suffix: str) -> str:
+    return f"{expert}.{matrix}.{precision}.{suffix}"

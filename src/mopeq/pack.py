@@ -1,0 +1,233 @@
+"""From a map and a checkpoint to a packed checkpoint, a few experts in memory at a time.
+
+Every MoE layer is a step of its own, and so is every gigabyte of the rest: a run that is killed goes on with the step
+it was in (:class:`~mopeq.checkpoint.PackedWriter`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mopeq.analyze import Routed
+from mopeq.analyze.slab import Slab, slabs
+from mopeq.checkpoint import PackedWriter, Stored, linear_precisions, packed_config
+from mopeq.errors import InputError
+from mopeq.evaluate import Evaluation
+from mopeq.measure import Prepared
+from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.progress import Track, silent
+from mopeq.qtensor import QTensor, pack, pack_full, rows_of
+from mopeq.quantizers import QUANTIZERS, once
+from mopeq.source import Source, close_files, read_kept, read_matrix, stored_bytes
+from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
+
+__all__ = [
+    "DATA_FREE",
+    "LayerTensors",
+    "Packed",
+    "check_method",
+    "pack_experts",
+    "pack_model",
+    "packed_step",
+    "write_packed",
+]
+
+DATA_FREE = ("rtn", "rtn-mse")
+"""Quantizers that run without calibration inputs."""
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "generation_config.json", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Files that go with a model and are copied as they are."""
+STEP_BYTES = 1 << 30
+"""Bytes of the tensors outside the experts, as they are stored, that one step takes at most, or else one tensor."""
+
+LayerTensors = Callable[[MoELayer, list[str]], Iterable[Stored]]
+"""Makes the packed matrices of one MoE layer and names the units that fell back."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed checkpoint on disk."""
+
+    path: Path
+    precisions: PrecisionMap
+    bytes: int
+    """Bytes of its safetensors files."""
+    original_bytes: int
+    seconds: float
+    fallbacks: tuple[str, ...]
+    """Units quantized with moments filled up from their layer's, because few or no calibration tokens reached them."""
+    inventory: Inventory
+    evaluation: Evaluation | None = None
+
+
+def pack_model(
+    prepared: Prepared,
+    precisions: PrecisionMap,
+    out: str | Path,
+    *,
+    method: str = "gptq",
+    minimum_tokens: int | None = None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
+    track: Track = silent,
+) -> Packed:
+    """Quantize a prepared model with a map and write it, or leave nothing behind.
+
+    What the model saw (``prepared.routed``) is used where it is there; without it, weights are read a few experts at a
+    time and nothing else is in memory.
+
+    Raises :class:`MapError` for a map of another model, :class:`ModelError` for weights that are not finite,
+    :class:`OutputError` where the folder exists or the disk is full.
+    """
+    prepared.inventory.check(precisions)
+    check_method(method)
+
+    def tensors(layer: MoELayer, fallbacks: list[str]) -> Iterator[Stored]:
+        seen = prepared.routed.get(layer.index)
+        module = None if seen is None else prepared.model.get_submodule(layer.module)
+        return pack_experts(prepared, layer, precisions, method, fallbacks, seen, module, minimum_tokens)
+
+    with PackedWriter(Path(out), needed_bytes=prepared.inventory.total_bytes(precisions)) as writer:
+        return write_packed(writer, prepared, precisions, tensors, method, files or {}, track)
+
+
+def write_packed(
+    writer: PackedWriter,
+    opened: Prepared,
+    precisions: PrecisionMap,
+    tensors: LayerTensors,
+    method: str,
+    files: Mapping[str, Mapping[str, Any]],
+    track: Track = silent,
+) -> Packed:
+    """Everything that goes into a packed checkpoint, step by step; steps that an earlier run finished are taken over.
+
+    ``tensors(layer, fallbacks)`` is called in the order of the layers, for those that are still to be made.
+    """
+    started = time.perf_counter()
+    source, spec, inventory = opened.source, opened.spec, opened.inventory
+    fallbacks: list[str] = []
+    for layer in track(spec.layers, f"quantize with {method}", len(spec.layers)):
+        short: list[str] = []
+        facts = writer.part(packed_step(layer), partial(tensors, layer, short), {"fallbacks": short})
+        fallbacks += facts["fallbacks"]
+        close_files()
+    linears = linear_precisions(spec, precisions)
+    steps = list(_steps(opened, [*spec.linears, *spec.kept]))
+    for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
+        writer.part(f"pack the rest, {number} of {len(steps)}", partial(_rest, opened, refs, linears), {})
+        close_files()
+    for pattern in COMPANIONS:
+        for path in sorted(source.path.glob(pattern)):
+            writer.copy_file(path)
+    config = packed_config(_with_type(source, spec), spec, precisions, inventory)
+    size = writer.finish(config, {**files, "precision.json": precisions.to_json()})
+    original = sum(stored_bytes(source, key) for key in source.shapes)
+    return Packed(writer.out, precisions, size, original, time.perf_counter() - started, tuple(fallbacks), inventory)
+
+
+def _with_type(source: Source, spec: MoESpec) -> dict[str, Any]:
+    """The original's configuration; where it names no type (MolmoE's), that of its embedding.
+
+    transformers takes the first tensor's otherwise, which in a packed checkpoint is a scale's.
+    """
+    config = dict(source.config)
+    if config.get("dtype") is None and config.get("torch_dtype") is None:
+        embedding = next(ref.key for ref in spec.kept if ref.group == "embedding")
+        config["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(source.dtypes[embedding], "float32")
+    return config
+
+
+def _steps(opened: Prepared, refs: Sequence[LinearRef | KeptRef]) -> Iterator[list[LinearRef | KeptRef]]:
+    """Tensors in runs of at most ``STEP_BYTES``."""
+    run: list[LinearRef | KeptRef] = []
+    total = 0
+    for ref in refs:
+        nbytes = stored_bytes(opened.source, ref.key)
+        if run and total + nbytes > STEP_BYTES:
+            yield run
+            run, total = [], 0
+        run.append(ref)
+        total += nbytes
+    if run:
+        yield run
+
+
+def _rest(
+    opened: Prepared, refs: Sequence[LinearRef | KeptRef], linears: Mapping[LinearRef, Precision]
+) -> Iterator[Stored]:
+    """Matrices outside the experts at their precision, and what is kept as it is."""
+    for ref in refs:
+        if isinstance(ref, KeptRef):
+            yield ref.key, read_kept(opened.source, ref)
+            continue
+        weight = read_matrix(opened.source, ref.weight)
+        if linears[ref] == FULL:
+            yield f"{ref.name}.weight", weight if weight.element_size() == 2 else weight.to(torch.bfloat16)
+        else:
+            yield ref.name, pack(QUANTIZERS["rtn-mse"](weight.float()[None], linears[ref], None)[0])
+
+
+def pack_experts(
+    opened: Prepared,
+    layer: MoELayer,
+    precisions: PrecisionMap,
+    method: str,
+    fallbacks: list[str],
+    seen: Routed | None = None,
+    module: nn.Module | None = None,
+    minimum_tokens: int | None = None,
+) -> Iterator[Stored]:
+    """Packed matrices of one MoE layer, in the order experts, then gate, up, down.
+
+    seen, module: what the layer saw and its experts module; without, no moments. Units whose moments were filled up
+    are added to ``fallbacks``.
+    """
+    made: dict[tuple[int, str], QTensor] = {}
+    for slab in slabs(opened.source, layer, seen, module, minimum_tokens=minimum_tokens):
+        fallbacks += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
+        for group in GROUPS:
+            rows = precisions.experts[group][layer.index]
+            made.update(_packed_slab(slab, group, [rows[e] for e in slab.experts], method))
+    for expert in layer.experts:
+        for matrix, name in expert.names.items():
+            yield name, made[expert.id.expert, matrix]
+
+
+def _packed_slab(
+    slab: Slab, group: ProjectionGroup, wanted: Sequence[Precision], method: str
+) -> Iterator[tuple[tuple[int, str], QTensor]]:
+    """One group of some experts, those of equal precision together; moments are factorized once."""
+    weights, quantizer = slab.weights[group], QUANTIZERS[method]
+    inputs = once(quantizer, None if slab.moments is None else getattr(slab.moments, group))
+    for precision in dict.fromkeys(wanted):
+        at = [i for i, p in enumerate(wanted) if p == precision]
+        if precision.bits == 16:
+            parts = {slab.experts[i]: [pack_full(m) for m in weights[i].chunk(len(MATRICES[group]))] for i in at}
+        else:
+            codes = quantizer(weights[at], precision, None if inputs is None else inputs[at])
+            parts = {
+                slab.experts[i]: [pack(c) for c in rows_of(codes[n], len(MATRICES[group]))] for n, i in enumerate(at)
+            }
+        for expert, packed in parts.items():
+            yield from (((expert, m), q) for m, q in zip(MATRICES[group], packed, strict=True))
+
+
+def packed_step(layer: MoELayer) -> str:
+    """The step of a journal in which a layer was packed."""
+    return f"pack layer {layer.index}"
+
+
+def check_method(method: str) -> None:
+    """Raise :class:`InputError` unless there is such a quantizer."""
+    if method not in QUANTIZERS:
+        raise InputError(f"no quantizer {method!r}; there are {', '.join(QUANTIZERS)}")

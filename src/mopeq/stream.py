@@ -1,0 +1,345 @@
+"""Running a model of which one decoder layer at a time is in memory, forward and backward.
+
+The model stands on the meta device; what is outside its decoder layers is loaded, and each layer gets its weights by
+transformers' own conversion when its turn comes. A layer is run by the model's own ``forward``: the layers before it
+are passed over, the one just before it gives the output that was stored, and the pass ends when the layer has run. So
+masks, positions and what a model does between layers are its own, and no architecture is written down here.
+
+Activations go to a :class:`Store`: the outputs of a layer, batch by batch, are all that the next one needs, so a run
+goes on from the last layer stored. Backward, every layer runs again from its stored input, with the gradient at its
+output. The sums are those of one pass through the whole model, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mopeq.analyze.forward import Batch, check_batches, experts_module, inputs_of, logits_of, sampled_loss, token_mask
+from mopeq.analyze.observe import Routed, Tap, check_logits, vision_of
+from mopeq.checkpoint import write_tensors
+from mopeq.errors import ModelError
+from mopeq.journal import Journal
+from mopeq.load import auto_class, model_config
+from mopeq.progress import Track, silent
+from mopeq.source import Source
+from mopeq.spec import MoELayer, MoESpec
+
+__all__ = ["Shell", "Store", "backward", "forward"]
+
+
+class Store:
+    """Activations by name, one tensor for each batch: in memory, or in the folder of a journal, which then has them."""
+
+    def __init__(self, journal: Journal | None = None, scratch: str = "scratch") -> None:
+        self.journal, self.scratch = journal, scratch
+        self._held: dict[str, list[Tensor]] = {}
+        if journal is not None:
+            (journal.folder / scratch).mkdir(exist_ok=True)
+
+    def put(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Keep them."""
+        if self.journal is None:
+            self._held[name] = list(tensors)
+            return
+        path = self._path(name)
+        written, _ = write_tensors(path, {f"{i:06}": tensor.detach() for i, tensor in enumerate(tensors)})
+        self.journal.record(name, files={str(path.relative_to(self.journal.folder)): written})
+
+    def has(self, name: str) -> bool:
+        """Whether they are there, whole."""
+        return name in self._held if self.journal is None else self.journal.done(name) is not None
+
+    def get(self, name: str) -> list[Tensor]:
+        """What was put."""
+        if self.journal is None:
+            return self._held[name]
+        return [tensor for _, tensor in sorted(load_file(self._path(name)).items())]
+
+    def drop(self, name: str) -> None:
+        """Let go of them, if they are there."""
+        self._held.pop(name, None)
+        if self.journal is not None:
+            self.journal.drop(name)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        kept = self._held if self.journal is None else self.journal.steps
+        for name in [name for name in kept if name.startswith(("hidden ", "gradient "))]:
+            self.drop(name)
+
+    def _path(self, name: str) -> Path:
+        assert self.journal is not None
+        return self.journal.folder / self.scratch / f"{name.replace(' ', '-')}.safetensors"
+
+
+class Reached(Exception):  # noqa: N818  (no error: how a pass ends early)
+    """The layer in turn has run; carries its output."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+class Shell:
+    """A transformers model whose decoder layers have no weights but the one in turn.
+
+    Raises :class:`ModelError` where transformers does not take the checkpoint's tensors as this model's.
+    """
+
+    def __init__(self, source: Source, spec: MoESpec, dtype: torch.dtype | None = None) -> None:
+        from accelerate import init_empty_weights
+
+        config = model_config(source.path)
+        self.source, self.spec = source, spec
+        self.dtype = dtype or config.dtype or _stored_dtype(source)
+        with init_empty_weights(include_buffers=False):
+            self.model: Any = auto_class(config).from_config(config, dtype=self.dtype)
+        self.model.eval()
+        first = spec.layers[0]
+        self._module = first.module.partition(f"layers.{first.index}.")[0] + "layers"
+        self._key = first.experts[0].gate.key.partition(f".{first.index}.")[0] + "."  # MolmoE's files say blocks
+        self.layers: Any = self.model.get_submodule(self._module)
+        self._turn = -1
+        self._given: Tensor | None = None
+        for number, layer in enumerate(self.layers):
+            layer.forward = self._passing(number, layer.forward)
+        self._load([key for key in source.shapes if self._number(key) is None])
+        self.model.tie_weights()
+        self._check(lambda name: not name.startswith(self._module + "."), "outside the decoder layers")
+
+    def layer(self, number: int) -> None:
+        """Load the weights of one decoder layer."""
+        self._load([key for key in self.source.shapes if self._number(key) == number])
+        self._check(lambda name: name.startswith(f"{self._module}.{number}."), f"of layer {number}")
+
+    def release(self, number: int) -> None:
+        """Let go of the weights of one decoder layer."""
+        for module in self.layers[number].modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+
+    def release_experts(self, module: nn.Module) -> None:
+        """Let go of the large weights of an experts module that has run; biases and the gate function stay."""
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.ndim > 2:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+
+    def run(self, number: int, batch: Batch, given: Tensor | None) -> Tensor:
+        """Output (sequences, length, H) of a loaded layer; ``given`` is the output of the one before it."""
+        self._turn, self._given = number, given
+        try:
+            self.model(**inputs_of(batch, torch.device("cpu")), use_cache=False)
+        except Reached as reached:
+            return reached.output
+        raise ModelError(
+            f"{type(self.model).__name__} did not call {self._module}.{number}; expected one call of every decoder "
+            f"layer, in order"
+        )
+
+    def logits(self, batch: Batch, given: Tensor) -> Tensor:
+        """Logits (sequences, length, vocabulary) from the output of the last layer."""
+        self._turn, self._given = len(self.layers), given
+        return logits_of(self.model, inputs_of(batch, torch.device("cpu")))
+
+    def _passing(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if number < self._turn:
+                return self._given if number == self._turn - 1 and self._given is not None else hidden_states
+            raise Reached(_tensor(forward(hidden_states, *args, **kwargs), self._module, number))
+
+        return passing
+
+    def _number(self, key: str) -> int | None:
+        """The decoder layer that a stored tensor belongs to; -1 for what transformers drops."""
+        if key in self._ignored:
+            return -1
+        if not key.startswith(self._key):
+            return None
+        return int(key[len(self._key) :].partition(".")[0])
+
+    @property
+    def _ignored(self) -> frozenset[str]:
+        return frozenset(self.spec.ignored)
+
+    def _load(self, keys: Sequence[str]) -> None:
+        """Give the model the weights that are made of these tensors."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        mapping: Any = get_model_conversion_mapping(self.model)
+        config = LoadStateDictConfig(
+            weight_mapping=mapping,
+            device_map={"": "cpu"},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+        )
+        with ExitStack() as stack:
+            files = {self.source.files[key] for key in keys}
+            opened = {name: stack.enter_context(safe_open(self.source.path / name, "pt")) for name in files}
+            lazy = {key: opened[self.source.files[key]].get_slice(key) for key in keys}
+            info, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
+        self.model.requires_grad_(False)
+        problems = {"mismatched_keys": "have other shapes in it", "conversion_errors": "cannot be converted"}
+        for kind, problem in problems.items():
+            if names := sorted(str(name) for name in getattr(info, kind)):
+                raise ModelError(
+                    f"{self.source.path}: {len(names)} tensors {problem}, the first is {names[0]}; download it again"
+                )
+
+    def _check(self, wanted: Callable[[str], bool], where: str) -> None:
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        missing = sorted(name for name, tensor in tensors if wanted(name) and tensor.is_meta)
+        if missing:
+            raise ModelError(
+                f"{self.source.path}: {len(missing)} weights {where} are missing from it, the first is {missing[0]}; "
+                f"download it again"
+            )
+
+
+def forward(
+    shell: Shell, batches: Sequence[Batch], store: Store, *, until: int | None = None, track: Track = silent
+) -> Iterator[tuple[MoELayer, nn.Module, Routed]]:
+    """Every MoE layer in order with what it saw, its weights resident; those before layer ``until`` are passed over.
+
+    Goes on from what is stored. The output of a layer is stored before the layer is given away, and its input is
+    dropped when the next one is asked for.
+    """
+    check_batches(shell.model, batches)
+    moe = {layer.index: layer for layer in shell.spec.layers}
+    last = max(moe)
+    start = until if until is not None else 0
+    begin = next((k for k in range(start, 0, -1) if store.has(f"hidden {k}")), 0)
+    for number in track(range(begin, last + 1), "calibration data through the model", last + 1 - begin):
+        tap = Tap(moe[number], experts_module(shell.model, moe[number]), False, None) if number in moe else None
+        with torch.no_grad():
+            outputs = _layer(shell, number, batches, store, tap if number >= start else None)
+        store.put(f"hidden {number + 1}", outputs)
+        del outputs
+        if tap is not None and number >= start:
+            shell.release_experts(tap.module)
+            yield tap.layer, tap.module, tap.finish(vision_of(batches))
+        shell.release(number)
+        store.drop(f"hidden {number}")
+    store.drop(f"hidden {last + 1}")
+
+
+def backward(
+    shell: Shell,
+    batches: Sequence[Batch],
+    store: Store,
+    *,
+    seed: int = 0,
+    until: int | None = None,
+    track: Track = silent,
+) -> Iterator[tuple[MoELayer, nn.Module, Routed]]:
+    """Every MoE layer from the last to the first with what it saw and its gradients, its weights resident.
+
+    The loss is that of :func:`~mopeq.analyze.observe`: labels drawn from the model, with the same seed the same ones.
+    Goes on from what is stored; layers from ``until`` on need not be given away again.
+    """
+    check_batches(shell.model, batches)
+    moe = {layer.index: layer for layer in shell.spec.layers}
+    count, least = len(shell.layers), min(moe)
+    least_done = count if until is None else until
+    top = next((k for k in range(least_done, count + 1) if store.has(f"gradient {k}")), None)
+    needed = [*range(1, top or count), *([] if top else [count])]
+    if lost := [k for k in needed if not store.has(f"hidden {k}")]:
+        begin = next((k for k in range(lost[0] - 1, 0, -1) if store.has(f"hidden {k}")), 0)
+        for number in track(range(begin, lost[-1]), "calibration data forward", lost[-1] - begin):
+            with torch.no_grad():
+                store.put(f"hidden {number + 1}", _layer(shell, number, batches, store, None))
+            shell.release(number)
+    if top is None:
+        top = count
+        store.put(f"gradient {count}", _loss_gradients(shell, batches, store.get(f"hidden {count}"), seed))
+    for number in track(range(top - 1, least - 1, -1), "and back", top - least):
+        tap = Tap(moe[number], experts_module(shell.model, moe[number]), True, None) if number in moe else None
+        with torch.enable_grad():
+            gradients = _layer(shell, number, batches, store, tap, store.get(f"gradient {number + 1}"))
+        store.put(f"gradient {number}", gradients)
+        del gradients
+        if tap is not None:
+            shell.release_experts(tap.module)
+            if until is None or number < until:
+                yield tap.layer, tap.module, tap.finish(vision_of(batches))
+        shell.release(number)
+        store.drop(f"hidden {number + 1}")
+        store.drop(f"gradient {number + 1}")
+
+
+def _layer(
+    shell: Shell,
+    number: int,
+    batches: Sequence[Batch],
+    store: Store,
+    tap: Tap | None,
+    gradients: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Run one layer over all batches: its outputs, or, given the gradients at them, the gradients at its inputs."""
+    shell.layer(number)
+    inputs: Sequence[Tensor | None] = store.get(f"hidden {number}") if number else [None] * len(batches)
+    handles = [] if tap is None else tap.attach(shell.model)
+    made = []
+    try:
+        for at, (batch, given) in enumerate(zip(batches, inputs, strict=True)):
+            if tap is not None:
+                tap.begin(token_mask(batch).flatten())
+            if gradients is None:
+                made.append(shell.run(number, batch, given))
+            else:
+                made.append(_pulled(shell, number, batch, given, gradients[at]))
+            if tap is not None:
+                tap.check(at)
+                tap.end()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return made
+
+
+def _pulled(shell: Shell, number: int, batch: Batch, given: Tensor | None, gradient: Tensor) -> Tensor:
+    """The gradient at a layer's input; at the first layer, whose input is the embedding, nothing asks for it."""
+    leaf = None if given is None else given.detach().requires_grad_()
+    output = shell.run(number, batch, leaf)
+    output.backward(gradient)  # type: ignore[no-untyped-call]
+    if leaf is None:
+        return torch.empty(0)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _loss_gradients(shell: Shell, batches: Sequence[Batch], hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """dL/d(output of the last layer) of each batch."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    with torch.enable_grad():
+        for number, (batch, given) in enumerate(zip(batches, hidden, strict=True)):
+            leaf = given.detach().requires_grad_()
+            logits = shell.logits(batch, leaf)
+            check_logits(logits.detach()[token_mask(batch)], number)
+            sampled_loss(logits, batch, generator).backward()  # type: ignore[no-untyped-call]
+            assert leaf.grad is not None
+            made.append(leaf.grad)
+    return made
+
+
+def _tensor(output: object, module: str, number: int) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ModelError(f"{module}.{number} returns a {type(output).__name__}; expected its hidden states alone")
+    return output
+
+
+def _stored_dtype(source: Source) -> torch.dtype:
+    """The type that most of a checkpoint's values have."""
+    names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    found = [names[dtype] for dtype in source.dtypes.values() if dtype in names]
+    return max(set(found), key=found.count)

@@ -1,0 +1,132 @@
+"""A model run layer by layer sees what the whole model sees: every family, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mopeq.adapters import describe
+from mopeq.analyze import Routed, observe
+from mopeq.errors import DataError, ModelError
+from mopeq.journal import Journal
+from mopeq.load import load_original
+from mopeq.source import open_source
+from mopeq.stream import Shell, Store, backward, forward
+from tiny import FAMILIES, rewrite, tensors
+
+Make = Callable[..., Path]
+
+
+def batches(words: int = 256) -> list[dict[str, Tensor]]:
+    """Two batches; the second has padding."""
+    draw = torch.Generator().manual_seed(0)
+    made = [{"input_ids": torch.randint(0, words, shape, generator=draw)} for shape in ((2, 17), (2, 9))]
+    masks = [torch.ones_like(batch["input_ids"]) for batch in made]
+    masks[1][0, 6:] = 0
+    return [{**batch, "attention_mask": mask} for batch, mask in zip(made, masks, strict=True)]
+
+
+def opened(folder: Path, **options: Any) -> Shell:
+    source = open_source(folder)
+    return Shell(source, describe(source), **options)
+
+
+def seen(sweep: Any) -> dict[int, Routed]:
+    return {layer.index: routed for layer, _, routed in sweep}
+
+
+def equal(found: Routed, wanted: Routed) -> bool:
+    names = ("hidden", "index", "weights", "gradient")
+    pairs = [(getattr(found, name), getattr(wanted, name)) for name in names]
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_family_equals_the_whole_model(family: str, dtype: torch.dtype, tiny_model: Make) -> None:
+    """docs/numerics.md: bit for bit, gradients included, in the type of the checkpoint."""
+    folder = tiny_model(family, dtype=dtype)
+    shell, data = opened(folder), batches()
+    model = load_original(folder)
+    for gradients, found in (
+        (False, seen(forward(shell, data, Store()))),
+        (True, seen(backward(shell, data, Store(), seed=3))),
+    ):
+        wanted = observe(model, shell.spec, data, gradients=gradients, seed=3)
+        assert found.keys() == wanted.keys()
+        assert [layer for layer in wanted if not equal(found[layer], wanted[layer])] == []
+
+
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"hub_layout": False}])
+def test_tied_heads_and_fused_files(changes: dict[str, Any], tiny_model: Make) -> None:
+    folder = tiny_model("qwen2_moe", **changes)
+    shell = opened(folder)
+    found = seen(backward(shell, batches(), Store()))
+    wanted = observe(load_original(folder), shell.spec, batches(), gradients=True)
+    assert all(equal(found[layer], wanted[layer]) for layer in wanted)
+
+
+def test_another_type_than_the_checkpoints(tiny_model: Make) -> None:
+    folder = tiny_model("olmoe", dtype=torch.bfloat16)
+    shell = opened(folder, dtype=torch.float32)
+    found = seen(forward(shell, batches(), Store()))
+    wanted = observe(load_original(folder, dtype=torch.float32), shell.spec, batches())
+    assert all(equal(found[layer], wanted[layer]) for layer in wanted)
+
+
+def test_one_layer_has_weights_at_a_time(tiny_model: Make) -> None:
+    shell = opened(tiny_model("glm4_moe"))
+
+    def resident() -> set[int]:
+        parameters = ((i, p) for i, layer in enumerate(shell.layers) for p in layer.parameters())
+        return {i for i, p in parameters if not p.is_meta}
+
+    assert resident() == set()
+    for layer, module, _ in forward(shell, batches(), Store()):
+        assert resident() == {layer.index}
+        assert all(p.is_meta or p.ndim < 3 for p in module.parameters()), "the experts have run and are let go"
+    assert resident() == set()
+
+
+@pytest.mark.parametrize("direction", [forward, backward])
+@pytest.mark.parametrize("lost", ["", "hidden 1", "hidden 2", "hidden 3", "gradient 2"])
+def test_a_sweep_goes_on_from_what_is_stored(direction: Any, lost: str, tiny_model: Make, tmp_path: Path) -> None:
+    """Stopped after its first layer and begun again by another process, with a file lost or without."""
+    folder = tiny_model("qwen3_moe", num_hidden_layers=4)
+    whole = seen(direction(opened(folder), batches(), Store()))
+    ran: list[int] = []
+    with Journal(tmp_path, {}) as journal:
+        sweep = direction(opened(folder), batches(), Store(journal))
+        first = next(sweep)[0].index
+        sweep.close()
+    with Journal(tmp_path, {}) as journal:
+        store, shell = Store(journal), opened(folder)
+        if lost in journal.steps:
+            (tmp_path / next(iter(journal.files(lost)))).unlink()
+        load = shell.layer
+        shell.layer = lambda number: (ran.append(number), load(number))[1]  # type: ignore[method-assign, func-returns-value]
+        until = first + 1 if direction is forward else first
+        found = seen(direction(shell, batches(), store, until=until))
+    assert found.keys() == whole.keys() - {first}
+    assert all(equal(found[layer], whole[layer]) for layer in found)
+    if not lost:
+        assert ran == ([1, 2, 3] if direction is forward else [2, 1, 0])
+
+
+def test_what_is_wrong_is_said(tiny_model: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_model("olmoe").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    shell = opened(folder)
+    with pytest.raises(DataError, match="no calibration tokens"):
+        next(forward(shell, [], Store()))
+    bad = tensors(folder)["model.layers.1.self_attn.q_proj.weight"].clone().fill_(torch.nan)
+    rewrite(folder, {"model.layers.1.self_attn.q_proj.weight": bad})
+    with pytest.raises(ModelError, match=r"layer 1: NaN or infinite values enter model\.layers\.1"):
+        list(forward(opened(folder), batches(), Store()))
