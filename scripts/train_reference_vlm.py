@@ -56,7 +56,7 @@ class Settings:
     tower_steps: int = 400
     tower_scenes: int = 96
     tower_learning_rate: float = 3e-3
-    steps: int = 750
+    steps: int = 610
     scaled_from: int = 300
     scenes: int = 32
     questions: int = 4
