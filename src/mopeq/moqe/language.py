@@ -13,11 +13,11 @@ from torch import Tensor
 from mopeq.data.text import Window, check_length, fingerprint
 from mopeq.errors import DataError
 from mopeq.evaluate.perplexity import score_windows
-from mopeq.moqe.build import document_hashes, learning_texts
+from mopeq.moqe.make import document_hashes, learning_texts
 from mopeq.moqe.model import Moqe, open_language
 from mopeq.moqe.router import PromptRouter, fitting_shape, make_router, parameters_of, write_router
 from mopeq.moqe.store import VariantSet
-from mopeq.moqe.train import Settings, Trained, finish, fit
+from mopeq.moqe.training import Settings, Trained, finish, fit
 from mopeq.progress import Track, silent
 
 __all__ = ["prompted_windows", "prompts_of", "train", "variant_losses"]
@@ -29,11 +29,13 @@ def prompted_windows(texts: Sequence[str], tokenizer: Any, prompt: int, length: 
     Windows do not overlap and lie within a document. Raises :class:`DataError` where no document is long enough.
     """
     if not 1 <= prompt < length:
-        raise DataError(f"prompts of {prompt} tokens in windows of {length}; expected at least 1, and fewer than the window")
+        raise DataError(
+            f"prompts of {prompt} tokens in windows of {length}; expected at least 1, and fewer than the window"
+        )
     made = []
     for text in texts:
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-        made += [Window(part, length - prompt) for part in ids.split(length) if len(part) == length]
+        made += [Window(part, length - prompt) for part in torch.split(ids, length) if len(part) == length]
     if not made:
         raise DataError(f"no document has {length} tokens; give longer documents, or a shorter --length")
     return made

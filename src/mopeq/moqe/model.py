@@ -1,8 +1,8 @@
-"""A set of language variants behind its router: choose for each prompt, run each variant once on its part of a batch."""
+"""Language variants behind their router: choose for each prompt, run each variant once on its part of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ Prompt = str | Messages
 class Moqe:
     """A router and its variants. ``made``: the set; ``pool``: the variants in memory; ``tokenizer``: theirs."""
 
-    def __init__(self, made: VariantSet, pool: Pool, table: Tensor, tokenizer: Any, router: PromptRouter | None) -> None:
+    def __init__(self, made: VariantSet, pool: Pool, table: Tensor, tokenizer: Any, dtype: torch.dtype | None) -> None:
         self.made, self.pool, self.table, self.tokenizer = made, pool, table, tokenizer
-        self._router = router
+        self.dtype = dtype
+        self._router: PromptRouter | None = None
 
     @property
     def router(self) -> PromptRouter:
@@ -85,7 +86,7 @@ class Moqe:
 
     def generate(
         self,
-        prompt: Prompt | list[str],
+        prompt: str | tuple[Mapping[str, str], ...] | list[str],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -93,7 +94,7 @@ class Moqe:
         seed: int | None = None,
         stream: Callable[[str], None] | None = None,
     ) -> Any:
-        """Continue a prompt (a :class:`Generation` of its variant), or a list of texts (a list of them).
+        """Continue a text or a conversation, a tuple of messages (a :class:`Generation`), or a list of texts (a list).
 
         Arguments as :func:`mopeq.runtime.generate.generate`; only a single prompt can be streamed. The variant is
         chosen once, so that one cache of keys and values is enough.
@@ -101,7 +102,7 @@ class Moqe:
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed
         }  # fmt: skip
-        if isinstance(prompt, list) and all(isinstance(text, str) for text in prompt):
+        if isinstance(prompt, list):
             if stream is not None:
                 raise InputError("a list of prompts cannot be streamed; give one prompt, or leave out stream")
             return self._generate_many([self.encode(text) for text in prompt], options)
@@ -137,7 +138,7 @@ def open_language(
     table = table if device is None else table.to(device)
     folders = {name: made.folder(name) for name in made.names}
     pool = Pool(folders, partial(load_variant, dtype=dtype, device=device), resident, {key: table})
-    return Moqe(made, pool, table, load_tokenizer(made.folder(made.names[0])), None)
+    return Moqe(made, pool, table, load_tokenizer(made.folder(made.names[0])), dtype)
 
 
 def load(

@@ -104,7 +104,8 @@ def load_variant(folder: Path, dtype: torch.dtype | None = None, device: str | N
         if gguf:
             from transformers import AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf[0].name, dtype=dtype or "auto")
+            auto: Any = AutoModelForCausalLM
+            model = auto.from_pretrained(folder, gguf_file=gguf[0].name, dtype=dtype or "auto")
         else:
             model = load_original(folder, dtype, device=device)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
@@ -112,4 +113,4 @@ def load_variant(folder: Path, dtype: torch.dtype | None = None, device: str | N
         raise ModelError(
             f"transformers cannot load {folder} here: {reason}; install what its quantizer needs, or leave it out"
         ) from error
-    return model.to(device) if device else model.eval()
+    return model if device is None else model.to(device)

@@ -60,7 +60,9 @@ def parse_recipes(texts: Sequence[str]) -> tuple[Recipe, ...]:
     made = tuple(_parse(text.strip()) for text in texts if text.strip())
     if len(made) < 2:
         found = f"one variant, {made[0].text!r}" if made else "no variants"
-        raise InputError(f"{found}; expected at least two to choose from, such as rtn-3bit,gptq-3bit; use mopeq quantize for one")
+        raise InputError(
+            f"{found}; expected at least two to choose from, such as rtn-3bit,gptq-3bit; use mopeq quantize for one"
+        )
     names = [recipe.name for recipe in made]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -80,9 +82,13 @@ def _parse(text: str) -> Recipe:
     if method not in METHODS:
         raise InputError(f"variant {body!r} has method {method!r}; expected one of {', '.join(METHODS)}")
     if method != MIXED and "." in level:
-        raise InputError(f"variant {body!r}: {method} takes whole bits, such as {method}-3bit; mixed-{level} mixes precisions")
+        raise InputError(
+            f"variant {body!r}: {method} takes whole bits, such as {method}-3bit; mixed-{level} mixes precisions"
+        )
     if method == MIXED and "g" in level:
-        raise InputError(f"variant {body!r}: mixed takes bits per weight alone, such as mixed-2.5; expected no group size")
+        raise InputError(
+            f"variant {body!r}: mixed takes bits per weight alone, such as mixed-2.5; expected no group size"
+        )
     if at and not Path(data).exists():
         raise InputError(f"variant {body!r}: no text {data or 'after @'}; expected a .txt or .jsonl file or a folder")
     recipe = Recipe(_named(name or found + (f"-{Path(data).stem}" if at else "")), body, method, level, data or None)

@@ -6,11 +6,10 @@ image. Both follow MoQE (arXiv 2508.09204, section on routers) in structure; siz
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +60,9 @@ class PromptRouter(nn.Module):
         )
         self.encoder = nn.TransformerEncoder(layer, shape.layers, enable_nested_tensor=False)
         self.score = nn.Linear(width, 1)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, shape.variants))
+        self.head = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, shape.variants)
+        )
         self.register_buffer("positions", _positions(shape.tokens, width), persistent=False)
 
     def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class ImageRouter(nn.Module):
         self.shape = shape
         width = shape.width
         sizes = (shape.inputs, width, width, width)
-        pairs = zip(sizes, sizes[1:], strict=False)
+        pairs = pairwise(sizes)
         self.stem = nn.Sequential(*(part for a, b in pairs for part in _conv(a, b)))
         self.stages = nn.Sequential(*(_Excited(width, stride) for stride in (1, 2, 2)))
         self.attention = nn.MultiheadAttention(width, shape.heads, batch_first=True)
@@ -117,7 +118,11 @@ class _Excited(nn.Module):
         self.body = nn.Sequential(*_conv(width, width, stride), *_conv(width, width)[:2])
         squeezed = max(4, width // 4)
         self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, squeezed, 1), nn.ReLU(), nn.Conv2d(squeezed, width, 1), nn.Sigmoid()
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(width, squeezed, 1),
+            nn.ReLU(),
+            nn.Conv2d(squeezed, width, 1),
+            nn.Sigmoid(),
         )
         self.skip: nn.Module = nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
 
@@ -143,7 +148,7 @@ def parameters_of(router: nn.Module) -> int:
 
 
 def fitting_shape(kind: str, inputs: int, variants: int, model_parameters: int) -> RouterShape:
-    """The widest router under 1 % of the model's parameters, or the narrowest there is for a model smaller than that."""
+    """The widest router under 1 % of the model's parameters, or the narrowest where none is."""
     shapes = [RouterShape(kind, inputs, variants, width) for width in WIDTHS]
     with torch.device("meta"):
         fits = (s for s in shapes if parameters_of(ROUTERS[kind](s)) <= SHARE * model_parameters)

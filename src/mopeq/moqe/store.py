@@ -35,7 +35,17 @@ from mopeq.errors import CheckpointError, MapError, ModelError, OutputError
 from mopeq.progress import Track, silent
 from mopeq.stats import read_json, write_json
 
-__all__ = ["SET_FILE", "Variant", "VariantSet", "combine", "read_set", "tensor_files", "tensor_of", "write_set"]
+__all__ = [
+    "SET_FILE",
+    "Variant",
+    "VariantSet",
+    "combine",
+    "read_set",
+    "tensor_files",
+    "tensor_of",
+    "weight_bytes",
+    "write_set",
+]
 
 SET_FILE = "moqe.json"
 SET_FORMAT, SET_VERSION = "mopeq-moqe", 1
@@ -54,7 +64,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class VariantSet:
-    """What ``moqe.json`` says. ``bytes``: of all tensor files, each once; ``id``: hash of all tensors of all variants."""
+    """What ``moqe.json`` says. ``bytes``: of all tensor files, each once; ``id``: hash of all variants' tensors."""
 
     path: Path
     kind: str
@@ -126,7 +136,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if (folder / INDEX).is_file():
         where = read_json(folder / INDEX).get("weight_map") or {}
         return {key: folder / Path(name).name for key, name in where.items()}
-    return {key: folder / SINGLE for key in read_headers([folder / SINGLE])} if (folder / SINGLE).is_file() else {}
+    return dict.fromkeys(read_headers([folder / SINGLE]), folder / SINGLE) if (folder / SINGLE).is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -202,7 +212,7 @@ def tensor_of(file: Path, key: str) -> torch.Tensor:
 
 def _read(piece: list[_Stored]) -> dict[str, torch.Tensor]:
     """Tensors by name, each of their files opened once."""
-    made = {}
+    made: dict[str, torch.Tensor] = {}
     for file in {tensor.file for tensor in piece}:
         with safe_open(file, "pt") as stored:
             made |= {tensor.key: stored.get_tensor(tensor.key) for tensor in piece if tensor.file == file}
@@ -253,7 +263,10 @@ def _companions(folder: Path, target: Path, names: Mapping[str, str], total: int
     if (folder / HASHES).is_file():
         earlier = read_json(folder / HASHES)["files"]
         listed = [target / name for name in earlier if (target / name).is_file()]
-        entries = {str(path.relative_to(target)): _entry(path) for path in {*listed, *target.glob("*.safetensors"), target / INDEX}}
+        entries = {
+            str(path.relative_to(target)): _entry(path)
+            for path in {*listed, *target.glob("*.safetensors"), target / INDEX}
+        }
         hashes = {"format": "mopeq-hashes", "version": 1, "files": entries}
         (target / HASHES).write_bytes(canonical(hashes))
 
@@ -267,9 +280,14 @@ def _weights(folder: Path) -> list[Path]:
     return [path for suffix in ("safetensors", "gguf") for path in sorted(folder.glob(f"*.{suffix}"))]
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the tensor files of a model folder."""
+    return sum(path.stat().st_size for path in _weights(folder))
+
+
 def _measured(name: str, recipe: str, folder: Path) -> Variant:
     status = [path.stat() for path in _weights(folder)]
-    return Variant(name, recipe, sum(s.st_size for s in status), sum(s.st_size for s in status if s.st_nlink == 1))
+    return Variant(name, recipe, weight_bytes(folder), sum(s.st_size for s in status if s.st_nlink == 1))
 
 
 def _bytes_once(folders: list[Path]) -> int:

@@ -26,7 +26,7 @@ from mopeq.moqe.store import VariantSet, combine, read_set, tensor_files, tensor
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import Track, silent
 from mopeq.quantize import pack_model, require_new
-from mopeq.source import open_source
+from mopeq.source import open_source, stored_bytes
 
 __all__ = ["build", "document_hashes", "learning_texts", "workshop"]
 
@@ -91,18 +91,17 @@ def build(
             if folder.parent != made:
                 _check_same(model, name, folder)
         stored, size, identity = combine(ordered, partial, {r.name: r.text for r in recipes}, track)
-        source = open_source(model)
-        base = source.path.resolve().name if Path(model).is_dir() else str(model)
+        original = open_source(model)
+        base = original.path.resolve().name if Path(model).is_dir() else str(model)
         info = {
             "command": command,
-            "parameters": sum(prod(shape) for shape in source.shapes.values()),
+            "parameters": sum(prod(shape) for shape in original.shapes.values()),
+            "original_bytes": sum(stored_bytes(original, key) for key in original.shapes),
             "samples": calibration.samples,
             "length": calibration.length,
             "seed": calibration.seed,
         }
-        write_set(
-            VariantSet(partial, "language", base, stored, size, identity, tuple(sorted(seen)), info), partial
-        )
+        write_set(VariantSet(partial, "language", base, stored, size, identity, tuple(sorted(seen)), info), partial)
     return read_set(out)
 
 
@@ -149,9 +148,7 @@ def document_hashes(texts: Sequence[str]) -> set[str]:
     return {hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts}
 
 
-def _map_of(
-    prepared: Prepared, recipe: Recipe, rest: Mapping[str, Precision], seed: int, track: Track
-) -> PrecisionMap:
+def _map_of(prepared: Prepared, recipe: Recipe, rest: Mapping[str, Precision], seed: int, track: Track) -> PrecisionMap:
     inventory = prepared.inventory
     if recipe.method != MIXED:
         (base,) = inventory.precisions([4])
@@ -179,7 +176,9 @@ def _check_same(model: str | Path, name: str, folder: Path) -> None:
         shapes = f"{found_config}; expected {expected_config}"
     if not same or not _same_embedding(model, folder):
         what = f"it is {shapes}" if not same else "its input embedding has other values"
-        raise ModelError(f"variant {name} in {folder} is of another model than {model}: {what}; give variants of one model")
+        raise ModelError(
+            f"variant {name} in {folder} is of another model than {model}: {what}; give variants of one model"
+        )
     if not is_packed(folder):
         _prove(name, folder)
 

@@ -48,8 +48,8 @@ class Settings:
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size) < 1 or min(self.temperature, self.alpha) < 0 or self.learning_rate <= 0:
             raise InputError(
-                f"epochs {self.epochs}, batch size {self.batch_size}, temperature {self.temperature}, alpha {self.alpha}, "
-                f"learning rate {self.learning_rate}; expected at least 1, 1, 0, 0, and above 0"
+                f"epochs {self.epochs}, batch size {self.batch_size}, temperature {self.temperature}, "
+                f"alpha {self.alpha}, learning rate {self.learning_rate}; expected at least 1, 1, 0, 0, and above 0"
             )
 
 
@@ -78,8 +78,8 @@ class Trained:
                 f"{self.best:.4f}; an oracle would reach {self.oracle:.4f}): use that variant"
             )
         return (
-            f"on inputs kept apart, routing has {self.routed:.4f} against {self.best:.4f} of {self.best_variant} alone: "
-            f"{100 * gain / room:.0f} % of what an oracle would gain"
+            f"on inputs kept apart, routing has {self.routed:.4f} against {self.best:.4f} of {self.best_variant} "
+            f"alone: {100 * gain / room:.0f} % of what an oracle would gain"
         )
 
 
@@ -135,14 +135,14 @@ def fit(
     for epoch in track(range(state.epoch, settings.epochs), "train the router", settings.epochs - state.epoch):
         router.train()
         order = torch.randperm(len(learning), generator=torch.Generator().manual_seed(settings.seed * 100_003 + epoch))
-        for number, batch in enumerate(learning[order].split(settings.batch_size)):
+        for number, batch in enumerate(torch.split(learning[order], settings.batch_size)):
             logits = router(*inputs(batch))
             even, deviation = balance(logits)
             left = 1 - (epoch * steps_in_epoch + number) / total
             loss = functional.cross_entropy(logits, targets[batch])
             loss = loss + settings.alpha * left * (1 + deviation) * even
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(router.parameters(), 1.0)
             optimizer.step()
         routed = _routed(router, inputs, losses, judging, settings.batch_size)
@@ -170,7 +170,7 @@ def choose(router: nn.Module, inputs: Inputs, numbers: Tensor, batch_size: int) 
     """The variants, int64 (n,), that a router chooses for the inputs of these numbers."""
     router.eval()
     with torch.no_grad():
-        return torch.cat([router(*inputs(part)).argmax(1) for part in numbers.split(batch_size)])
+        return torch.cat([router(*inputs(part)).argmax(1) for part in torch.split(numbers, batch_size)])
 
 
 def finish(folder: Path) -> None:
@@ -199,13 +199,15 @@ class _State:
 
 def _request(router: nn.Module, losses: Tensor, settings: Settings) -> str:
     """A hash of everything that the result depends on."""
-    shape = asdict(router.shape)  # type: ignore[arg-type]
-    text = json.dumps([asdict(settings), shape, list(losses.shape)])
+    sizes = {key: list(tensor.shape) for key, tensor in router.state_dict().items()}
+    text = json.dumps([asdict(settings), sizes, list(losses.shape)])
     return hashlib.sha256(text.encode() + losses.double().numpy().tobytes()).hexdigest()[:16]
 
 
 def _write(file: Path, request: str, state: _State, router: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    tensors = {f"model.{k}": t for k, t in router.state_dict().items()} | {f"best.{k}": t for k, t in state.best.items()}
+    tensors = {f"model.{k}": t for k, t in router.state_dict().items()} | {
+        f"best.{k}": t for k, t in state.best.items()
+    }
     for number, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in slots.items()}
     metadata = {
@@ -227,7 +229,9 @@ def _resumed(file: Path, request: str, router: nn.Module, optimizer: torch.optim
             about = stored.metadata()
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError) as error:
-        raise OutputError(f"{file} of an interrupted training is damaged ({error}); start anew with --restart") from error
+        raise OutputError(
+            f"{file} of an interrupted training is damaged ({error}); start anew with --restart"
+        ) from error
     if about.get("request") != request:
         raise OutputError(
             f"{file} is of an interrupted training with other text or settings; give those to go on, or --restart"
