@@ -122,12 +122,6 @@ def specialised(asked: Any, text: Text, work: Path) -> Any:
         yield f"specialised, {count} variants", judged(asked, text, part, beside, seconds)
 
 
-def moqe_options(model: str, bits: Sequence[int] | None) -> Any:
-    from mopeq.measure import open_model
-
-    return None if bits is None else open_model(model).inventory.precisions(bits)
-
-
 def judged(asked: Any, text: Text, folder: Path, beside: Mapping[str, str | Path], seconds: float) -> dict[str, Any]:
     """Train the router of a set, judge it, and serve a mixed stream with less memory than all variants need."""
     started = time.perf_counter()
@@ -137,8 +131,8 @@ def judged(asked: Any, text: Text, folder: Path, beside: Mapping[str, str | Path
     found = moqe.judge(opened, text.parts["judge"], limit=asked.windows, beside=beside, pairs=asked.pairs)
     made = opened.made
     return {
-        "variants": list(made.names), "recipes": [variant.recipe for variant in made.variants], "bytes_once": made.bytes,
-        "bytes_apart": made.separate_bytes, "router": json.loads((folder / "router" / "router.json").read_text()),
+        "variants": list(made.names), "recipes": [variant.recipe.split("@")[0] for variant in made.variants],
+        "bytes_once": made.bytes, "bytes_apart": made.separate_bytes, "router": json.loads((folder / "router" / "router.json").read_text()),
         "trained": asdict(trained), "build_seconds": round(seconds, 1), "train_seconds": round(training, 1),
         "judged": found.to_json(), "sentence": found.sentence, "residency": residency(opened, text, folder),
     }  # fmt: skip

@@ -22,13 +22,13 @@ from mopeq.load import is_packed, load_tokenizer
 from mopeq.measure import Calibration, Prepared, measure_prepared, observed, open_model
 from mopeq.moqe.pool import embedding_key, load_variant
 from mopeq.moqe.recipes import MIXED, Recipe, parse_recipes
-from mopeq.moqe.store import VariantSet, combine, read_set, tensor_files, tensor_of, write_set
+from mopeq.moqe.store import SET_FILE, VariantSet, combine, read_set, tensor_files, tensor_of, write_set
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import Track, silent
 from mopeq.quantize import pack_model, require_new
 from mopeq.source import open_source, stored_bytes
 
-__all__ = ["build", "document_hashes", "learning_texts", "workshop"]
+__all__ = ["build", "document_hashes", "known_calibration", "learning_texts", "workshop"]
 
 COST = "fisher_error"
 CLOSE = 2.0**-7
@@ -90,6 +90,7 @@ def build(
         for name, folder in ordered.items():
             if folder.parent != made:
                 _check_same(model, name, folder)
+                seen |= known_calibration(folder)
         stored, size, identity = combine(ordered, partial, {r.name: r.text for r in recipes}, track)
         original = open_source(model)
         base = original.path.resolve().name if Path(model).is_dir() else str(model)
@@ -156,6 +157,12 @@ def _map_of(prepared: Prepared, recipe: Recipe, rest: Mapping[str, Precision], s
     options = inventory.precisions()
     stats = measure_prepared(prepared, (COST,), options=options, seed=seed, track=track)
     return allocate(stats, budget=f"{recipe.level}bpw", cost=COST, options=options, rest=rest)
+
+
+def known_calibration(folder: Path) -> set[str]:
+    """Hashes of the documents that a variant of another set was calibrated on, as far as that set says."""
+    above = folder.resolve().parent.parent
+    return set(read_set(above).calibration) if (above / SET_FILE).is_file() else set()
 
 
 def _check_same(model: str | Path, name: str, folder: Path) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from mopeq.errors import CheckpointError, DataError, InputError, ModelError
 from mopeq.moqe.images import Images, read_images
 from mopeq.moqe.judging import Judged, Scores, compare
-from mopeq.moqe.make import workshop
+from mopeq.moqe.make import known_calibration, workshop
 from mopeq.moqe.pool import Pool
 from mopeq.moqe.recipes import MIXED, Recipe, parse_recipes
 from mopeq.moqe.router import ImageRouter, fitting_shape, make_router, parameters_of, read_router, write_router
@@ -84,6 +84,7 @@ def build_images(
                 raise InputError(f"variant {recipe.text!r}: mixed is for mixture-of-experts models; use gptq-4bit")
             if recipe.folder is not None:
                 _check_same(recipe, state)
+                seen |= known_calibration(recipe.folder)
                 folders[recipe.name] = recipe.folder
                 continue
             moments: dict[str, Tensor] = {}
@@ -313,7 +314,7 @@ def judge_images(
     beside: Mapping[str, str | Path] | None = None,
     seed: int = 0,
 ) -> tuple[Judged, Judged]:
-    """A set on image folders by domain: by mean loss, and by share of images classified wrongly."""
+    """A set on image folders by domain: by mean loss, and by the share of images classified wrongly."""
     made = opened.made
     found = {name: read_images(folder, made.folder(made.names[0])) for name, folder in domains.items()}
     for part in found.values():
