@@ -16,7 +16,7 @@ import torch
 from common import ROOT, arguments, store
 from mopeq import moqe
 from mopeq.data.text import read_texts
-from mopeq.measure import Calibration
+from mopeq.measure import Calibration, open_model
 from mopeq.moqe.language import prompted_windows, prompts_of
 from mopeq.moqe.vision import build_images, judge_images, load_images, train_images
 from mopeq.quantize import quantize
@@ -33,23 +33,18 @@ def main() -> None:
     parser = arguments(__doc__ or "", "moqe")
     parser.add_argument("--model", required=True, help="folder of the original")
     parser.add_argument("--label", default="", help="how results call it")
-    parser.add_argument(
-        "--text", nargs="+", type=Path, required=True, help="text the model was not trained on, one file a domain"
-    )
+    parser.add_argument("--text", nargs="+", type=Path, required=True, help="unseen text, one file a domain")
     parser.add_argument("--recipe", default="mixed-2.5", help="of the specialised variants")
-    parser.add_argument("--windows", type=int, default=48, help="held-out windows of each domain")
-    parser.add_argument("--pairs", type=int, default=41, help="pairs of runs that time the router")
+    parser.add_argument("--windows", type=int, default=40, help="held-out windows of each domain")
+    parser.add_argument("--pairs", type=int, default=31, help="pairs of runs that time the router")
     parser.add_argument("--studies", nargs="+", default=["general", "specialised", "images"])
     parser.add_argument("--work", type=Path, help="folder for the sets (default: a temporary one)")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
-        results: dict[str, Any] = {
-            "model": asked.label or Path(asked.model).name,
-            "recipe": asked.recipe,
-            "studies": {},
-        }
+        label = asked.label or Path(asked.model).name
+        results: dict[str, Any] = {"model": label, "recipe": asked.recipe, "studies": {}}
         text = Text(work, asked.text)
         for study in asked.studies:
             for name, found in STUDIES[study](asked, text, work):
@@ -83,7 +78,7 @@ class Text:
 
 
 def calibration(text: Text, domain: str | None = None) -> Calibration:
-    return Calibration(str(text.file("calibrate", domain)), samples=48, length=256, batch_size=8)
+    return Calibration(str(text.file("calibrate", domain)), samples=32, length=256, batch_size=8)
 
 
 def general(asked: Any, text: Text, work: Path) -> Any:
@@ -102,17 +97,14 @@ def specialised(asked: Any, text: Text, work: Path) -> Any:
     made = moqe.build(asked.model, recipes, folder, calibration=calibration(text))
     seconds = time.perf_counter() - started
     beside: dict[str, str | Path] = {"original": asked.model}
-    budgets = {
-        "one calibrated on all": f"{asked.recipe.removeprefix('mixed-')}bpw",
-        "one of the set's bytes": f"{made.bytes}B",
-    }
-    for name, budget in budgets.items():
-        beside[name] = work / name.replace(" ", "-").replace("'", "")
-        options = None if budget.endswith("bpw") else [2, 3, 4, 5, 6]
-        precisions = moqe_options(asked.model, options)
-        quantize(
-            asked.model, beside[name], budget=budget, options=precisions, calibration=calibration(text), evaluated=False
-        )
+    inventory = open_model(asked.model).inventory
+    for name, budget, bits in (
+        ("one calibrated on all", f"{asked.recipe.removeprefix('mixed-')}bpw", (2, 3, 4)),
+        ("one of the set's bytes", f"{made.bytes}B", (2, 3, 4, 5, 6)),
+    ):
+        beside[name] = one = work / name.replace(" ", "-")
+        options = inventory.precisions(bits)
+        quantize(asked.model, one, budget=budget, options=options, calibration=calibration(text), evaluated=False)
     for count in sorted({2, 3, len(recipes)}):
         part = folder
         if count < len(recipes):
@@ -132,10 +124,16 @@ def judged(asked: Any, text: Text, folder: Path, beside: Mapping[str, str | Path
     made = opened.made
     return {
         "variants": list(made.names), "recipes": [variant.recipe.split("@")[0] for variant in made.variants],
-        "bytes_once": made.bytes, "bytes_apart": made.separate_bytes, "router": json.loads((folder / "router" / "router.json").read_text()),
+        "bytes_once": made.bytes, "bytes_apart": made.separate_bytes, "router": router_record(folder),
         "trained": asdict(trained), "build_seconds": round(seconds, 1), "train_seconds": round(training, 1),
         "judged": found.to_json(), "sentence": found.sentence, "residency": residency(opened, text, folder),
     }  # fmt: skip
+
+
+def router_record(folder: Path) -> dict[str, Any]:
+    """What the router's file says, but for the command, which names folders."""
+    record: dict[str, Any] = json.loads((folder / "router" / "router.json").read_text(encoding="utf-8"))
+    return {key: record[key] for key in ("shape", "parameters", "share", "settings")}
 
 
 def residency(opened: moqe.Moqe, text: Text, folder: Path) -> list[dict[str, Any]]:
@@ -163,12 +161,8 @@ def images(asked: Any, text: Text, work: Path) -> Any:
     from digits import DOMAINS, digits, save_digits, shown, train_resnet
 
     pixels, labels = digits()
-    parts = {
-        "base": slice(0, 800),
-        "calibrate": slice(800, 1000),
-        "learn": slice(1000, 1300),
-        "judge": slice(1300, None),
-    }
+    ends = {"base": (0, 800), "calibrate": (800, 1000), "learn": (1000, 1300), "judge": (1300, len(labels))}
+    parts = {part: slice(*found) for part, found in ends.items()}
     model = train_resnet(work / "resnet", pixels[parts["base"]], labels[parts["base"]], epochs=30)
     for seed, (part, rows) in enumerate(parts.items()):
         for domain in DOMAINS if part != "base" else ():
@@ -192,7 +186,7 @@ def images(asked: Any, text: Text, work: Path) -> Any:
         loss, wrong = judge_images(load_images(folder), {d: work / "judge" / d for d in DOMAINS}, beside=beside)
         yield name, {
             "variants": list(made.names), "bytes_once": made.bytes, "bytes_apart": made.separate_bytes,
-            "router": json.loads((folder / "router" / "router.json").read_text()), "trained": asdict(trained),
+            "router": router_record(folder), "trained": asdict(trained),
             "judged": loss.to_json(), "wrong": wrong.to_json(), "sentence": loss.sentence,
         }  # fmt: skip
 
