@@ -14,6 +14,7 @@ from mopeq.errors import InputError
 from mopeq.progress import drawn
 
 if TYPE_CHECKING:
+    from mopeq.evaluate import Estimate
     from mopeq.moqe.judging import Judged
     from mopeq.moqe.store import VariantSet
 
@@ -76,7 +77,9 @@ def add_moqe(verbs: Any) -> None:
     p = verb("eval", do_eval, "each variant, the router, chance, oracles, the ensemble and the original, side by side")
     _set(p)
     p.add_argument("--text", nargs="+", metavar="FILE", help="one file a domain (default: the bundled held-out text)")
-    p.add_argument("--images", metavar="DIR", help="of a vision set: images, one folder a class")
+    p.add_argument(
+        "--images", nargs="+", metavar="DIR", help="of a vision set: a domain each, one folder a class in it"
+    )
     p.add_argument("--against", metavar="MODEL", help="the original, to judge it too")
     p.add_argument("--windows", type=int, default=64, help="windows of each domain (default: %(default)s)")
     p.add_argument("--prompt-tokens", type=int, default=64, help="tokens the router reads (default: %(default)s)")
@@ -96,17 +99,26 @@ def _set(p: argparse.ArgumentParser) -> None:
 def do_build(options: argparse.Namespace) -> None:
     """Make a set of variants."""
     from mopeq.moqe.make import build
+    from mopeq.moqe.vision import build_images, is_image_model
 
+    variants, command = options.variants.split(","), options.command_line
+    images = is_image_model(options.model)
+    if options.images and not images:
+        raise InputError(f"--images is for image classifiers; {options.model} is none; leave it out, or use --data")
     with drawn() as track:
-        made = build(
-            options.model,
-            options.variants.split(","),
-            options.out,
-            calibration=commands._calibration_of(options),
-            rest=commands._rest_map(options.rest),
-            dtype=commands._dtype(options),
-            command=options.command_line,
-            track=track,
+        made = (
+            build_images(options.model, variants, options.out, options.images, command=command, track=track)
+            if images
+            else build(
+                options.model,
+                variants,
+                options.out,
+                calibration=commands._calibration_of(options),
+                rest=commands._rest_map(options.rest),
+                dtype=commands._dtype(options),
+                command=command,
+                track=track,
+            )
         )
     if options.json:
         return show.print_json({"out": str(options.out), **made.to_json()})
@@ -128,6 +140,7 @@ def do_train(options: argparse.Namespace) -> None:
     """Train the router."""
     from mopeq.moqe.language import train
     from mopeq.moqe.training import Settings
+    from mopeq.moqe.vision import train_images
 
     settings = Settings(
         epochs=options.epochs,
@@ -137,20 +150,21 @@ def do_train(options: argparse.Namespace) -> None:
         alpha=options.alpha,
         seed=options.seed,
     )
+    common: dict[str, Any] = {
+        "settings": settings,
+        "resident": 1 if options.resident is None else options.resident,
+        "restart": options.restart,
+        "command": options.command_line,
+    }
+    images = _is_vision(options)
     try:
         with drawn() as track:
-            found = train(
-                options.set,
-                options.data,
-                prompt=options.prompt_tokens,
-                length=options.length,
-                settings=settings,
-                resident=options.resident or 1,
-                dtype=commands._dtype(options),
-                restart=options.restart,
-                command=options.command_line,
-                track=track,
-            )
+            if images:
+                found = train_images(options.set, _needed(options.images, "--images DIR"), track=track, **common)
+            else:
+                windows = {"prompt": options.prompt_tokens, "length": options.length}
+                dtype = commands._dtype(options)
+                found = train(options.set, options.data, dtype=dtype, track=track, **windows, **common)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from stop
     if options.json:
@@ -162,10 +176,11 @@ def do_train(options: argparse.Namespace) -> None:
 
 
 def do_run(options: argparse.Namespace) -> None:
-    """Generate text from one or several prompts."""
+    """Generate text from one or several prompts, or classify images."""
+    if _is_vision(options):
+        return _classify(options)
     opened = _loaded(options)
-    if not options.prompt:
-        raise InputError("no prompt; expected --prompt TEXT, once or several times")
+    _needed(options.prompt, "--prompt TEXT, once or several times")
     routes = opened.route([opened.encode(prompt) for prompt in options.prompt])
     if len(options.prompt) == 1:
         stream = None if options.json else show.write
@@ -188,6 +203,30 @@ def do_run(options: argparse.Namespace) -> None:
         file=sys.stderr,
     )
     return None
+
+
+def _classify(options: argparse.Namespace) -> None:
+    from mopeq.moqe.vision import classify, load_images
+
+    opened = load_images(options.set, resident=options.resident)
+    rows = classify(opened, _needed(options.image, "--image FILE, once or several times"))
+    if options.json:
+        return show.print_json({"images": [row._asdict() for row in rows], **_pool(opened)})
+    cells = [(row.file, row.label, f"{100 * row.probability:.1f} %", row.variant) for row in rows]
+    show.table("Images", ("file", "class", "probability", "variant"), cells)
+    return None
+
+
+def _is_vision(options: argparse.Namespace) -> bool:
+    from mopeq.moqe.store import read_set
+
+    return read_set(options.set).kind == "vision"
+
+
+def _needed(value: Any, flag: str) -> Any:
+    if not value:
+        raise InputError(f"nothing to work on; expected {flag}")
+    return value
 
 
 def _pool(opened: Any) -> dict[str, Any]:
@@ -216,6 +255,8 @@ def do_eval(options: argparse.Namespace) -> None:
     from mopeq.moqe.judging import judge
     from mopeq.stats import write_json
 
+    if _is_vision(options):
+        return _judge_images(options)
     files = [Path(text) for text in options.text or ()]
     files = files or [bundled_text("heldout_code.txt"), bundled_text("heldout_docs.txt")]
     opened = _loaded(options)
@@ -240,18 +281,35 @@ def do_eval(options: argparse.Namespace) -> None:
     return None
 
 
-def _print_judged(found: Judged) -> None:
+def _judge_images(options: argparse.Namespace) -> None:
+    from mopeq.moqe.vision import judge_images, load_images
+    from mopeq.stats import write_json
+
+    folders = [Path(folder) for folder in _needed(options.images, "--images DIR, one a domain")]
+    beside = {"original": options.against} if options.against else None
+    opened = load_images(options.set)
+    loss, wrong = judge_images(opened, {folder.name: folder for folder in folders}, beside=beside, seed=options.seed)
+    record = {"loss": loss.to_json(), "wrong": wrong.to_json(), "sentence": loss.sentence}
+    write_json(Path(options.set) / "evaluation.json", {**record, "command": options.command_line})
+    if options.json:
+        return show.print_json(record)
+    _print_judged(loss, wrong)
+    print(f"wrote {Path(options.set) / 'evaluation.json'}")
+    return None
+
+
+def _print_judged(found: Judged, wrong: Judged | None = None) -> None:
+    measure = "perplexity [95 %]" if wrong is None else "% right [95 %]"
     for domain, rows in found.rows.items():
         lines = []
-        for row in rows:
+        for number, row in enumerate(rows):
             gap = found.differences[domain].get(f"{row.name} - best single")
             beside = "best single" if row.name == found.best[domain] else ""
+            value = _interval(row.perplexity, ".3f") if wrong is None else _right(wrong.rows[domain][number].loss)
             size = show.megabytes(found.bytes[row.name])
-            lines.append(
-                (row.name, size, _interval(row.perplexity, ".3f"), beside if gap is None else _interval(gap, "+.4f"))
-            )
-        title = f"{domain}: {found.inputs[domain]} windows"
-        show.table(title, ("", "MB", "perplexity [95 %]", "nats more than the best single [95 %]"), lines)
+            lines.append((row.name, size, value, beside if gap is None else _interval(gap, "+.4f")))
+        heads = ("", "MB", measure, "nats more than the best single [95 %]")
+        show.table(f"{domain}: {found.inputs[domain]} {'windows' if wrong is None else 'images'}", heads, lines)
     for latency in found.latency:
         print(
             f"{latency.prompt_tokens} tokens in, {latency.new_tokens} out: {1000 * latency.alone_seconds:.1f} ms, "
@@ -261,7 +319,13 @@ def _print_judged(found: Judged) -> None:
     print(found.sentence)
 
 
-def _interval(value: Any, form: str) -> str:
+def _right(wrong: Estimate) -> str:
+    """A share of errors as per cent right, its interval turned round."""
+    low, high = (wrong.value if end is None else end for end in (wrong.low, wrong.high))
+    return f"{100 - 100 * wrong.value:.1f} [{100 - 100 * high:.1f}, {100 - 100 * low:.1f}]"
+
+
+def _interval(value: Estimate, form: str) -> str:
     return (
         f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
         if value.low is not None

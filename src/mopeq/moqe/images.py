@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mopeq.errors import DataError, ModelError
+from mopeq.errors import DataError, InputError, ModelError
 from mopeq.stats import read_json
 
-__all__ = ["Images", "read_images"]
+__all__ = ["Images", "preparation", "read_images"]
 
+LARGE, DEFAULT_CROP = 384, 224 / 256
+"""As ConvNextImageProcessor, which ResNet uses: from 384 pixels on nothing is cut off."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -55,16 +56,18 @@ def read_images(folder: str | Path, model: str | Path) -> Images:
     ]
     if not files:
         raise DataError(f"{folder} has no images ({', '.join(SUFFIXES)}) in its class folders; check the path")
-    prepare = _preparation(Path(model), config)
+    prepare = preparation(Path(model))
     pixels = torch.stack([prepare(file) for file, _ in files])
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file, _ in files]
     return Images(pixels, torch.tensor([label for _, label in files]), tuple(hashes))
 
 
-def _preparation(model: Path, config: Mapping[str, Any]) -> Callable[[Path], Tensor]:
+def preparation(model: Path) -> Callable[[Path], Tensor]:
     """Resize, cut the middle out, scale and normalize, as ``preprocessor_config.json`` asks."""
-    from PIL import Image, UnidentifiedImageError
-
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise InputError("images are read with Pillow, which is not installed; install mopeq[vision]") from error
     file = model / "preprocessor_config.json"
     if not file.is_file():
         raise ModelError(f"{model} has no preprocessor_config.json, which says how images are prepared; add it")
@@ -73,20 +76,21 @@ def _preparation(model: Path, config: Mapping[str, Any]) -> Callable[[Path], Ten
     edge = size.get("shortest_edge") or size.get("height")
     if not isinstance(edge, int):
         raise ModelError(f'{file} has size {size!r}; expected "shortest_edge" or "height" in pixels')
-    channels = int(config.get("num_channels", 3))
+    channels = int(read_json(model / "config.json").get("num_channels", 3))
     mean, std = (
         torch.tensor(settings.get(key, [default] * channels)).view(-1, 1, 1)
         for key, default in (("image_mean", 0.0), ("image_std", 1.0))
     )
-    first = round(edge / settings.get("crop_pct", 1.0)) if "shortest_edge" in size else edge
+    cut = "shortest_edge" in size and edge < LARGE
+    first = int(edge / settings.get("crop_pct", DEFAULT_CROP)) if cut else edge
 
     def prepare(path: Path) -> Tensor:
         try:
             image = Image.open(path).convert("RGB" if channels == 3 else "L")
         except (UnidentifiedImageError, OSError) as error:
             raise DataError(f"{path} is no readable image; remove it or give another") from error
-        scale = first / min(image.size)
-        wide, high = (max(edge, round(side * scale)) for side in image.size)
+        short = min(image.size)
+        wide, high = (first * side // short if cut else edge for side in image.size)
         image = image.resize((wide, high), Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC)))
         left, top = (wide - edge) // 2, (high - edge) // 2
         values = np.asarray(image.crop((left, top, left + edge, top + edge)), dtype=np.float32)

@@ -83,7 +83,7 @@ def _parse(text: str) -> Recipe:
         raise InputError(f"variant {body!r} has method {method!r}; expected one of {', '.join(METHODS)}")
     if method != MIXED and "." in level:
         raise InputError(
-            f"variant {body!r}: {method} takes whole bits, such as {method}-3bit; mixed-{level} mixes precisions"
+            f"variant {body!r}: {method} takes whole bits; expected {method}-3bit, or mixed-{level} to mix"
         )
     if method == MIXED and "g" in level:
         raise InputError(

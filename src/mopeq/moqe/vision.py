@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mopeq.errors import CheckpointError, DataError, InputError, ModelError
-from mopeq.moqe.images import Images, read_images
+from mopeq.moqe.images import Images, preparation, read_images
 from mopeq.moqe.judging import Judged, Scores, compare
 from mopeq.moqe.make import known_calibration, workshop
 from mopeq.moqe.pool import Pool
@@ -35,7 +35,15 @@ from mopeq.quantizers import QUANTIZERS
 from mopeq.spec import fitting
 from mopeq.stats import read_json, write_json
 
-__all__ = ["MoqeImages", "build_images", "is_image_model", "judge_images", "load_images", "train_images"]
+__all__ = [
+    "MoqeImages",
+    "build_images",
+    "classify",
+    "is_image_model",
+    "judge_images",
+    "load_images",
+    "train_images",
+]
 
 METHOD = "mopeq-images"
 BATCH = 64
@@ -338,6 +346,26 @@ def judge_images(
         return compare(Scores(made.names, variants, routes, torch.ones(len(labels)), origin, rest), sizes, seed=seed)
 
     return scored(_nats), scored(_wrong)
+
+
+class Classified(NamedTuple):
+    """An image, its likeliest class and how likely it is, and the variant that said so."""
+
+    file: str
+    label: str
+    probability: float
+    variant: str
+
+
+def classify(opened: MoqeImages, files: Sequence[str | Path]) -> list[Classified]:
+    """The class of each image file."""
+    folder = opened.made.folder(opened.made.names[0])
+    prepare = preparation(folder)
+    pixels = torch.stack([prepare(Path(file)) for file in files])
+    labels = read_json(folder / "config.json").get("id2label") or {}
+    found = opened.logits(pixels).softmax(1).max(1)
+    rows = zip(files, found.values.tolist(), found.indices.tolist(), opened.route(pixels), strict=True)
+    return [Classified(str(file), str(labels.get(str(c), c)), p, variant) for file, p, c, variant in rows]
 
 
 def _logits(model: Any, pixels: Tensor) -> Tensor:
