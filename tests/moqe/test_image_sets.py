@@ -17,6 +17,7 @@ from transformers import AutoModelForImageClassification, ConvNextImageProcessor
 
 from mopeq import moqe
 from mopeq.errors import DataError, InputError, ModelError
+from mopeq.moqe.dense import input_moments, patches
 from mopeq.moqe.images import read_images
 from mopeq.moqe.training import Settings
 from mopeq.moqe.vision import (
@@ -25,8 +26,6 @@ from mopeq.moqe.vision import (
     judge_images,
     load_image_variant,
     load_images,
-    patch_moments,
-    patches,
     train_images,
 )
 from mopeq.precision import Precision
@@ -85,7 +84,7 @@ def test_moments_give_the_output_s_squares(model: Path) -> None:
     name, module = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1)
     seen: list[Tensor] = []
     module.register_forward_hook(lambda module, given, out: seen.append(out))
-    moments = patch_moments(network, pixels)[name]
+    moments = input_moments(network, [name], [{"pixel_values": pixels}])[name]
     weight = module.weight.detach().flatten(1)
     want = seen[0].transpose(0, 1).flatten(1).square().sum(1)
     torch.testing.assert_close(((weight @ moments) * weight).sum(1), want, rtol=1e-3, atol=1e-3)

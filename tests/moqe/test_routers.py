@@ -35,7 +35,7 @@ def test_sizes() -> None:
         assert parameters_of(make_router(shape)) <= SHARE * parameters
     assert fitting_shape("language", 2048, 4, int(7e9)).width == 256
     images = make_router(fitting_shape("vision", 3, 2, int(25e6)))
-    assert images(torch.randn(2, 3, 64, 64)).shape == (2, 2)
+    assert images(torch.randn(2, 3, 224, 160)).shape == (2, 2)
 
 
 def test_soft_labels() -> None:

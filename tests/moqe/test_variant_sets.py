@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sets import calibrated, random_router
+from sets import CODE, PROSE, calibrated, random_router
 
 from mopeq import moqe
 from mopeq.checkpoint import verify
@@ -99,6 +99,24 @@ def test_other_quantizers_come_through_transformers(kind: str, tmp_path: Path) -
         got, want = (opened.pool(name)(input_ids=ids).logits for name in ("other", "full"))
     error = (got - want).norm() / want.norm()
     assert 0 < error < 0.05, "8 bits change the logits a little"
+
+
+def test_a_dense_model_is_quantized_in_its_linear_layers(tmp_path: Path) -> None:
+    from foreign import save_llama
+
+    base = save_llama(tmp_path / "base")
+    made = moqe.build(base, ["rtn-2g32", "gptq-2g32", "rtn-8g32"], tmp_path / "set", calibration=calibrated(tmp_path))
+    for name in made.names:
+        manifest = verify(made.folder(name))
+        assert {linear.group for linear in manifest.linears.values()} == {"attention", "dense_mlp", "lm_head"}
+    opened, original = open_language(made.path), load_original(base, dtype=torch.float32)
+    ids = opened.encode(CODE + PROSE)[None]
+    with torch.no_grad():
+        want = original(input_ids=ids).logits
+        error = {name: (opened.pool(name)(input_ids=ids).logits - want).norm() for name in made.names}
+    assert 0 < error["rtn-8g32"] < error["gptq-2g32"] < error["rtn-2g32"], "moments of the inputs are used"
+    with pytest.raises(InputError, match="mixed is for mixture-of-experts"):
+        moqe.build(base, ["rtn-2g32", "mixed-3"], tmp_path / "other", calibration=calibrated(tmp_path))
 
 
 # -- what is refused

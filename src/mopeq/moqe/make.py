@@ -14,18 +14,21 @@ from typing import Any
 import torch
 
 from mopeq.allocate import allocate
-from mopeq.checkpoint import read_manifest
+from mopeq.checkpoint import verify
+from mopeq.checkpoint.reader import HASHES
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import read_texts
-from mopeq.errors import ModelError, OutputError
+from mopeq.errors import InputError, ModelError, OutputError
 from mopeq.load import is_packed, load_tokenizer
-from mopeq.measure import Calibration, Prepared, measure_prepared, observed, open_model
+from mopeq.measure import Calibration, Prepared, measure_prepared, observed
+from mopeq.moqe.dense import linear_moments, open_any
 from mopeq.moqe.pool import embedding_key, load_variant
 from mopeq.moqe.recipes import MIXED, Recipe, parse_recipes
 from mopeq.moqe.store import SET_FILE, VariantSet, combine, read_set, tensor_files, tensor_of, write_set
+from mopeq.pack import Linears, pack_model
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import Track, silent
-from mopeq.quantize import pack_model, require_new
+from mopeq.quantize import require_new
 from mopeq.source import open_source, stored_bytes
 
 __all__ = ["build", "document_hashes", "known_calibration", "learning_texts", "workshop"]
@@ -46,7 +49,9 @@ def build(
     command: str = "",
     track: Track = silent,
 ) -> VariantSet:
-    """Variants of one mixture-of-experts language model, stored in ``out`` with equal tensors once.
+    """Variants of one language model, stored in ``out`` with equal tensors once.
+
+    Of a mixture of experts a recipe quantizes the experts; of a dense model all linear layers but the head.
 
     Args:
         model: folder or hub id of the original checkpoint.
@@ -69,28 +74,17 @@ def build(
     calibration = calibration or Calibration()
     seen: set[str] = set()
     with workshop(Path(out)) as (partial, made):
-        folders: dict[str, Path] = {}
-        opened = open_model(model) if any(recipe.folder is None for recipe in recipes) else None
+        folders = {recipe.name: recipe.folder for recipe in recipes if recipe.folder is not None}
+        for name, folder in folders.items():  # before hours of work
+            _check_same(model, name, folder)
+            seen |= known_calibration(folder)
+        opened = open_any(model) if any(recipe.folder is None for recipe in recipes) else None
         for data, group in _by_text(recipes, calibration).items():
             assert opened is not None
             asked = replace(calibration, data=data)
-            texts = _calibration_texts(asked)
-            prepared = opened
-            if any(recipe.calibrated for recipe in group):
-                gradients = any(recipe.method == MIXED for recipe in group)
-                prepared = observed(opened, asked, texts=texts, gradients=gradients, dtype=dtype, track=track)
-                seen |= document_hashes(texts)
-            for recipe in group:
-                source = prepared if recipe.calibrated else opened
-                precisions = _map_of(source, recipe, {**DEFAULT_REST, **(rest or {})}, calibration.seed, track)
-                pack_model(source, precisions, made / recipe.name, method=recipe.quantizer, track=track)
-                folders[recipe.name] = made / recipe.name
-        folders |= {recipe.name: recipe.folder for recipe in recipes if recipe.folder is not None}
+            seen |= _make(opened, group, asked, rest or {}, dtype, made, track)
+            folders |= {recipe.name: made / recipe.name for recipe in group}
         ordered = {recipe.name: folders[recipe.name] for recipe in recipes}
-        for name, folder in ordered.items():
-            if folder.parent != made:
-                _check_same(model, name, folder)
-                seen |= known_calibration(folder)
         stored, size, identity = combine(ordered, partial, {r.name: r.text for r in recipes}, track)
         original = open_source(model)
         base = original.path.resolve().name if Path(model).is_dir() else str(model)
@@ -149,14 +143,44 @@ def document_hashes(texts: Sequence[str]) -> set[str]:
     return {hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts}
 
 
+def _make(
+    opened: Prepared,
+    group: Sequence[Recipe],
+    calibration: Calibration,
+    rest: Mapping[str, Precision],
+    dtype: torch.dtype | None,
+    out: Path,
+    track: Track,
+) -> set[str]:
+    """Make the variants that share a calibration text; returns the hashes of the documents that they have seen."""
+    calibrated = any(recipe.calibrated for recipe in group)
+    texts = _calibration_texts(calibration) if calibrated else []
+    prepared, inputs = opened, {}
+    if calibrated and opened.spec.layers:
+        gradients = any(recipe.method == MIXED for recipe in group)
+        prepared = observed(opened, calibration, texts=texts, gradients=gradients, dtype=dtype, track=track)
+    elif calibrated:
+        inputs = linear_moments(opened, calibration, texts, dtype, track)
+    for recipe in group:
+        source = prepared if recipe.calibrated else opened
+        precisions = _map_of(source, recipe, rest, calibration.seed, track)
+        linears = None if opened.spec.layers else Linears(recipe.quantizer, inputs if recipe.calibrated else {})
+        pack_model(source, precisions, out / recipe.name, method=recipe.quantizer, linears=linears, track=track)
+    return document_hashes(texts)
+
+
 def _map_of(prepared: Prepared, recipe: Recipe, rest: Mapping[str, Precision], seed: int, track: Track) -> PrecisionMap:
     inventory = prepared.inventory
     if recipe.method != MIXED:
         (base,) = inventory.precisions([4])
-        return PrecisionMap.uniform(inventory.experts, parse_precision(recipe.level, base), rest)
+        precision = parse_precision(recipe.level, base)
+        layers = {} if inventory.layers else dict.fromkeys(("attention", "dense_mlp"), precision)
+        return PrecisionMap.uniform(inventory.experts, precision, {**DEFAULT_REST, **layers, **rest})
+    if not inventory.layers:
+        raise InputError(f"variant {recipe.text!r}: mixed is for mixture-of-experts models; expected such as gptq-4bit")
     options = inventory.precisions()
     stats = measure_prepared(prepared, (COST,), options=options, seed=seed, track=track)
-    return allocate(stats, budget=f"{recipe.level}bpw", cost=COST, options=options, rest=rest)
+    return allocate(stats, budget=f"{recipe.level}bpw", cost=COST, options=options, rest={**DEFAULT_REST, **rest})
 
 
 def known_calibration(folder: Path) -> set[str]:
@@ -174,7 +198,8 @@ def _check_same(model: str | Path, name: str, folder: Path) -> None:
             f"{len(vocabulary)}; give variants of one model"
         )
     if is_packed(folder):
-        found, expected = read_manifest(folder).inventory, open_model(model).inventory
+        found = verify(folder, hashes=(folder / HASHES).is_file()).inventory
+        expected = open_any(model).inventory
         same = found.fingerprint == expected.fingerprint
         shapes = f"{found.model_type} with {found.experts}; expected {expected.model_type} with {expected.experts}"
     else:

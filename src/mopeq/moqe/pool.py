@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mopeq.errors import InputError, ModelError
 from mopeq.evaluate import resident_bytes
 from mopeq.load import is_packed, load, load_original
+from mopeq.moqe.store import tensor_files
 
 __all__ = ["Pool", "embedding_key", "load_variant", "share"]
 
@@ -99,7 +100,7 @@ def load_variant(folder: Path, dtype: torch.dtype | None = None, device: str | N
     """
     if is_packed(folder):
         return load(folder, dtype, device)
-    gguf = sorted(folder.glob("*.gguf"))
+    gguf = [] if tensor_files(folder) else sorted(folder.glob("*.gguf"))
     try:
         if gguf:
             from transformers import AutoModelForCausalLM

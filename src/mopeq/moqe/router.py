@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mopeq.errors import CheckpointError, InputError, MapError
 from mopeq.moqe.store import VariantSet
@@ -26,6 +27,8 @@ __all__ = ["ImageRouter", "PromptRouter", "RouterShape", "fitting_shape", "make_
 SHARE = 0.01
 """Most of the model's parameters that a router may have."""
 WIDTHS = (256, 192, 128, 96, 64, 48, 32, 24, 16)
+EDGE = 64
+"""An image router sees at most so many pixels a side."""
 FOLDER, CONFIG, WEIGHTS = "router", "router.json", "router.safetensors"
 ROUTER_FORMAT, ROUTER_VERSION = "mopeq-router", 1
 
@@ -99,6 +102,8 @@ class ImageRouter(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(batch, channels, height, width) to logits (batch, variants)."""
+        if max(pixels.shape[-2:]) > EDGE:
+            pixels = functional.adaptive_avg_pool2d(pixels, EDGE)
         x = self.stages(self.stem(pixels.float())).flatten(2).transpose(1, 2)
         y = self.norm(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]

@@ -198,8 +198,11 @@ def _tensors(name: str, folder: Path) -> list[_Stored]:
                 digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
                 digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 made.append(_Stored(key, digest.hexdigest(), tensor.nbytes, file))
-    if not made and not list(folder.glob("*.gguf")):
-        raise ModelError(f"variant {name}: {folder} has no safetensors or GGUF file; give a model's folder")
+    gguf = [] if made else list(folder.glob("*.gguf"))
+    if not made and len(gguf) != 1:
+        raise ModelError(
+            f"variant {name}: {folder} has no safetensors and {len(gguf)} GGUF files; give a folder with one"
+        )
     return made
 
 
@@ -252,11 +255,11 @@ def _link(file: Path, name: Path) -> None:
 
 def _companions(folder: Path, target: Path, names: Mapping[str, str], total: int) -> None:
     """Everything but the tensors: configuration, tokenizer, GGUF files, what mopeq left; index and hashes anew."""
-    skipped = {INDEX, SINGLE, Path(HASHES).name, *(path.name for path in tensor_files(folder).values())}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in skipped and path.suffix not in (".bin", ".pt", ".pth"):
+    weights = (".safetensors", ".bin", ".pt", ".pth", *((".gguf",) if names else ()))
+    for path in sorted([*folder.iterdir(), *(folder / "mopeq").glob("*")]):
+        if path.is_file() and path.suffix not in weights and path.name not in (INDEX, Path(HASHES).name):
             copy = target / path.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     if names:
         write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})

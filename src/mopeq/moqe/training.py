@@ -79,7 +79,7 @@ class Trained:
             )
         return (
             f"on inputs kept apart, routing has {self.routed:.4f} against {self.best:.4f} of {self.best_variant} "
-            f"alone: {100 * gain / room:.0f} % of what an oracle would gain"
+            f"alone (the best epoch was chosen on them): {100 * gain / room:.0f} % of what an oracle would gain"
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mopeq.errors import CheckpointError, DataError, InputError, ModelError
+from mopeq.moqe.dense import input_moments
 from mopeq.moqe.images import Images, preparation, read_images
 from mopeq.moqe.judging import Judged, Scores, compare
 from mopeq.moqe.make import known_calibration, workshop
@@ -100,7 +101,8 @@ def build_images(
                 found = _calibration(recipe, images, model)
                 seen |= set(found.hashes)
                 step = max(1, -(-len(found.pixels) // limit))
-                moments = patch_moments(whole, found.pixels[::step])
+                parts = torch.split(found.pixels[::step], BATCH)
+                moments = input_moments(whole, _matrices(whole), ({"pixel_values": part} for part in parts))
             folders[recipe.name] = made / recipe.name
             _write_variant(whole, model, recipe, moments, made / recipe.name)
         stored, size, identity = combine(folders, partial, {r.name: r.text for r in recipes}, track)
@@ -142,36 +144,6 @@ def _matrices(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, kinds) and getattr(module, "groups", 1) == 1
     }
-
-
-def patch_moments(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
-    """Sums of x x^T (in * k * k, in * k * k) over the patches, or rows, that each matrix reads."""
-    sums: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            rows = patches(module, given[0])
-            sums[name] = sums.get(name, 0) + rows.T @ rows
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in _matrices(model).items()]
-    try:
-        with torch.no_grad():
-            for part in torch.split(pixels, BATCH):
-                model(pixel_values=part)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sums
-
-
-def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """What a convolution or linear layer multiplies its matrix with: (rows, in * k * k)."""
-    if not isinstance(module, nn.Conv2d):
-        return x.flatten(0, -2)
-    options: dict[str, Any] = {n: getattr(module, n) for n in ("kernel_size", "dilation", "padding", "stride")}
-    return functional.unfold(x, **options).transpose(1, 2).flatten(0, 1)
 
 
 def _write_variant(whole: Any, source: Path, recipe: Recipe, moments: Mapping[str, Tensor], out: Path) -> None:
