@@ -38,13 +38,16 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="held-out windows of each domain")
     parser.add_argument("--pairs", type=int, default=31, help="pairs of runs that time the router")
     parser.add_argument("--studies", nargs="+", default=["general", "specialised", "images"])
-    parser.add_argument("--work", type=Path, help="folder for the sets (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="folder for the sets; what an earlier run left there is used")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
         label = asked.label or Path(asked.model).name
         results: dict[str, Any] = {"model": label, "recipe": asked.recipe, "studies": {}}
+        if asked.work and asked.out.exists():
+            results = json.loads(asked.out.read_text(encoding="utf-8"))["results"]
+        asked.done = set(results["studies"])
         text = Text(work, asked.text)
         for study in asked.studies:
             for name, found in STUDIES[study](asked, text, work):
@@ -85,7 +88,8 @@ def general(asked: Any, text: Text, work: Path) -> Any:
     """Variants of general quantizers, all calibrated on all domains."""
     folder = work / "general"
     started = time.perf_counter()
-    moqe.build(asked.model, GENERAL, folder, calibration=calibration(text))
+    if not folder.exists():
+        moqe.build(asked.model, GENERAL, folder, calibration=calibration(text))
     yield "general", judged(asked, text, folder, {"original": asked.model}, time.perf_counter() - started)
 
 
@@ -94,7 +98,9 @@ def specialised(asked: Any, text: Text, work: Path) -> Any:
     folder = work / "specialised"
     started = time.perf_counter()
     recipes = [f"{domain}={asked.recipe}@{text.file('calibrate', domain)}" for domain in text.domains]
-    made = moqe.build(asked.model, recipes, folder, calibration=calibration(text))
+    if not folder.exists():
+        moqe.build(asked.model, recipes, folder, calibration=calibration(text))
+    made = moqe.read_set(folder)
     seconds = time.perf_counter() - started
     beside: dict[str, str | Path] = {"original": asked.model}
     inventory = open_model(asked.model).inventory
@@ -104,14 +110,18 @@ def specialised(asked: Any, text: Text, work: Path) -> Any:
     ):
         beside[name] = one = work / name.replace(" ", "-")
         options = inventory.precisions(bits)
-        quantize(asked.model, one, budget=budget, options=options, calibration=calibration(text), evaluated=False)
+        if not one.exists():
+            quantize(asked.model, one, budget=budget, options=options, calibration=calibration(text), evaluated=False)
     for count in sorted({2, 3, len(recipes)}):
         part = folder
         if count < len(recipes):
             part = work / f"specialised-{count}"
             existing = [f"{name}={made.folder(name)}" for name in made.names[:count]]
-            moqe.build(asked.model, existing, part)
-        yield f"specialised, {count} variants", judged(asked, text, part, beside, seconds)
+            if not part.exists():
+                moqe.build(asked.model, existing, part)
+        name = f"specialised, {count} variants"
+        if name not in asked.done:
+            yield name, judged(asked, text, part, beside, seconds)
 
 
 def judged(asked: Any, text: Text, folder: Path, beside: Mapping[str, str | Path], seconds: float) -> dict[str, Any]:

@@ -336,12 +336,13 @@ def _ways(found: Mapping[str, Any]) -> str:
 
 
 def _by_domain(name: str, found: Mapping[str, Any]) -> list[list[str]]:
-    judged = found["judged"]
-    return [
-        [name, domain, judged["best"][domain], *(_signed(gaps[f"{way} - best single"]) for way in ("routed", "oracle")),
-         ", ".join(f"{100 * share:.0f}" for share in judged["usage"][domain])]
-        for domain, gaps in judged["differences"].items()
-    ]  # fmt: skip
+    judged, rows = found["judged"], []
+    for domain, gaps in judged["differences"].items():
+        asked = ("routed - best single", "oracle - best single", "routed - one calibrated on all")
+        cells = [_signed(gaps[gap]) if gap in gaps else "" for gap in asked]
+        shares = ", ".join(f"{100 * share:.0f}" for share in judged["usage"][domain])
+        rows.append([name, domain, judged["best"][domain], *cells, shares])
+    return rows
 
 
 def _signed(gap: Mapping[str, float]) -> str:
