@@ -59,7 +59,9 @@ def test_text_from_build_to_chat(
     assert run(capsys, "chat", out, "--max-new-tokens", 3)[0] == 0
     text = tmp_path / "judge.txt"
     text.write_text(PROSE * 30)
-    code, shown, _ = run(capsys, "eval", out, "--text", text, *WINDOWS, "--windows", 6, "--against", model)
+    code, shown, _ = run(
+        capsys, "eval", out, "--text", text, *WINDOWS, "--windows", 6, "--against", model, "--pairs", 1
+    )
     assert code == 0
     for name in ("rtn-3g32", "routed", "random", "oracle", "ensemble", "original", "best single", "with the router"):
         assert name in shown

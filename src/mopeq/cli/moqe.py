@@ -84,6 +84,7 @@ def add_moqe(verbs: Any) -> None:
     p.add_argument("--windows", type=int, default=64, help="windows of each domain (default: %(default)s)")
     p.add_argument("--prompt-tokens", type=int, default=64, help="tokens the router reads (default: %(default)s)")
     p.add_argument("--length", type=int, default=192, help="tokens of a window (default: %(default)s)")
+    p.add_argument("--pairs", type=int, default=15, help="pairs of runs that time the router (default: %(default)s)")
     p.add_argument("--no-ensemble", action="store_true", help="do not hold all variants in memory for the ensemble")
     flags._seed(p)
 
@@ -269,6 +270,7 @@ def do_eval(options: argparse.Namespace) -> None:
             limit=options.windows,
             beside={"original": options.against} if options.against else None,
             ensemble=not options.no_ensemble,
+            pairs=options.pairs,
             seed=options.seed,
             track=track,
         )

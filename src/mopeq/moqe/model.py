@@ -88,9 +88,10 @@ class Moqe:
         self,
         prompt: str | tuple[Mapping[str, str], ...] | list[str],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int | None = None,
         stream: Callable[[str], None] | None = None,
     ) -> Any:
@@ -100,7 +101,7 @@ class Moqe:
         chosen once, so that one cache of keys and values is enough.
         """
         options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed
         }  # fmt: skip
         if isinstance(prompt, list):
             if stream is not None:
@@ -114,7 +115,7 @@ class Moqe:
             return []
         made: list[Generation | None] = [None] * len(prompts)
         for name, rows in self.grouped(self.route(prompts)).items():
-            done = generate_many(self.pool(name), [prompts[i] for i in rows], self.tokenizer, **options)
+            done = generate_many(self.pool(name), self.tokenizer, [prompts[i] for i in rows], **options)
             for row, generation in zip(rows, done, strict=True):
                 made[row] = generation
         return [generation for generation in made if generation is not None]
