@@ -24,7 +24,7 @@ LEVELS = [
     {"measure"},
     {"pack"},
     {"quantize"},
-    {"quickstart", "serve"},
+    {"quickstart", "serve", "moqe"},
     {"cli"},
 ]
 WITHOUT_TORCH = ("errors", "precision", "spec", "stats", "progress", "allocate", "report", "cli")

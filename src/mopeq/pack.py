@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mopeq.analyze import Routed
 from mopeq.analyze.slab import Slab, slabs
@@ -32,6 +32,7 @@ from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 __all__ = [
     "DATA_FREE",
     "LayerTensors",
+    "Linears",
     "Packed",
     "check_method",
     "pack_experts",
@@ -70,6 +71,14 @@ class Packed:
     evaluation: Evaluation | None = None
 
 
+@dataclass(frozen=True)
+class Linears:
+    """How matrices outside the experts are rounded: by which quantizer, with moments (in, in) of inputs by module."""
+
+    method: str = "rtn-mse"
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def pack_model(
     prepared: Prepared,
     precisions: PrecisionMap,
@@ -77,6 +86,7 @@ def pack_model(
     *,
     method: str = "gptq",
     minimum_tokens: int | None = None,
+    linears: Linears | None = None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
     track: Track = silent,
 ) -> Packed:
@@ -97,7 +107,7 @@ def pack_model(
         return pack_experts(prepared, layer, precisions, method, fallbacks, seen, module, minimum_tokens)
 
     with PackedWriter(Path(out), needed_bytes=prepared.inventory.total_bytes(precisions)) as writer:
-        return write_packed(writer, prepared, precisions, tensors, method, files or {}, track)
+        return write_packed(writer, prepared, precisions, tensors, method, files or {}, track, linears)
 
 
 def write_packed(
@@ -108,6 +118,7 @@ def write_packed(
     method: str,
     files: Mapping[str, Mapping[str, Any]],
     track: Track = silent,
+    linears: Linears | None = None,
 ) -> Packed:
     """Everything that goes into a packed checkpoint, step by step; steps that an earlier run finished are taken over.
 
@@ -121,10 +132,10 @@ def write_packed(
         facts = writer.part(packed_step(layer), partial(tensors, layer, short), {"fallbacks": short})
         fallbacks += facts["fallbacks"]
         close_files()
-    linears = linear_precisions(spec, precisions)
+    rest = partial(_rest, opened, linear_precisions(spec, precisions), linears or Linears())
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
-        writer.part(f"pack the rest, {number} of {len(steps)}", partial(_rest, opened, refs, linears), {})
+        writer.part(f"pack the rest, {number} of {len(steps)}", partial(rest, refs), {})
         close_files()
     for pattern in COMPANIONS:
         for path in sorted(source.path.glob(pattern)):
@@ -163,7 +174,7 @@ def _steps(opened: Prepared, refs: Sequence[LinearRef | KeptRef]) -> Iterator[li
 
 
 def _rest(
-    opened: Prepared, refs: Sequence[LinearRef | KeptRef], linears: Mapping[LinearRef, Precision]
+    opened: Prepared, precisions: Mapping[LinearRef, Precision], how: Linears, refs: Sequence[LinearRef | KeptRef]
 ) -> Iterator[Stored]:
     """Matrices outside the experts at their precision, and what is kept as it is."""
     for ref in refs:
@@ -171,10 +182,12 @@ def _rest(
             yield ref.key, read_kept(opened.source, ref)
             continue
         weight = read_matrix(opened.source, ref.weight)
-        if linears[ref] == FULL:
+        if precisions[ref] == FULL:
             yield f"{ref.name}.weight", weight if weight.element_size() == 2 else weight.to(torch.bfloat16)
         else:
-            yield ref.name, pack(QUANTIZERS["rtn-mse"](weight.float()[None], linears[ref], None)[0])
+            seen = how.moments.get(ref.module)
+            moments = None if seen is None else seen[None]
+            yield ref.name, pack(QUANTIZERS[how.method](weight.float()[None], precisions[ref], moments)[0])
 
 
 def pack_experts(

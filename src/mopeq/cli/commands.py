@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,15 @@ def do_chat(options: argparse.Namespace) -> None:
     from mopeq.runtime.generate import generate
 
     model, tokenizer = _loaded(options)
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        return generate(model, tokenizer, messages, **_sampling_of(options), stream=show.write).text
+
+    _converse(tokenizer, answer)
+
+
+def _converse(tokenizer: Any, answer: Callable[[list[dict[str, str]]], str]) -> None:
+    """Read lines and print what ``answer`` makes of the conversation so far, until an empty one."""
     if not getattr(tokenizer, "chat_template", None):
         print("this model has no chat template: it continues your text instead of answering", file=sys.stderr)
     print("empty line or Ctrl-D ends", file=sys.stderr)
@@ -223,9 +233,9 @@ def do_chat(options: argparse.Namespace) -> None:
         if not said:
             return None
         messages.append({"role": "user", "content": said})
-        made = generate(model, tokenizer, messages, **_sampling_of(options), stream=show.write)
+        text = answer(messages)
         print()
-        messages.append({"role": "assistant", "content": made.text})
+        messages.append({"role": "assistant", "content": text})
 
 
 def do_eval(options: argparse.Namespace) -> None:

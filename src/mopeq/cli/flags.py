@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from mopeq.cli import commands
 from mopeq.cli.fit import add_fit
+from mopeq.cli.moqe import add_moqe
 from mopeq.cli.serve import add_serve, do_serve
 from mopeq.precision import DEFAULT_BITS
 
@@ -108,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     p = verb("report", commands.do_report, "make one HTML page from the files in DIR/mopeq")
     p.add_argument("folder", metavar="DIR")
     p.add_argument("-o", "--out", help="page to write (default: DIR/mopeq/report.html)")
+
+    add_moqe(verbs)
     return top
 
 
