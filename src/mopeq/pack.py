@@ -22,6 +22,7 @@ from mopeq.checkpoint import PackedWriter, Stored, linear_precisions, packed_con
 from mopeq.errors import InputError
 from mopeq.evaluate import Evaluation
 from mopeq.measure import Prepared
+from mopeq.memory import MOST
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Track, silent
 from mopeq.qtensor import QTensor, pack, pack_full, rows_of
@@ -47,7 +48,7 @@ COMPANIONS = (
     "generation_config.json", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """Files that go with a model and are copied as they are."""
-STEP_BYTES = 1 << 30
+STEP_BYTES = 1 << 28
 """Bytes of the tensors outside the experts, as they are stored, that one step takes at most, or else one tensor."""
 
 LayerTensors = Callable[[MoELayer, list[str]], Iterable[Stored]]
@@ -68,6 +69,8 @@ class Packed:
     """Units quantized with moments filled up from their layer's, because few or no calibration tokens reached them."""
     inventory: Inventory
     evaluation: Evaluation | None = None
+    note: str = ""
+    """Why it was not compared with the original although that was asked for."""
 
 
 def pack_model(
@@ -173,14 +176,15 @@ def pack_experts(
     seen: Routed | None = None,
     module: nn.Module | None = None,
     minimum_tokens: int | None = None,
+    memory: int = MOST,
 ) -> Iterator[Stored]:
     """Packed matrices of one MoE layer, in the order experts, then gate, up, down.
 
     seen, module: what the layer saw and its experts module; without, no moments. Units whose moments were filled up
-    are added to ``fallbacks``.
+    are added to ``fallbacks``. memory: bytes of experts at a time.
     """
     made: dict[tuple[int, str], QTensor] = {}
-    for slab in slabs(opened.source, layer, seen, module, minimum_tokens=minimum_tokens):
+    for slab in slabs(opened.source, layer, seen, module, minimum_tokens=minimum_tokens, memory=memory):
         fallbacks += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
         for group in GROUPS:
             rows = precisions.experts[group][layer.index]

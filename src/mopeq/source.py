@@ -24,7 +24,16 @@ from mopeq.errors import ModelError
 from mopeq.precision import ProjectionGroup
 from mopeq.spec import MoELayer, WeightRef
 
-__all__ = ["Source", "close_files", "open_source", "read_group", "read_matrix", "read_tensor", "stored_bytes"]
+__all__ = [
+    "Source",
+    "close_files",
+    "decoder_layer",
+    "open_source",
+    "read_group",
+    "read_matrix",
+    "read_tensor",
+    "stored_bytes",
+]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -112,6 +121,12 @@ def read_group(source: Source, layer: MoELayer, group: ProjectionGroup, experts:
             if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):  # the sum may overflow
                 raise ModelError(_not_finite(source, ref, matrix))
     return stacked
+
+
+def decoder_layer(key: str, layer: MoELayer) -> int | None:
+    """The number of the decoder layer that a stored tensor belongs to, None where it is outside; ``layer``: any one."""
+    prefix = layer.experts[0].gate.key.partition(f"layers.{layer.index}.")[0] + "layers."
+    return int(key[len(prefix) :].partition(".")[0]) if key.startswith(prefix) else None
 
 
 def close_files() -> None:
