@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mopeq.ahead import Ahead
 from mopeq.analyze import Routed
 from mopeq.analyze.slab import Slab, slabs
 from mopeq.checkpoint import PackedWriter, Stored, linear_precisions, packed_config
@@ -119,11 +120,15 @@ def write_packed(
     started = time.perf_counter()
     source, spec, inventory = opened.source, opened.spec, opened.inventory
     fallbacks: list[str] = []
-    for layer in track(spec.layers, f"quantize with {method}", len(spec.layers)):
+    ahead, following = Ahead(source), [*spec.layers[1:], None]
+    for layer, after in zip(track(spec.layers, f"quantize with {method}", len(spec.layers)), following, strict=True):
+        if method in DATA_FREE:  # others have run the model up to this layer
+            ahead.begin([] if after is None else sorted(_expert_keys(after)))
         short: list[str] = []
         facts = writer.part(packed_step(layer), partial(tensors, layer, short), {"fallbacks": short})
         fallbacks += facts["fallbacks"]
         close_files()
+    ahead.end()
     linears = linear_precisions(spec, precisions)
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
@@ -136,6 +141,10 @@ def write_packed(
     size = writer.finish(config, {**files, "precision.json": precisions.to_json()})
     original = sum(stored_bytes(source, key) for key in source.shapes)
     return Packed(writer.out, precisions, size, original, time.perf_counter() - started, tuple(fallbacks), inventory)
+
+
+def _expert_keys(layer: MoELayer) -> set[str]:
+    return {ref.key for expert in layer.experts for group in GROUPS for ref in expert.refs(group)}
 
 
 def _steps(opened: Prepared, refs: Sequence[LinearRef | KeptRef]) -> Iterator[list[LinearRef | KeptRef]]:

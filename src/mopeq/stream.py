@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mopeq.ahead import Ahead
 from mopeq.analyze.forward import Batch, check_batches, experts_module, inputs_of, logits_of, sampled_loss, token_mask
 from mopeq.analyze.observe import Routed, Tap, check_logits, vision_of
 from mopeq.checkpoint import write_tensors
@@ -97,7 +98,7 @@ class Shell:
         from accelerate import init_empty_weights
 
         config = model_config(source.path)
-        self.source, self.spec = source, spec
+        self.source, self.spec, self._ahead = source, spec, Ahead(source)
         self.dtype = dtype or config.dtype or stored_dtype(source)
         with init_empty_weights(include_buffers=False):
             self.model: Any = auto_class(config).from_config(config, dtype=self.dtype)
@@ -113,10 +114,11 @@ class Shell:
         self.model.tie_weights()
         self._check(lambda name: not name.startswith(self._module + "."), "outside the decoder layers")
 
-    def layer(self, number: int) -> None:
-        """Load the weights of one decoder layer."""
+    def layer(self, number: int, then: int = -1) -> None:
+        """Load the weights of one decoder layer, and begin to read those of the one that is wanted ``then``."""
         self._load(self._keys(number))
         self._check(lambda name: name.startswith(f"{self._module}.{number}."), f"of layer {number}")
+        self._ahead.begin(self._keys(then) if 0 <= then < len(self.layers) else [])
 
     def release(self, number: int) -> None:
         """Let go of the weights of one decoder layer."""
@@ -277,7 +279,7 @@ def _layer(
     gradients: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Run one layer over all batches: its outputs, or, given the gradients at them, the gradients at its inputs."""
-    shell.layer(number)
+    shell.layer(number, number + (1 if gradients is None else -1))
     inputs: Sequence[Tensor | None] = store.get(f"hidden {number}") if number else [None] * len(batches)
     handles = [] if tap is None else tap.attach(shell.model)
     made = []
