@@ -251,6 +251,18 @@ def memory(results: Mapping[str, Any]) -> dict[str, str]:
     return {"memory": table(head, rows)}
 
 
+def streaming(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [name, f"{r['original_bytes'] / 1e9:.2f}", f"{r['packed_bytes'] / 1e9:.2f}",
+         f"{r['largest_layer_experts_bytes'] / 1e9:.2f}", f"{r['peak_bytes'] / 1e9:.2f}",
+         f"{r['processor_seconds']:.0f}", f"{r['seconds']:.0f}"]
+        for name, r in results.items()
+    ]  # fmt: skip
+    head = ["model and flags", "original GB", "packed GB", "experts of a layer, GB", "peak resident GB",
+            "processor s", "wall s"]  # fmt: skip
+    return {"streaming": table(head, rows)}
+
+
 def solver(results: Mapping[str, Any]) -> dict[str, str]:
     rows = [
         [f"{r['units']:,} ({r['like']})", r["solver"], f"{1000 * r['seconds_median']:.1f}",
@@ -291,6 +303,7 @@ PRINTED = {
     "scores": scores,
     "resident_memory": memory,
     "solver": solver,
+    "streaming": streaming,
 }
 
 if __name__ == "__main__":
