@@ -263,6 +263,14 @@ def streaming(results: Mapping[str, Any]) -> dict[str, str]:
     return {"streaming": table(head, rows)}
 
 
+def economy(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [f"{r['group']} {r['shape'][0]} x {r['shape'][1]}", r["apart"], r["shared"], r["times"]]
+        for r in results["rows"]
+    ]
+    return {"economy": table(["matrices", "apart, s", "shared, s", "times"], rows)}
+
+
 def solver(results: Mapping[str, Any]) -> dict[str, str]:
     rows = [
         [f"{r['units']:,} ({r['like']})", r["solver"], f"{1000 * r['seconds_median']:.1f}",
@@ -304,6 +312,7 @@ PRINTED = {
     "resident_memory": memory,
     "solver": solver,
     "streaming": streaming,
+    "economy": economy,
 }
 
 if __name__ == "__main__":
