@@ -251,6 +251,26 @@ def memory(results: Mapping[str, Any]) -> dict[str, str]:
     return {"memory": table(head, rows)}
 
 
+def streaming(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [name, f"{r['original_bytes'] / 1e9:.2f}", f"{r['packed_bytes'] / 1e9:.2f}",
+         f"{r['largest_layer_experts_bytes'] / 1e9:.2f}", f"{r['peak_bytes'] / 1e9:.2f}",
+         f"{r['processor_seconds']:.0f}", f"{r['seconds']:.0f}"]
+        for name, r in results.items()
+    ]  # fmt: skip
+    head = ["model and flags", "original GB", "packed GB", "experts of a layer, GB", "peak resident GB",
+            "processor s", "wall s"]  # fmt: skip
+    return {"streaming": table(head, rows)}
+
+
+def economy(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [f"{r['group']} {r['shape'][0]} x {r['shape'][1]}", r["apart"], r["shared"], r["times"]]
+        for r in results["rows"]
+    ]
+    return {"economy": table(["matrices", "apart, s", "shared, s", "times"], rows)}
+
+
 def solver(results: Mapping[str, Any]) -> dict[str, str]:
     rows = [
         [f"{r['units']:,} ({r['like']})", r["solver"], f"{1000 * r['seconds_median']:.1f}",
@@ -362,6 +382,8 @@ PRINTED = {
     "resident_memory": memory,
     "moqe": moqe,
     "solver": solver,
+    "streaming": streaming,
+    "economy": economy,
 }
 
 if __name__ == "__main__":

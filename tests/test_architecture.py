@@ -16,7 +16,7 @@ LEVELS = [
     {"qtensor"},
     {"progress", "seam", "autoload", "journal"},
     {"models", "source"},
-    {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint"},
+    {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead"},
     {"analyze", "candidates", "runtime"},
     {"integrations"},
     {"load"},

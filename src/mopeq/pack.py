@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopeq.ahead import Ahead
 from mopeq.analyze import Routed
 from mopeq.analyze.slab import Slab, slabs
 from mopeq.checkpoint import PackedWriter, Stored, linear_precisions, packed_config
 from mopeq.errors import InputError
 from mopeq.evaluate import Evaluation
 from mopeq.measure import Prepared
+from mopeq.memory import MOST
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Track, silent
 from mopeq.qtensor import QTensor, pack, pack_full, rows_of
@@ -48,7 +50,7 @@ COMPANIONS = (
     "generation_config.json", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """Files that go with a model and are copied as they are."""
-STEP_BYTES = 1 << 30
+STEP_BYTES = 1 << 28
 """Bytes of the tensors outside the experts, as they are stored, that one step takes at most, or else one tensor."""
 
 LayerTensors = Callable[[MoELayer, list[str]], Iterable[Stored]]
@@ -69,6 +71,8 @@ class Packed:
     """Units quantized with moments filled up from their layer's, because few or no calibration tokens reached them."""
     inventory: Inventory
     evaluation: Evaluation | None = None
+    note: str = ""
+    """Why it was not compared with the original although that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,15 @@ def write_packed(
     started = time.perf_counter()
     source, spec, inventory = opened.source, opened.spec, opened.inventory
     fallbacks: list[str] = []
-    for layer in track(spec.layers, f"quantize with {method}", len(spec.layers)):
+    ahead, following = Ahead(source), [*spec.layers[1:], None]
+    for layer, after in zip(track(spec.layers, f"quantize with {method}", len(spec.layers)), following, strict=True):
+        if method in DATA_FREE:  # others have run the model up to this layer
+            ahead.begin([] if after is None else sorted(_expert_keys(after)))
         short: list[str] = []
         facts = writer.part(packed_step(layer), partial(tensors, layer, short), {"fallbacks": short})
         fallbacks += facts["fallbacks"]
         close_files()
+    ahead.end()
     rest = partial(_rest, opened, linear_precisions(spec, precisions), linears or Linears())
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
@@ -156,6 +164,10 @@ def _with_type(source: Source, spec: MoESpec) -> dict[str, Any]:
         embedding = next(ref.key for ref in spec.kept if ref.group == "embedding")
         config["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(source.dtypes[embedding], "float32")
     return config
+
+
+def _expert_keys(layer: MoELayer) -> set[str]:
+    return {ref.key for expert in layer.experts for group in GROUPS for ref in expert.refs(group)}
 
 
 def _steps(opened: Prepared, refs: Sequence[LinearRef | KeptRef]) -> Iterator[list[LinearRef | KeptRef]]:
@@ -199,14 +211,15 @@ def pack_experts(
     seen: Routed | None = None,
     module: nn.Module | None = None,
     minimum_tokens: int | None = None,
+    memory: int = MOST,
 ) -> Iterator[Stored]:
     """Packed matrices of one MoE layer, in the order experts, then gate, up, down.
 
     seen, module: what the layer saw and its experts module; without, no moments. Units whose moments were filled up
-    are added to ``fallbacks``.
+    are added to ``fallbacks``. memory: bytes of experts at a time.
     """
     made: dict[tuple[int, str], QTensor] = {}
-    for slab in slabs(opened.source, layer, seen, module, minimum_tokens=minimum_tokens):
+    for slab in slabs(opened.source, layer, seen, module, minimum_tokens=minimum_tokens, memory=memory):
         fallbacks += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
         for group in GROUPS:
             rows = precisions.experts[group][layer.index]

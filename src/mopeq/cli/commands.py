@@ -172,6 +172,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             dtype=_dtype(options),
             evaluated=not options.no_eval,
             resume=options.resume,
+            max_memory=_size(options.max_memory),
             command=options.command_line,
             track=track,
         )
@@ -179,7 +180,8 @@ def do_quantize(options: argparse.Namespace) -> None:
     if options.json:
         kl = judged.divergence.kl.value if judged and judged.divergence else None
         found = {"out": str(packed.path), "bytes": packed.bytes, "original_bytes": packed.original_bytes, "kl": kl}
-        return show.print_json({**found, "note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks)})
+        found |= {"note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks), "skipped": packed.note}
+        return show.print_json(found)
     show.map_table(packed.precisions, packed.inventory)
     smaller = packed.original_bytes / packed.bytes
     print(
@@ -190,6 +192,8 @@ def do_quantize(options: argparse.Namespace) -> None:
         print(f"{len(packed.fallbacks)} units saw few calibration tokens and used their layer's moments too: {some}")
     if judged:
         show.evaluation_table(judged)
+    if packed.note:
+        print(packed.note)
     print(f"wrote {packed.path}; what led to it is in {packed.path}/mopeq")
     return None
 
@@ -380,6 +384,18 @@ def _one_precision(options: argparse.Namespace, model: Inventory) -> Precision:
     if len(found) != 1:
         raise InputError(f"--uniform {options.uniform!r}; expected one precision, such as 3 or 4g128s")
     return found[0]
+
+
+def _size(text: str | None) -> int | None:
+    """Bytes of a size such as 8GB."""
+    from mopeq.allocate import parse_budget
+
+    if text is None:
+        return None
+    size = parse_budget(text)
+    if size.kind != "bytes":
+        raise InputError(f"--max-memory {text!r}; expected a size such as 8GB or 900MiB")
+    return int(size.amount)
 
 
 def _rest_map(text: str) -> dict[str, Precision]:

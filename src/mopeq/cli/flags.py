@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
+    p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
     p = verb("run", commands.do_run, "generate text from a prompt")
     _model(p)
