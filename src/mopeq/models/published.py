@@ -91,8 +91,8 @@ def deepseek_vl2(config: Config) -> dict[str, Any]:
     width = _number(vision, "width", 1152)
     if (tower := vision.get("model_name")) != TOWER:
         raise ModelError(
-            f"config.json has the tower {tower!r} in vision_config; expected {TOWER!r}, DeepSeek-VL2's; this is another "
-            "model that goes by its name, as DeepSeek-OCR does: load it under transformers' own"
+            f"config.json has the tower {tower!r} in vision_config; expected {TOWER!r}, DeepSeek-VL2's; this is "
+            "another model that goes by its name, as DeepSeek-OCR does: load it under transformers' own"
         )
     _check("vision_config.", vision, _VISION_FIXED)
     _check("projector_config.", projector, _PROJECTOR_FIXED)
