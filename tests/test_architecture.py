@@ -20,11 +20,11 @@ LEVELS = [
     {"analyze", "candidates", "runtime"},
     {"integrations"},
     {"load"},
-    {"evaluate", "report", "stream"},
+    {"evaluate", "fit", "report", "stream"},
     {"measure"},
     {"pack"},
     {"quantize"},
-    {"quickstart"},
+    {"quickstart", "serve"},
     {"cli"},
 ]
 WITHOUT_TORCH = ("errors", "precision", "spec", "stats", "progress", "allocate", "report", "cli")

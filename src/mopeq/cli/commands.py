@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mopeq.cli import show
+from mopeq.cli.fit import fitted
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
@@ -152,6 +153,8 @@ def do_quantize(options: argparse.Namespace) -> None:
         require_new(Path(options.out))  # before a model is downloaded
     model = open_model(options.model).inventory
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
+    if options.fit:
+        options.budget = fitted(options, model)
     with drawn() as track:
         packed = quantize(
             options.model,
@@ -333,7 +336,7 @@ def _check_original(model: str, against: str) -> None:
 
 
 def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     return {name: getattr(options, name) for name in names}
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from mopeq.cli import commands
+from mopeq.cli.fit import add_fit
+from mopeq.cli.serve import add_serve, do_serve
 from mopeq.precision import DEFAULT_BITS
 
 __all__ = ["parser"]
@@ -69,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--out", required=True, help="folder to make")
     how = p.add_mutually_exclusive_group(required=True)
     how.add_argument("--budget", help="3.0bpw (bits per routed-expert weight) or 1.4GB (the whole checkpoint)")
+    add_fit(p, how)
     how.add_argument("--map", help="precision.json from mopeq allocate")
     how.add_argument("--uniform", help="one precision for every expert, such as 3 or 4g128s")
     _calibration(p)
@@ -87,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
     p = verb("chat", commands.do_chat, "talk to a model in the terminal", json=False)
     _model(p)
     _sampling(p)
+
+    add_serve(verb("serve", do_serve, "serve a model over HTTP, as OpenAI does", json=False))
 
     p = verb("eval", commands.do_eval, "perplexity, divergence from the original, tasks, speed")
     _model(p)
@@ -153,5 +158,6 @@ def _sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--top-k", type=int, default=0, help="0 samples from all tokens (default)")
     _seed(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1 ...")

@@ -1,4 +1,4 @@
-"""Text from a prompt, through transformers' ``generate``."""
+"""Text from a prompt."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mopeq.errors import InputError
+from mopeq.runtime.decode import Sampling, decode
 
 __all__ = ["Generation", "Messages", "generate", "render"]
 
@@ -47,11 +48,13 @@ def generate(
     tokenizer: Any,
     prompt: str | Messages,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> Generation:
     """Continue a prompt.
 
@@ -59,19 +62,22 @@ def generate(
         model: a transformers model, packed or not.
         tokenizer: its tokenizer.
         prompt: text, taken as it is, or a conversation, put through :func:`render`.
-        max_new_tokens: stop after so many.
+        max_new_tokens: stop after so many; None: at the end of the model's positions.
         temperature: 0 takes the most likely token every time.
         top_p: sample from the smallest set of tokens with this probability.
+        top_k: sample from so many of the likeliest tokens; 0 takes all.
         seed: makes sampling repeatable; the caller's random state is left alone.
         stream: called with each piece of text when it is known.
+        stopped: asked after each token; True ends the generation there.
 
     Raises:
         InputError: an empty prompt, more tokens than the model has positions, or numbers out of range.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+    least = 1 if max_new_tokens is None else max_new_tokens
+    if least < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
         raise InputError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}; "
-            f"expected at least 1, at least 0, and above 0 up to 1"
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}, top_k {top_k}; "
+            f"expected at least 1, at least 0, above 0 up to 1, and at least 0"
         )
     templated = not isinstance(prompt, str)
     text = render(tokenizer, prompt) if not isinstance(prompt, str) else prompt
@@ -81,67 +87,53 @@ def generate(
     if count == 0:
         raise InputError("the prompt is empty; give at least one token")
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_new_tokens is None:
+        if most is None:
+            raise InputError("this model names no number of positions; expected max_new_tokens")
+        max_new_tokens = max(most - count, 1)
     if most is not None and count + max_new_tokens > most:
         raise InputError(
             f"{count} tokens of prompt and {max_new_tokens} new ones; this model takes at most {most} in all; "
             "shorten the prompt, or ask for fewer new tokens"
         )
     device = model.get_input_embeddings().weight.device
-    inputs = {k: encoded[k].to(device) for k in ("input_ids", "attention_mask")}
+    sampling, stops = Sampling(temperature, top_p, top_k), _stops(model, tokenizer)
+    pieces, tokens = _Pieces(tokenizer, stream or (lambda piece: None)), list[int]()
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
-        output = model.generate(
-            **inputs,
-            generation_config=_settings(model, tokenizer, max_new_tokens, temperature, top_p),
-            streamer=None if stream is None else _Pieces(tokenizer, count, stream),
-        )
+        for token in decode(model, encoded["input_ids"].to(device), max_new_tokens, stops, sampling):
+            tokens.append(token)
+            if stream is not None:
+                pieces.show(tokens)
+            if stopped is not None and stopped():
+                break
     seconds = time.perf_counter() - started
-    tokens = output[0, count:].tolist()
-    return Generation(tokenizer.decode(tokens, skip_special_tokens=True), tuple(tokens), seconds, count)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    pieces.give(text)
+    return Generation(text, tuple(tokens), seconds, count)
 
 
-def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float) -> Any:
-    """Exactly what was asked for; only the special tokens are the model's."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    stop = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    pad = own.pad_token_id if own.pad_token_id is not None else tokenizer.pad_token_id
-    if pad is None:
-        pad = stop[0] if isinstance(stop, list) else stop
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        eos_token_id=stop,
-        pad_token_id=pad,
-        bos_token_id=own.bos_token_id,
-        **sampling,
-    )
+def _stops(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text: the model's, else the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    found = own if own is not None else tokenizer.eos_token_id
+    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
 class _Pieces:
-    """transformers' streamer protocol: gives text on as soon as its bytes are whole."""
+    """Gives text on as soon as its bytes are whole."""
 
-    def __init__(self, tokenizer: Any, prompt_tokens: int, give: Callable[[str], None]) -> None:
-        self.tokenizer, self.skip, self.give = tokenizer, prompt_tokens, give
-        self.tokens: list[int] = []
-        self.given = ""
+    def __init__(self, tokenizer: Any, stream: Callable[[str], None]) -> None:
+        self.tokenizer, self.stream, self.given = tokenizer, stream, 0
 
-    def put(self, value: torch.Tensor) -> None:
-        new = value.flatten().tolist()
-        self.tokens += new[self.skip :]
-        self.skip = max(0, self.skip - len(new))
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+    def show(self, tokens: list[int]) -> None:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # an unfinished character
-            self._give(text)
+            self.give(text)
 
-    def end(self) -> None:
-        self._give(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-
-    def _give(self, text: str) -> None:
-        if len(text) > len(self.given):
-            self.give(text[len(self.given) :])
-            self.given = text
+    def give(self, text: str) -> None:
+        if len(text) > self.given:
+            self.stream(text[self.given :])
+            self.given = len(text)
