@@ -16,7 +16,7 @@ LEVELS = [
     {"qtensor"},
     {"progress", "seam", "autoload", "journal"},
     {"models", "source"},
-    {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint"},
+    {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead"},
     {"analyze", "candidates", "runtime"},
     {"integrations"},
     {"load"},
@@ -24,7 +24,7 @@ LEVELS = [
     {"measure"},
     {"pack"},
     {"quantize"},
-    {"quickstart", "serve"},
+    {"quickstart", "serve", "moqe"},
     {"quickstart_vlm"},
     {"cli"},
 ]

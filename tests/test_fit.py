@@ -41,8 +41,8 @@ def test_what_grows_with_what(tiny_model: Callable[..., Path]) -> None:
     assert small.device == 4 << 30
     assert large.cache == 2 * small.cache
     assert small.weights - large.weights == large.cache - small.cache + large.activations - small.activations
-    # one token by hand, 2 rows, at gate and up: H in, 2 I out in float32 and bfloat16; then 3 H; then the head
-    assert activation_bytes(config, model, 1, 1, 2) == 2 * (64 * 2 + 256 * 6) + 3 * 64 * 2 + 264 * 6
+    # one token by hand: 2 rows of H in and its digits, 2 I out in float32 and bfloat16; then 3 H; then the head
+    assert activation_bytes(config, model, 1, 1, 2) == 2 * (64 * (2 + 2) + 256 * 6) + 3 * 64 * 2 + 264 * 6
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_sweep_goes_on_from_what_is_stored(direction: Any, lost: str, tiny_mod
         if lost in journal.steps:
             (tmp_path / next(iter(journal.files(lost)))).unlink()
         load = shell.layer
-        shell.layer = lambda number: (ran.append(number), load(number))[1]  # type: ignore[method-assign, func-returns-value]
+        shell.layer = lambda number, then: (ran.append(number), load(number, then))[1]  # type: ignore[method-assign, func-returns-value]
         until = first + 1 if direction is forward else first
         found = seen(direction(shell, batches(), store, until=until))
     assert found.keys() == whole.keys() - {first}

@@ -16,7 +16,8 @@ from mopeq.spec import Inventory
 __all__ = ["Fit", "activation_bytes", "cache_bytes", "fit"]
 
 PROCESS = 470 << 20
-"""Resident bytes of Python, torch, transformers and mopeq on Linux before a model is loaded (``benchmarks/fit.py``)."""
+"""Resident bytes of Python, torch, transformers and mopeq on Linux before a model is loaded, and tables that the
+compute libraries set up at first use (``benchmarks/fit.py``)."""
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -101,12 +102,14 @@ def activation_bytes(config: Any, model: Inventory, context: int, batch: int, si
     """The most that lives at a time while prompts of the whole context are read, outside the cache.
 
     Beside the residual stream, its norm and the experts' input in ``size`` bytes (3 H a token): either the routed
-    experts (runtime/experts.py; rows = tokens x experts per token), at the product of gate and up (their input, the
-    kernel's float32 outputs and these in ``size``) or at that of down (both inputs, gate and up, the outputs twice), or
-    attention (queries, keys and values, once more rotated, and the output). The head computes one token a sequence.
+    experts (runtime/experts.py; rows = tokens x experts per token), at the product of gate and up (their input, its
+    int8 digits, the kernel's float32 outputs and these in ``size``) or at that of down (both inputs, digits, gate and
+    up, the outputs twice), or attention (queries, keys and values, once more rotated, and the output). The head
+    computes one token a sequence.
     """
     text = config.get_text_config()
     tokens, narrow = batch * context, size if size < 4 else 0  # float32 outputs are not converted
+    digits = 3 if size == 4 else 2  # docs/kernels.md
     if getattr(text, "kv_lora_rank", None):
         head = text.qk_nope_head_dim + text.qk_rope_head_dim
     else:
@@ -115,8 +118,8 @@ def activation_bytes(config: Any, model: Inventory, context: int, batch: int, si
     for layer in model.layers.values():
         h, i = layer.hidden_size, layer.intermediate_size
         rows = tokens * layer.top_k
-        gate_up = rows * (h * size + 2 * i * (4 + narrow))
-        down = rows * (h * size + 3 * i * size + h * (4 + narrow))
+        gate_up = rows * (h * (size + digits) + 2 * i * (4 + narrow))
+        down = rows * (h * size + i * (3 * size + digits) + h * (4 + narrow))
         attention = tokens * size * 7 * text.num_attention_heads * head
         most = max(most, gate_up, down, attention)
     hidden = max(layer.hidden_size for layer in model.layers.values())

@@ -25,6 +25,7 @@ from mopeq.data.text import check_length, read_texts, token_batches
 from mopeq.errors import DataError
 from mopeq.journal import Journal
 from mopeq.load import load_original, load_processor, load_tokenizer, model_config
+from mopeq.memory import MOST
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
 from mopeq.source import Source, close_files, open_source
@@ -186,6 +187,7 @@ def measure_streamed(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     journal: Journal | None = None,
+    memory: int = MOST,
     track: Track = silent,
 ) -> tuple[Stats, tuple[str, ...]]:
     """Metrics of a model of which one decoder layer at a time is in memory, and the units that fell back.
@@ -199,6 +201,7 @@ def measure_streamed(
         dtype: compute type of the model; None takes the checkpoint's.
         journal: of the folder that activations are spilled to; what the run that it tells of has measured is taken
             over, and every unit at every option is left there packed (``mopeq.candidates``), :func:`measured_step`.
+        memory: bytes of experts at a time (:func:`~mopeq.memory.slab_bytes`).
         track: progress.
     """
     spec, source = ready.spec, ready.source
@@ -220,7 +223,7 @@ def measure_streamed(
                 continue
             kept = None if journal is None else Candidates(journal.folder, store.scratch, layer)
             rows, short = layer_metrics(
-                source, layer, seen, module, names, options=options, quantizer=quantizer, keep=kept
+                source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory, keep=kept
             )
             facts = {"metrics": rows, "fallbacks": short}
             if journal is not None and kept is not None:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mopeq.ahead import Ahead
 from mopeq.analyze import Routed
 from mopeq.analyze.slab import Slab, slabs
 from mopeq.checkpoint import PackedWriter, Stored, linear_precisions, packed_config
 from mopeq.errors import InputError
 from mopeq.evaluate import Evaluation
 from mopeq.measure import Prepared
+from mopeq.memory import MOST
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Track, silent
 from mopeq.qtensor import QTensor, pack, pack_full, rows_of
@@ -32,6 +34,7 @@ from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 __all__ = [
     "DATA_FREE",
     "LayerTensors",
+    "Linears",
     "Packed",
     "check_method",
     "pack_experts",
@@ -47,7 +50,7 @@ COMPANIONS = (
     "generation_config.json", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """Files that go with a model and are copied as they are."""
-STEP_BYTES = 1 << 30
+STEP_BYTES = 1 << 28
 """Bytes of the tensors outside the experts, as they are stored, that one step takes at most, or else one tensor."""
 
 LayerTensors = Callable[[MoELayer, list[str]], Iterable[Stored]]
@@ -68,6 +71,16 @@ class Packed:
     """Units quantized with moments filled up from their layer's, because few or no calibration tokens reached them."""
     inventory: Inventory
     evaluation: Evaluation | None = None
+    note: str = ""
+    """Why it was not compared with the original although that was asked for."""
+
+
+@dataclass(frozen=True)
+class Linears:
+    """How matrices outside the experts are rounded: by which quantizer, with moments (in, in) of inputs by module."""
+
+    method: str = "rtn-mse"
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def pack_model(
@@ -77,6 +90,7 @@ def pack_model(
     *,
     method: str = "gptq",
     minimum_tokens: int | None = None,
+    linears: Linears | None = None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
     track: Track = silent,
 ) -> Packed:
@@ -97,7 +111,7 @@ def pack_model(
         return pack_experts(prepared, layer, precisions, method, fallbacks, seen, module, minimum_tokens)
 
     with PackedWriter(Path(out), needed_bytes=prepared.inventory.total_bytes(precisions)) as writer:
-        return write_packed(writer, prepared, precisions, tensors, method, files or {}, track)
+        return write_packed(writer, prepared, precisions, tensors, method, files or {}, track, linears)
 
 
 def write_packed(
@@ -108,6 +122,7 @@ def write_packed(
     method: str,
     files: Mapping[str, Mapping[str, Any]],
     track: Track = silent,
+    linears: Linears | None = None,
 ) -> Packed:
     """Everything that goes into a packed checkpoint, step by step; steps that an earlier run finished are taken over.
 
@@ -116,15 +131,19 @@ def write_packed(
     started = time.perf_counter()
     source, spec, inventory = opened.source, opened.spec, opened.inventory
     fallbacks: list[str] = []
-    for layer in track(spec.layers, f"quantize with {method}", len(spec.layers)):
+    ahead, following = Ahead(source), [*spec.layers[1:], None]
+    for layer, after in zip(track(spec.layers, f"quantize with {method}", len(spec.layers)), following, strict=True):
+        if method in DATA_FREE:  # others have run the model up to this layer
+            ahead.begin([] if after is None else sorted(_expert_keys(after)))
         short: list[str] = []
         facts = writer.part(packed_step(layer), partial(tensors, layer, short), {"fallbacks": short})
         fallbacks += facts["fallbacks"]
         close_files()
-    linears = linear_precisions(spec, precisions)
+    ahead.end()
+    rest = partial(_rest, opened, linear_precisions(spec, precisions), linears or Linears())
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
-        writer.part(f"pack the rest, {number} of {len(steps)}", partial(_rest, opened, refs, linears), {})
+        writer.part(f"pack the rest, {number} of {len(steps)}", partial(rest, refs), {})
         close_files()
     for pattern in COMPANIONS:
         for path in sorted(source.path.glob(pattern)):
@@ -147,6 +166,10 @@ def _with_type(source: Source, spec: MoESpec) -> dict[str, Any]:
     return config
 
 
+def _expert_keys(layer: MoELayer) -> set[str]:
+    return {ref.key for expert in layer.experts for group in GROUPS for ref in expert.refs(group)}
+
+
 def _steps(opened: Prepared, refs: Sequence[LinearRef | KeptRef]) -> Iterator[list[LinearRef | KeptRef]]:
     """Tensors in runs of at most ``STEP_BYTES``."""
     run: list[LinearRef | KeptRef] = []
@@ -163,7 +186,7 @@ def _steps(opened: Prepared, refs: Sequence[LinearRef | KeptRef]) -> Iterator[li
 
 
 def _rest(
-    opened: Prepared, refs: Sequence[LinearRef | KeptRef], linears: Mapping[LinearRef, Precision]
+    opened: Prepared, precisions: Mapping[LinearRef, Precision], how: Linears, refs: Sequence[LinearRef | KeptRef]
 ) -> Iterator[Stored]:
     """Matrices outside the experts at their precision, and what is kept as it is."""
     for ref in refs:
@@ -171,10 +194,12 @@ def _rest(
             yield ref.key, read_kept(opened.source, ref)
             continue
         weight = read_matrix(opened.source, ref.weight)
-        if linears[ref] == FULL:
+        if precisions[ref] == FULL:
             yield f"{ref.name}.weight", weight if weight.element_size() == 2 else weight.to(torch.bfloat16)
         else:
-            yield ref.name, pack(QUANTIZERS["rtn-mse"](weight.float()[None], linears[ref], None)[0])
+            seen = how.moments.get(ref.module)
+            moments = None if seen is None else seen[None]
+            yield ref.name, pack(QUANTIZERS[how.method](weight.float()[None], precisions[ref], moments)[0])
 
 
 def pack_experts(
@@ -186,14 +211,15 @@ def pack_experts(
     seen: Routed | None = None,
     module: nn.Module | None = None,
     minimum_tokens: int | None = None,
+    memory: int = MOST,
 ) -> Iterator[Stored]:
     """Packed matrices of one MoE layer, in the order experts, then gate, up, down.
 
     seen, module: what the layer saw and its experts module; without, no moments. Units whose moments were filled up
-    are added to ``fallbacks``.
+    are added to ``fallbacks``. memory: bytes of experts at a time.
     """
     made: dict[tuple[int, str], QTensor] = {}
-    for slab in slabs(opened.source, layer, seen, module, minimum_tokens=minimum_tokens):
+    for slab in slabs(opened.source, layer, seen, module, minimum_tokens=minimum_tokens, memory=memory):
         fallbacks += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
         for group in GROUPS:
             rows = precisions.experts[group][layer.index]

@@ -45,6 +45,7 @@ from mopeq.measure import (
     open_model,
     split_texts,
 )
+from mopeq.memory import PROCESS, Footprint, available_bytes, footprint, slab_bytes
 from mopeq.pack import (
     DATA_FREE,
     LayerTensors,
@@ -60,7 +61,7 @@ from mopeq.progress import Track, silent
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
 from mopeq.stats import write_json
-from mopeq.stream import Shell, Store, forward
+from mopeq.stream import Shell, Store, forward, stored_dtype
 
 __all__ = ["Packed", "pack_model", "quantize", "require_new", "run_record"]
 
@@ -84,6 +85,7 @@ def quantize(
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
     resume: bool = False,
+    max_memory: int | None = None,
     command: str = "",
     track: Track = silent,
 ) -> Packed:
@@ -106,8 +108,10 @@ def quantize(
         granularity: ``group`` or ``expert``.
         rest: precisions of the groups outside the experts, over the defaults.
         dtype: compute type of the original model.
-        evaluated: compare the result with the original.
+        evaluated: compare the result with the original, if both fit in memory together; ``Packed.note`` says if not.
         resume: go on with what the same call left unfinished; the result is the same as without the interruption.
+        max_memory: bytes that this process may have resident; None for what the machine has. Less than the least
+            possible is an :class:`InputError` with the number needed.
         command: command line to record.
         track: progress.
     """
@@ -141,7 +145,10 @@ def quantize(
             raise DataError(f"of the tenth of the data kept apart for comparing, {error}, or use --no-eval") from error
     if budget is not None or method not in DATA_FREE:
         opened = calibrated(opened, calibration, texts=training)
-    plan = _Plan(opened, method, budget, precisions, tuple(options), cost, granularity, rest, calibration.seed, dtype)
+    plan = _Plan(
+        opened, method, budget, precisions, tuple(options), cost, granularity, rest, calibration.seed, dtype, max_memory
+    )
+    slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
     packed = _finished(Path(out), plan, job) if resume else None
     if packed is None:
@@ -152,6 +159,8 @@ def quantize(
     if not run.exists():
         write_json(run, run_record(opened, packed, method, [command], clock.seconds))
     if evaluated and not (packed.path / "mopeq" / "evaluation.json").exists():
+        if note := _too_large(plan, packed, model):
+            return replace(packed, note=note)
         try:
             judged = _judge(opened, packed, heldout, calibration, dtype, track)
         except KeyboardInterrupt as stop:
@@ -179,6 +188,25 @@ class _Plan:
     rest: Mapping[str, Precision]
     seed: int
     dtype: torch.dtype | None
+    max_memory: int | None
+
+    @property
+    def footprint(self) -> Footprint:
+        """What it takes of memory."""
+        sizes = [batch["input_ids"].numel() for batch in self.opened.batches]
+        return footprint(
+            self.opened.source,
+            self.opened.spec,
+            tokens=sum(sizes),
+            batch_tokens=max(sizes, default=0),
+            itemsize=self.itemsize,
+            gradients=self.budget is not None and self.cost == "fisher_error",
+        )
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value in the type that the model runs in."""
+        return self.dtype.itemsize if self.dtype is not None else stored_dtype(self.opened.source).itemsize
 
     @property
     def disk_bytes(self) -> int:
@@ -208,6 +236,7 @@ class _Plan:
             seed=self.seed,
             dtype=self.dtype,
             journal=journal,
+            memory=slab_bytes(self.max_memory, self.footprint),
             track=track,
         )
         clock("measure")
@@ -245,7 +274,8 @@ class _Plan:
                     shell = Shell(self.opened.source, self.opened.spec, self.dtype)
                     sweep = forward(shell, self.opened.batches, Store(journal), until=layer.index, track=track)
                 seen, module = next((routed, experts) for at, experts, routed in sweep if at.index == layer.index)
-            return pack_experts(self.opened, layer, precisions, self.method, short, seen, module)
+            memory = slab_bytes(self.max_memory, self.footprint)
+            return pack_experts(self.opened, layer, precisions, self.method, short, seen, module, memory=memory)
 
         return tensors
 
@@ -280,6 +310,18 @@ def _digest(calibration: Calibration, texts: Sequence[Any]) -> str:
         return _hash(list(texts))
     return _hash([[message["role"], part.get("text") or hashlib.sha256(part["image"].tobytes()).hexdigest()]
                   for said in texts for message in said for part in message["content"]])  # fmt: skip
+
+
+def _too_large(plan: _Plan, packed: Packed, model: str | Path) -> str:
+    """Why the result cannot be compared with the original here; empty if it can."""
+    have = min(available_bytes(), plan.max_memory or available_bytes())
+    need = PROCESS + plan.itemsize * packed.inventory.parameters + packed.bytes
+    if need <= have:
+        return ""
+    return (
+        f"not compared with the original: both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB; "
+        f"where there is more, mopeq eval {packed.path} --against {model} compares them"
+    )
 
 
 def _hash(value: Any) -> str:

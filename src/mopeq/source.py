@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -27,6 +27,7 @@ from mopeq.spec import TOWERS, KeptRef, MoELayer, WeightRef
 __all__ = [
     "Source",
     "close_files",
+    "decoder_layer",
     "kept_bytes",
     "open_source",
     "read_group",
@@ -53,13 +54,17 @@ _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tikt
 
 @dataclass(frozen=True)
 class Source:
-    """An original checkpoint: folder, ``config.json``, and shape, safetensors dtype and file of every tensor."""
+    """An original checkpoint: folder, ``config.json``, and shape, safetensors dtype and file of every tensor.
+
+    spans: first byte of a tensor in its file, and the one after its last.
+    """
 
     path: Path
     config: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     files: Mapping[str, str]
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def open_source(model: str | Path, revision: str | None = None) -> Source:
@@ -73,9 +78,10 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
     return Source(
         path=path,
         config=config,
-        shapes={key: shape for header in headers.values() for key, (_, shape) in header.items()},
-        dtypes={key: dtype for header in headers.values() for key, (dtype, _) in header.items()},
+        shapes={key: entry[1] for header in headers.values() for key, entry in header.items()},
+        dtypes={key: entry[0] for header in headers.values() for key, entry in header.items()},
         files={key: name for name, header in headers.items() for key in header},
+        spans={key: entry[2:] for header in headers.values() for key, entry in header.items()},
     )
 
 
@@ -137,6 +143,12 @@ def read_group(source: Source, layer: MoELayer, group: ProjectionGroup, experts:
             if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):  # the sum may overflow
                 raise ModelError(_not_finite(source, ref, matrix))
     return stacked
+
+
+def decoder_layer(key: str, layer: MoELayer) -> int | None:
+    """The number of the decoder layer that a stored tensor belongs to, None where it is outside; ``layer``: any one."""
+    prefix = layer.experts[0].gate.key.partition(f".{layer.index}.")[0] + "."  # most say layers, MolmoE says blocks
+    return int(key[len(prefix) :].partition(".")[0]) if key.startswith(prefix) else None
 
 
 def close_files() -> None:
@@ -324,8 +336,8 @@ def _read_json(file: Path) -> Any:
 # --- safetensors headers
 
 
-Header = dict[str, tuple[str, tuple[int, ...]]]
-"""``{key: (dtype, shape)}``"""
+Header = dict[str, tuple[str, tuple[int, ...], int, int]]
+"""``{key: (dtype, shape, first byte in the file, byte after the last)}``"""
 
 
 def _read_header(file: Path) -> Header:
@@ -353,7 +365,8 @@ def _read_header(file: Path) -> Header:
         raise ModelError(
             f"{file} {kind}: {size} bytes where its header describes {8 + length + end}; download it again"
         )
-    return {key: (dtype, shape) for key, (dtype, shape, _, _) in entries.items()}
+    at = 8 + length
+    return {key: (dtype, shape, at + begin, at + stop) for key, (dtype, shape, begin, stop) in entries.items()}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

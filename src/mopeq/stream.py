@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mopeq.ahead import Ahead
 from mopeq.analyze.forward import Batch, check_batches, experts_module, inputs_of, logits_of, sampled_loss, token_mask
 from mopeq.analyze.observe import Routed, Tap, check_logits, vision_of
 from mopeq.checkpoint import write_tensors
@@ -29,10 +30,10 @@ from mopeq.errors import ModelError
 from mopeq.journal import Journal
 from mopeq.load import auto_class, model_config
 from mopeq.progress import Track, silent
-from mopeq.source import Source
+from mopeq.source import Source, decoder_layer
 from mopeq.spec import MoELayer, MoESpec
 
-__all__ = ["Shell", "Store", "backward", "forward"]
+__all__ = ["Shell", "Store", "backward", "forward", "stored_dtype"]
 
 
 class Store:
@@ -97,27 +98,27 @@ class Shell:
         from accelerate import init_empty_weights
 
         config = model_config(source.path)
-        self.source, self.spec = source, spec
-        self.dtype = dtype or config.dtype or _stored_dtype(source)
+        self.source, self.spec, self._ahead = source, spec, Ahead(source)
+        self.dtype = dtype or config.dtype or stored_dtype(source)
         with init_empty_weights(include_buffers=False):
             self.model: Any = auto_class(config).from_config(config, dtype=self.dtype)
         self.model.eval()
         first = spec.layers[0]
         self._module = first.module.partition(f"layers.{first.index}.")[0] + "layers"
-        self._key = first.experts[0].gate.key.partition(f".{first.index}.")[0] + "."  # MolmoE's files say blocks
         self.layers: Any = self.model.get_submodule(self._module)
         self._turn = -1
         self._given: Tensor | None = None
         for number, layer in enumerate(self.layers):
             layer.forward = self._passing(number, layer.forward)
-        self._load([key for key in source.shapes if self._number(key) is None])
+        self._load(self._keys(None))
         self.model.tie_weights()
         self._check(lambda name: not name.startswith(self._module + "."), "outside the decoder layers")
 
-    def layer(self, number: int) -> None:
-        """Load the weights of one decoder layer."""
-        self._load([key for key in self.source.shapes if self._number(key) == number])
+    def layer(self, number: int, then: int = -1) -> None:
+        """Load the weights of one decoder layer, and begin to read those of the one that is wanted ``then``."""
+        self._load(self._keys(number))
         self._check(lambda name: name.startswith(f"{self._module}.{number}."), f"of layer {number}")
+        self._ahead.begin(self._keys(then) if 0 <= then < len(self.layers) else [])
 
     def release(self, number: int) -> None:
         """Let go of the weights of one decoder layer."""
@@ -157,17 +158,10 @@ class Shell:
 
         return passing
 
-    def _number(self, key: str) -> int | None:
-        """The decoder layer that a stored tensor belongs to; -1 for what transformers drops."""
-        if key in self._ignored:
-            return -1
-        if not key.startswith(self._key):
-            return None
-        return int(key[len(self._key) :].partition(".")[0])
-
-    @property
-    def _ignored(self) -> frozenset[str]:
-        return frozenset(self.spec.ignored)
+    def _keys(self, number: int | None) -> list[str]:
+        """Stored tensors of a decoder layer, or of what is outside; without those that transformers drops."""
+        layer, ignored = self.spec.layers[0], frozenset(self.spec.ignored)
+        return [key for key in self.source.shapes if key not in ignored and decoder_layer(key, layer) == number]
 
     def _load(self, keys: Sequence[str]) -> None:
         """Give the model the weights that are made of these tensors."""
@@ -285,7 +279,7 @@ def _layer(
     gradients: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Run one layer over all batches: its outputs, or, given the gradients at them, the gradients at its inputs."""
-    shell.layer(number)
+    shell.layer(number, number + (1 if gradients is None else -1))
     inputs: Sequence[Tensor | None] = store.get(f"hidden {number}") if number else [None] * len(batches)
     handles = [] if tap is None else tap.attach(shell.model)
     made = []
@@ -338,7 +332,7 @@ def _tensor(output: object, module: str, number: int) -> Tensor:
     return output
 
 
-def _stored_dtype(source: Source) -> torch.dtype:
+def stored_dtype(source: Source) -> torch.dtype:
     """The type that most of a checkpoint's values have."""
     names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
     found = [names[dtype] for dtype in source.dtypes.values() if dtype in names]

@@ -150,6 +150,18 @@ def test_no_tensor_can_be_missing(tiny_model: Saver, family: str) -> None:
             refused(source.config, {k: s for k, s in source.shapes.items() if k != key}, name)
 
 
+def test_a_tensor_under_both_of_its_names(tiny_model: Saver) -> None:
+    source = open_source(tiny_model("molmo"))
+    name = "model.transformer.layers.0.self_attn.o_proj.weight"
+    refused(source.config, {**source.shapes, name: (64, 64)}, name, "blocks.0.attn.attn_out.weight are the same tensor")
+
+
+def test_another_language_model(tiny_model: Saver) -> None:
+    source = open_source(tiny_model("internvl"))
+    text = {**source.config["text_config"], "model_type": "qwen3"}
+    refused({**source.config, "text_config": text}, source.shapes, "this internvl has 'qwen3' as its language model")
+
+
 MOLMO = {"attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm", "att_proj": "self_attn.q_proj",
          "attn_out": "self_attn.o_proj", "ln_f": "norm", "wte": "embed_tokens"}  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,24 @@ def test_labels_give_the_usual_loss_and_gradients(name: str) -> None:
     without = {n for n, p in model.named_parameters() if p.grad is None}
     last = "model.vision_backbone.image_vit.encoder.layers.9."  # MolmoE's last block comes after those that are tapped
     assert without == {n for n, _ in model.named_parameters() if n.startswith(last)}
+
+
+@names
+def test_what_transformers_models_can_do(name: str) -> None:
+    """docs/transformers.md: a static cache, beams, pickle, and outputs by name."""
+    model, (inputs, _) = fresh(name), batch(name, "one_tall", "text_only")
+    wanted = model.generate(**inputs, **SETTINGS)
+    static = model.generate(**inputs, **SETTINGS, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, wanted)
+    scores = [model.generate(**inputs, **SETTINGS, num_beams=n, return_dict_in_generate=True) for n in (1, 2)]
+    assert torch.equal(scores[0].sequences, wanted)
+    assert scores[1].sequences.shape == wanted.shape
+    output = model(**inputs, output_hidden_states=True, output_router_logits=True)
+    depth = model.config.text_config.num_hidden_layers
+    assert len(output.hidden_states) == depth + 1
+    assert len(output.router_logits) == len(routers(model))
+    again = pickle.loads(pickle.dumps(fresh(name)))
+    assert torch.equal(again(**inputs).logits, output.logits)
 
 
 @names

@@ -169,7 +169,11 @@ def changed(config: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
         ("language_config.moe_layer_freq", 2, "language_config.moe_layer_freq = 2"),
         ("language_config.rope_scaling", {"type": "yarn"}, "language_config.rope_scaling"),
         ("language_config.tie_word_embeddings", True, "tie_word_embeddings = True"),
-        ("vision_config.model_name", "vit_so400m", "vision_config.model_name = 'vit_so400m'"),
+        (
+            "vision_config.model_name",
+            "deeplip_b_l",
+            "the tower 'deeplip_b_l' in vision_config; .* as DeepSeek-OCR does",
+        ),
         ("projector_config.projector_type", "linear", "projector_config.projector_type = 'linear'"),
         ("vision_config.width", "wide", "width = 'wide'; expected a whole number"),
         ("projector_config.depth", 3, "projector_config.depth = 3"),
@@ -210,7 +214,9 @@ def refused(name: str, where: str, value: Any, words: str, folder: Path) -> None
     config = changed(json.loads((FOLDER / name / "config.json").read_text()), where, value)
     with pytest.raises(ModelError, match=words) as caught:
         (molmo if name == MOLMOE else deepseek_vl2)(config)
-    assert str(caught.value).endswith(("use the model's own config.json", "quantizes Mixture-of-Experts models"))
+    assert str(caught.value).endswith(
+        ("use the model's own config.json", "quantizes Mixture-of-Experts models", "under transformers' own")
+    )
     (folder / "config.json").write_text(json.dumps(config))
     if where not in ("language_config", "d_model"):
         with pytest.raises(ModelError, match=words):

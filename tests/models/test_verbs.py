@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import packing
 import tiny
@@ -21,6 +23,7 @@ from mopeq.precision import Precision
 from mopeq.quantize import quantize
 from mopeq.runtime import packed_modules
 from mopeq.source import open_source
+from mopeq.stream import Shell, Store, backward
 from reference import DEEPSEEK, FOLDER, MOLMOE, NAMES, batch, cases, loaded
 
 names = pytest.mark.parametrize("name", NAMES)
@@ -82,14 +85,18 @@ def test_saved_again(packed: tuple[str, Path, Any], tmp_path: Path) -> None:
     assert (got - want).norm() / want.norm() < 1e-5
 
 
+def images_of(name: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    """1 at image tokens; MolmoE's are the start and end of a view, patches and columns."""
+    ids = inputs["input_ids"]
+    return (torch.isin(ids, torch.arange(361, 365)) if name == MOLMOE else inputs["images_seq_mask"]).long()
+
+
 @names
 def test_text_and_image_tokens_are_told_apart(name: str) -> None:
     model, spec = loaded(name), describe(open_source(FOLDER / name))
     inputs, members = batch(name, "one_wide", "text_only")
-    ids = inputs["input_ids"]
-    # MolmoE: start, end, patches, columns
-    image = torch.isin(ids, torch.arange(361, 365)) if name == MOLMOE else inputs["images_seq_mask"]
-    routed = observe(model, spec, [{**inputs, "modality": image.long()}], gradients=True)
+    image = images_of(name, inputs)
+    routed = observe(model, spec, [{**inputs, "modality": image}], gradients=True)
     for layer in spec.layers:
         seen = routed[layer.index]
         assert seen.vision is not None
@@ -105,6 +112,24 @@ def test_text_and_image_tokens_are_told_apart(name: str) -> None:
     torch.testing.assert_close(
         routed[first].hidden[-len(text[first].hidden) :], text[first].hidden, rtol=1e-4, atol=1e-4
     )
+
+
+@names
+def test_layer_by_layer_with_images(name: str) -> None:
+    """A model of which one layer at a time is in memory sees what the whole one sees."""
+    source = open_source(FOLDER / name)
+    inputs, _ = batch(name, "one_wide", "text_only")
+    data = [{**inputs, "modality": images_of(name, inputs)}]
+    spec = describe(source)
+    whole = observe(loaded(name), spec, data, gradients=True, seed=1)
+    for layer, _, seen in backward(Shell(source, spec), data, Store(), seed=1):
+        wanted = whole[layer.index]
+        assert torch.equal(seen.index, wanted.index)
+        torch.testing.assert_close(seen.hidden, wanted.hidden, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seen.gradient, wanted.gradient, rtol=1e-3, atol=1e-5)
+        assert seen.vision is not None
+        assert wanted.vision is not None
+        assert torch.equal(seen.vision, wanted.vision)
 
 
 def test_without_an_import_and_without_trust(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from mopeq.errors import DataError
 from mopeq.precision import BITS, GROUP_SIZES, Precision
 from mopeq.qtensor import Codes, dequantize
-from mopeq.quantizers import QUANTIZERS, gptq, moment_error, rtn_mse
-from mopeq.quantizers.gptq import FACTORS
+from mopeq.quantizers import QUANTIZERS, gptq, moment_error, once, rtn_mse
+from mopeq.quantizers.gptq import FACTORS, factored
 from mopeq.quantizers.grid import Grid, minmax, nearest, searched
 from mopeq.quantizers.rtn import importance
 
@@ -218,3 +218,20 @@ def test_inputs_are_left_alone() -> None:
         quantizer(weight, Precision(2, 32), h)
     assert torch.equal(weight, before[0])
     assert torch.equal(h, before[1])
+
+
+@pytest.mark.parametrize("factors", [(), FACTORS])
+def test_factors_are_the_same_at_every_precision(factors: tuple[float, ...]) -> None:
+    weight, h = weights(3, 16, 128), moments_of(inputs(3, 200, 128))
+    h[2] = 0
+    shared = factored(h)
+    for precision in QUANTIZED[::5]:
+        alone, together = (gptq(weight, precision, given, factors=factors) for given in (h, shared))
+        assert torch.equal(alone.codes, together.codes)
+        assert torch.equal(alone.scales, together.scales)
+        part = gptq(weight[1:], precision, shared[1:], factors=factors)
+        assert torch.equal(part.codes, alone.codes[1:])
+    assert once(rtn_mse, h) is h
+    assert once(gptq, None) is None
+    with pytest.raises(ValueError, match=r"moments \(3, 128, 128\); expected \(1, 128, 128\)"):
+        gptq(weight[:1], Precision(2), shared)

@@ -124,7 +124,7 @@ def spec_of(model_type: str, family: Family, config: Config, shapes: Shapes) -> 
     if not family.renamed:
         return _account(model_type, family, config, shapes)
     places = _places(family, shapes)
-    return _as_stored(_account(model_type, family, config, {n: p.shape for n, p in places.items()}), places)
+    return _as_stored(family, _account(model_type, family, config, {n: p.shape for n, p in places.items()}), places)
 
 
 @dataclass(frozen=True)
@@ -139,34 +139,41 @@ class _Place:
 def _places(family: Family, shapes: Shapes) -> dict[str, _Place]:
     """``{name that transformers' modules give it: place}`` of every tensor."""
     found: dict[str, _Place] = {}
+
+    def add(name: str, place: _Place) -> None:
+        if name in found:
+            raise ModelError(
+                f"{place.key} and {found[name].key} are the same tensor of the model; expected one of them; "
+                "download the checkpoint again"
+            )
+        found[name] = place
+
     for key, shape in shapes.items():
         name = key
         for pattern, replacement in family.renamed:
             name = re.sub(pattern, replacement, name)
         whole = next((stem for stem in family.joined if name.endswith(f"{stem}.weight")), None)
         if whole is None or len(shape) != 2 or shape[0] % len(family.joined[whole]):
-            found[name] = _Place(key, shape)
+            add(name, _Place(key, shape))
             continue
         parts, prefix = family.joined[whole], name.removesuffix(f"{whole}.weight")
         step = shape[0] // len(parts)
         for i, part in enumerate(parts):
-            found[f"{prefix}{part}.weight"] = _Place(key, (step, shape[1]), (i * step, (i + 1) * step, 1))
-    if len({(place.key, place.rows) for place in found.values()}) != len(found):
-        raise ModelError("two tensors go by one name; expected every tensor once; download the checkpoint again")
+            add(f"{prefix}{part}.weight", _Place(key, (step, shape[1]), (i * step, (i + 1) * step, 1)))
     return found
 
 
-def _as_stored(spec: MoESpec, places: Mapping[str, _Place]) -> MoESpec:
+def _as_stored(family: Family, spec: MoESpec, places: Mapping[str, _Place]) -> MoESpec:
     """A specification in modules' names, its tensors under the names that the files have."""
 
     def stored(ref: WeightRef) -> WeightRef:
         return replace(ref, key=places[ref.key].key)
 
-    def packed(name: str, prefix: str) -> str:
+    def packed(name: str, index: int) -> str:
         """The name that files have for an expert's matrix, or would have where experts are fused."""
         if place := places.get(f"{name}.weight"):
             return place.key.removesuffix(".weight")
-        norm = "input_layernorm.weight"
+        prefix, norm = f"{family.prefix}layers.{index}.", "input_layernorm.weight"
         return places[prefix + norm].key.removesuffix(norm) + name.removeprefix(prefix)
 
     layers = tuple(
@@ -178,7 +185,7 @@ def _as_stored(spec: MoESpec, places: Mapping[str, _Place]) -> MoESpec:
                     gate=stored(e.gate),
                     up=stored(e.up),
                     down=stored(e.down),
-                    names={m: packed(n, _layer_prefix(layer.module)) for m, n in e.names.items()},
+                    names={m: packed(n, layer.index) for m, n in e.names.items()},
                 )
                 for e in layer.experts
             ),
@@ -192,12 +199,6 @@ def _as_stored(spec: MoESpec, places: Mapping[str, _Place]) -> MoESpec:
         kept=tuple(replace(r, key=places[r.key].key) for r in spec.kept),
         ignored=tuple(places[key].key for key in spec.ignored),
     )
-
-
-def _layer_prefix(module: str) -> str:
-    """``model.layers.3.`` of ``model.layers.3.mlp.experts``."""
-    stem, index = re.match(r"(.*layers\.)([0-9]+)\.", module).groups()  # type: ignore[union-attr]
-    return f"{stem}{index}."
 
 
 def _account(model_type: str, family: Family, config: Config, shapes: Shapes) -> MoESpec:

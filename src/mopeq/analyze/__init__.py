@@ -19,9 +19,10 @@ from mopeq.analyze.forward import Batch, check_batches, experts_module, token_ma
 from mopeq.analyze.hessian import hessian_trace
 from mopeq.analyze.moments import Moments, moments
 from mopeq.analyze.observe import Routed, expert_rows, observe
-from mopeq.analyze.slab import MEMORY, Slab, slabs
+from mopeq.analyze.slab import Slab, slabs
 from mopeq.analyze.weight_norm import hutchinson_norm_trace, inverse_norm, norm_trace
 from mopeq.errors import DataError, MapError
+from mopeq.memory import MOST
 from mopeq.precision import GROUPS, Precision
 from mopeq.progress import Track, silent
 from mopeq.quantizers import QUANTIZERS
@@ -189,7 +190,7 @@ def layer_metrics(
     quantizer: str = "gptq",
     minimum_tokens: int | None = None,
     device: torch.device | str = "cpu",
-    memory: int = MEMORY,
+    memory: int = MOST,
     keep: Keep | None = None,
 ) -> tuple[dict[str, list[float]], list[str]]:
     """What one layer saw, and what each option would cost it, a few experts at a time.

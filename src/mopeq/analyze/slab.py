@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from mopeq.analyze.moments import Moments, enough_tokens, moments
 from mopeq.analyze.observe import Routed, expert_rows
+from mopeq.memory import MOST
 from mopeq.precision import GROUPS, ProjectionGroup
 from mopeq.quantizers import fallback_moments
-from mopeq.source import Source, read_group
+from mopeq.source import Source, close_files, read_group
 from mopeq.spec import MoELayer
 
-__all__ = ["MEMORY", "Slab", "slabs"]
-
-MEMORY = 1 << 29
-"""Bytes of a slab's weights and moments, all in float32."""
+__all__ = ["Slab", "slabs"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def slabs(
     module: nn.Module | None = None,
     *,
     minimum_tokens: int | None = None,
-    memory: int = MEMORY,
+    memory: int = MOST,
     device: torch.device | str = "cpu",
 ) -> Iterator[Slab]:
     """All experts of a layer, those with enough tokens first: the others are filled up with the mean over all.
@@ -53,7 +51,7 @@ def slabs(
         seen: what it saw of the calibration data; None makes no moments.
         module: its experts module, asked for the gate function.
         minimum_tokens: experts with fewer are filled up (:func:`~mopeq.quantizers.fallback_moments`).
-        memory: bytes of a slab; one expert at least.
+        memory: bytes of a slab's weights and moments, all in float32; one expert at least.
         device: where to compute.
     """
     (up, hidden), width = layer.shapes("gate_up")[0], layer.shapes("down")[0][1]
@@ -62,7 +60,9 @@ def slabs(
     everyone = range(len(layer.experts))
 
     def weights(part: Sequence[int]) -> dict[ProjectionGroup, Tensor]:
-        return {group: read_group(source, layer, group, part).to(device) for group in GROUPS}
+        found = {group: read_group(source, layer, group, part).to(device) for group in GROUPS}
+        close_files()
+        return found
 
     if seen is None or module is None:
         for part in _parts(everyone, size):

@@ -92,7 +92,10 @@ class PackedWriter:
                     f"{self.out.parent} has {free:,} bytes free and the checkpoint needs {self.needed_bytes:,}; "
                     f"free space or give another folder"
                 )
-            self.partial.mkdir(exist_ok=self.resume)
+            try:
+                self.partial.mkdir(exist_ok=self.resume)
+            except FileExistsError as error:  # since a moment ago
+                raise OutputError(f"another mopeq is writing {self.partial}; wait for it") from error
             if self.job is not None:
                 self.journal = Journal(self.partial, self.job)
         for name in self.partial.glob("model-*.safetensors"):  # killed while it finished: as they were before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             dtype=_dtype(options),
             evaluated=not options.no_eval,
             resume=options.resume,
+            max_memory=_size(options.max_memory),
             command=options.command_line,
             track=track,
         )
@@ -181,7 +183,8 @@ def do_quantize(options: argparse.Namespace) -> None:
     if options.json:
         kl = judged.divergence.kl.value if judged and judged.divergence else None
         found = {"out": str(packed.path), "bytes": packed.bytes, "original_bytes": packed.original_bytes, "kl": kl}
-        return show.print_json({**found, "note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks)})
+        found |= {"note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks), "skipped": packed.note}
+        return show.print_json(found)
     show.map_table(packed.precisions, packed.inventory)
     smaller = packed.original_bytes / packed.bytes
     print(
@@ -192,6 +195,8 @@ def do_quantize(options: argparse.Namespace) -> None:
         print(f"{len(packed.fallbacks)} units saw few calibration tokens and used their layer's moments too: {some}")
     if judged:
         show.evaluation_table(judged)
+    if packed.note:
+        print(packed.note)
     print(f"wrote {packed.path}; what led to it is in {packed.path}/mopeq")
     return None
 
@@ -217,7 +222,19 @@ def do_chat(options: argparse.Namespace) -> None:
     from mopeq.runtime.generate import generate
 
     reader = reader_of(options)
-    model, images = _load_any(options.model, options), options.image
+    model = _load_any(options.model, options)
+
+    def answer(messages: list[dict[str, Any]]) -> str:
+        return generate(model, reader, messages, **_sampling_of(options), stream=show.write).text
+
+    _converse(reader, answer, options.image)
+
+
+def _converse(reader: Any, answer: Callable[[list[dict[str, Any]]], str], images: Sequence[str] = ()) -> None:
+    """Read lines and print what ``answer`` makes of the conversation so far, until an empty one.
+
+    ``reader`` is a tokenizer or processor; ``images`` go with the first words.
+    """
     if not hasattr(reader, "tokenizer") and not getattr(reader, "chat_template", None):
         print("this model has no chat template: it continues your text instead of answering", file=sys.stderr)
     print("empty line or Ctrl-D ends", file=sys.stderr)
@@ -229,10 +246,10 @@ def do_chat(options: argparse.Namespace) -> None:
             return None
         if not said:
             return None
-        messages.append({"role": "user", "content": with_images(said, [] if messages else images)})
-        made = generate(model, reader, messages, **_sampling_of(options), stream=show.write)
+        messages.append({"role": "user", "content": with_images(said, [] if messages else list(images))})
+        text = answer(messages)
         print()
-        messages.append({"role": "assistant", "content": made.text})
+        messages.append({"role": "assistant", "content": text})
 
 
 def do_eval(options: argparse.Namespace) -> None:
@@ -377,6 +394,18 @@ def _one_precision(options: argparse.Namespace, model: Inventory) -> Precision:
     if len(found) != 1:
         raise InputError(f"--uniform {options.uniform!r}; expected one precision, such as 3 or 4g128s")
     return found[0]
+
+
+def _size(text: str | None) -> int | None:
+    """Bytes of a size such as 8GB."""
+    from mopeq.allocate import parse_budget
+
+    if text is None:
+        return None
+    size = parse_budget(text)
+    if size.kind != "bytes":
+        raise InputError(f"--max-memory {text!r}; expected a size such as 8GB or 900MiB")
+    return int(size.amount)
 
 
 def _rest_map(text: str) -> dict[str, Precision]:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from mopeq.cli import commands
 from mopeq.cli.fit import add_fit
+from mopeq.cli.moqe import add_moqe
 from mopeq.cli.serve import add_serve, do_serve
 from mopeq.precision import DEFAULT_BITS
 
@@ -82,14 +83,17 @@ def parser() -> argparse.ArgumentParser:
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
+    p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
     p = verb("run", commands.do_run, "generate text from a prompt")
     _model(p)
     p.add_argument("--prompt", required=True)
+    _images(p)
     _sampling(p)
 
     p = verb("chat", commands.do_chat, "talk to a model in the terminal", json=False)
     _model(p)
+    _images(p)
     _sampling(p)
 
     add_serve(verb("serve", do_serve, "serve a model over HTTP, as OpenAI does", json=False))
@@ -109,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
     p = verb("report", commands.do_report, "make one HTML page from the files in DIR/mopeq")
     p.add_argument("folder", metavar="DIR")
     p.add_argument("-o", "--out", help="page to write (default: DIR/mopeq/report.html)")
+
+    add_moqe(verbs)
     return top
 
 
@@ -155,10 +161,13 @@ def _seed_number(text: str) -> int:
     return number
 
 
-def _sampling(p: argparse.ArgumentParser) -> None:
+def _images(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--image", metavar="FILE", action="append", default=[], help="an image before the first words; may be repeated"
     )
+
+
+def _sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     p.add_argument("--top-p", type=float, default=1.0)

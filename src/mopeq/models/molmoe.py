@@ -50,8 +50,13 @@ class MolmoEVisionModel(CLIPVisionModel):
         n, side = config.image_size // config.patch_size, config.patch_size
         grid = patches.reshape(-1, n, n, side, side, 3)
         pixels = grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, n * side, n * side)
-        states = self(pixels.to(self.dtype), output_hidden_states=True).hidden_states
-        return torch.cat([states[layer] for layer in layers], dim=-1)[:, 1:]
+        hidden = self.pre_layrnorm(self.embeddings(pixels.to(self.dtype)))
+        states = []
+        for block in self.encoder.layers[: max(layers) + 1 or None]:  # what comes after is not used
+            hidden = block(hidden, attention_mask=None)
+            states.append(hidden)
+        depth = len(self.encoder.layers)
+        return torch.cat([states[depth + layer] for layer in layers], dim=-1)[:, 1:]
 
 
 class MolmoEPooling(nn.Module):

@@ -19,6 +19,7 @@ Config = Mapping[str, Any]
 
 DEEPSEEK_VL2 = "deepseek_vl_v2"
 MOLMO = "molmo"
+TOWER = "siglip_so400m_patch14_384"
 
 _ABSENT = object()
 _TEXT_DEFAULTS: dict[str, Any] = {
@@ -61,7 +62,6 @@ _TEXT_FIXED: dict[str, tuple[Any, Any]] = {
 }
 """``{key: (the published default, the only value that is understood)}``; the tables below are alike."""
 _VISION_FIXED = {
-    "model_name": ("siglip_large_patch16_384", "siglip_so400m_patch14_384"),
     "ignore_head": (True, True),
     "class_token": (False, False),
     "global_pool": ("map", "map"),
@@ -89,6 +89,11 @@ def deepseek_vl2(config: Config) -> dict[str, Any]:
     text, vision, projector = (_part(config, f"{name}_config") for name in ("language", "vision", "projector"))
     _check("", config, {"tile_tag": ("2D", "2D"), "global_view_pos": ("head", "head")})
     width = _number(vision, "width", 1152)
+    if (tower := vision.get("model_name")) != TOWER:
+        raise ModelError(
+            f"config.json has the tower {tower!r} in vision_config; expected {TOWER!r}, DeepSeek-VL2's; this is "
+            "another model that goes by its name, as DeepSeek-OCR does: load it under transformers' own"
+        )
     _check("vision_config.", vision, _VISION_FIXED)
     _check("projector_config.", projector, _PROJECTOR_FIXED)
     translated = _deepseek_text(text)

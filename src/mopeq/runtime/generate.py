@@ -12,7 +12,7 @@ import torch
 from mopeq.errors import InputError
 from mopeq.runtime.decode import Sampling, decode
 
-__all__ = ["Generation", "Messages", "generate", "render"]
+__all__ = ["Generation", "Messages", "generate", "generate_many", "render"]
 
 UNUSED = ("attention_mask", "token_type_ids")
 """What a tokenizer or processor gives and one sequence does not need."""
@@ -76,27 +76,11 @@ def generate(
     Raises:
         InputError: an empty prompt, more tokens than the model has positions, or numbers out of range.
     """
-    least = 1 if max_new_tokens is None else max_new_tokens
-    if least < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
-        raise InputError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}, top_k {top_k}; "
-            f"expected at least 1, at least 0, above 0 up to 1, and at least 0"
-        )
+    _check(max_new_tokens, temperature, top_p, top_k)
     encoded = _encoded(tokenizer, prompt)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     count = encoded["input_ids"].shape[1]
-    if count == 0:
-        raise InputError("the prompt is empty; give at least one token")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if max_new_tokens is None:
-        if most is None:
-            raise InputError("this model names no number of positions; expected max_new_tokens")
-        max_new_tokens = max(most - count, 1)
-    if most is not None and count + max_new_tokens > most:
-        raise InputError(
-            f"{count} tokens of prompt and {max_new_tokens} new ones; this model takes at most {most} in all; "
-            "shorten the prompt, or ask for fewer new tokens"
-        )
+    max_new_tokens = _room(model, count, max_new_tokens)
     device = model.get_input_embeddings().weight.device
     inputs = {name: value.to(device) for name, value in encoded.items() if name not in UNUSED}
     sampling, stops = Sampling(temperature, top_p, top_k), _stops(model, tokenizer)
@@ -130,6 +114,80 @@ def _encoded(tokenizer: Any, prompt: str | Messages) -> Mapping[str, torch.Tenso
     has_template = not isinstance(prompt, str) and getattr(tokenizer, "chat_template", None)
     made = tokenizer(text, return_tensors="pt", add_special_tokens=not has_template)
     return made
+
+
+def generate_many(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[torch.Tensor],
+    *,
+    max_new_tokens: int | None = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+) -> list[Generation]:
+    """Continue prompts of token ids int64 (n,) together, padded on the left, through transformers' ``generate``.
+
+    Arguments and errors as :func:`generate`. ``seconds`` is the batch's; what is sampled is not what each prompt would
+    get by itself.
+    """
+    from transformers import GenerationConfig
+
+    _check(max_new_tokens, temperature, top_p, top_k)
+    longest = max(len(prompt) for prompt in prompts)
+    most = min(_room(model, len(prompt), max_new_tokens) for prompt in prompts)
+    device = model.get_input_embeddings().weight.device
+    stops = sorted(_stops(model, tokenizer))
+    own = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *stops)
+    pad = next((token for token in own if token is not None), 0)
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=most, do_sample=temperature > 0, eos_token_id=stops or None, pad_token_id=pad, **sampling
+    )
+    started = time.perf_counter()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+    seconds = time.perf_counter() - started
+    made = []
+    for prompt, row in zip(prompts, output[:, longest:].tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))  # what follows is padding
+        text = tokenizer.decode(row[:end], skip_special_tokens=True)
+        made.append(Generation(text, tuple(row[:end]), seconds, len(prompt)))
+    return made
+
+
+def _check(max_new_tokens: int | None, temperature: float, top_p: float, top_k: int) -> None:
+    least = 1 if max_new_tokens is None else max_new_tokens
+    if least < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
+        raise InputError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}, top_k {top_k}; "
+            f"expected at least 1, at least 0, above 0 up to 1, and at least 0"
+        )
+
+
+def _room(model: Any, count: int, max_new_tokens: int | None) -> int:
+    """New tokens that a prompt of ``count`` may get, which the model's positions bound."""
+    if count == 0:
+        raise InputError("the prompt is empty; give at least one token")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_new_tokens is None:
+        if most is None:
+            raise InputError("this model names no number of positions; expected max_new_tokens")
+        max_new_tokens = max(most - count, 1)
+    if most is not None and count + max_new_tokens > most:
+        raise InputError(
+            f"{count} tokens of prompt and {max_new_tokens} new ones; this model takes at most {most} in all; "
+            "shorten the prompt, or ask for fewer new tokens"
+        )
+    return max_new_tokens
 
 
 def _stops(model: Any, tokenizer: Any) -> frozenset[int]:

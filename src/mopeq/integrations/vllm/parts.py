@@ -74,12 +74,13 @@ class Filling:
 
         Rows that the cut lacks (a padded vocabulary) stay zeros.
         """
-        precision, where = self.layout.precisions[expert], f"{self.name}, expert {expert}, matrix {matrix}"
-        ((expected, dtype),) = ((GroupLayout((precision,), (shape,)).parts(0, part), PARTS[part]),)
-        if whole.dtype != dtype or not expected or tuple(whole.shape) != expected[0]:
+        precision, dtype = self.layout.precisions[expert], PARTS[part]
+        stored = GroupLayout((precision,), (shape,)).parts(0, part)  # none where the precision has no such part
+        if whole.dtype != dtype or [tuple(whole.shape)] != stored:
+            expected = f"{dtype} {list(stored[0])}" if stored else "none"
             raise CheckpointError(
-                f"{where}: {part} is {whole.dtype} {list(whole.shape)}, the checkpoint's map asks for "
-                f"{f'{dtype} {list(expected[0])}' if expected else 'none'}; download or make it again"
+                f"{self.name}, expert {expert}, matrix {matrix}: {part} is {whole.dtype} {list(whole.shape)}, the "
+                f"checkpoint's map asks for {expected}; download or make it again"
             )
         piece = cut_part(whole, part, precision, cut)
         target = self.layout.views(self._buffer(part), part, expert)[matrix]

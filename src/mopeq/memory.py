@@ -1,0 +1,102 @@
+"""How much memory a job takes, before it begins: what is always there, and slabs of experts that can be made smaller.
+
+The numbers are upper estimates from shapes; docs/large.md compares them with measured peaks.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from mopeq.errors import InputError
+from mopeq.source import Source, decoder_layer, stored_bytes
+from mopeq.spec import MoESpec
+
+__all__ = ["Footprint", "available_bytes", "footprint", "slab_bytes"]
+
+PROCESS = 600 << 20
+"""Bytes of the interpreter with torch and transformers."""
+SLABS = 5
+"""Slab-sized buffers at a time: weights and moments, factors, work, options that are dequantized, codes."""
+LEAST = 1 << 26
+MOST = 1 << 28
+"""Bytes of a slab: smaller ones only take longer to read, larger ones gain nothing."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """fixed: bytes that are there whatever the slabs; expert: bytes of one expert's weights and moments in float32."""
+
+    fixed: int
+    expert: int
+
+    @property
+    def least(self) -> int:
+        """The least that the job can be done in."""
+        return self.fixed + SLABS * max(LEAST, self.expert)
+
+
+def footprint(
+    source: Source, spec: MoESpec, *, tokens: int = 0, batch_tokens: int = 0, itemsize: int = 2, gradients: bool = False
+) -> Footprint:
+    """What packing a model takes, and, with ``tokens``, running it over them layer by layer.
+
+    Args:
+        source: the checkpoint.
+        spec: its specification.
+        tokens: of calibration; 0 where the model is not run.
+        batch_tokens: of the largest batch.
+        itemsize: bytes of an activation and of a weight in the type the model runs in.
+        gradients: whether it is run backward.
+    """
+    shape = max((layer.shapes("gate_up")[0] for layer in spec.layers), key=prod)
+    experts = max(len(layer.experts) for layer in spec.layers)
+    expert = 4 * 3 * prod(shape)
+    rest = [ref.shape for ref in spec.linears] + [ref.shape for ref in spec.kept]
+    largest = max(map(prod, rest), default=0)
+    packed = 2 * experts * 3 * prod(shape)  # a layer's packed experts, at 16 bits at most
+    if not tokens:
+        return Footprint(PROCESS + max(packed, 8 * largest), expert)
+    expert += 4 * (shape[0] ** 2 + shape[1] ** 2)
+    layers: dict[int, int] = {}
+    outside = 0
+    for key in source.shapes:
+        number = decoder_layer(key, spec.layers[0])
+        elements = prod(source.shapes[key])
+        if number is None:
+            outside += itemsize * elements
+        else:
+            layers[number] = layers.get(number, 0) + itemsize * elements + stored_bytes(source, key)
+    hidden, top_k = shape[1], max(layer.top_k for layer in spec.layers)
+    kept = tokens * (hidden * itemsize * (7 if gradients else 4) + 24 * top_k)  # stored, recorded, and joined
+    width = 3 * shape[0] + 3 * hidden
+    run = batch_tokens * itemsize * (16 * hidden + 2 * top_k * width)
+    vocabulary = max((ref.shape[0] for ref in spec.kept if ref.group == "embedding"), default=0)
+    head = batch_tokens * vocabulary * (2 * itemsize + 12) if gradients else 0
+    return Footprint(PROCESS + outside + max(max(layers.values()) + run, head, packed) + kept, expert)
+
+
+def slab_bytes(limit: int | None, need: Footprint) -> int:
+    """Bytes of a slab that keep a job below ``limit``.
+
+    Raises :class:`InputError` with the number needed where no slab is small enough.
+    """
+    if limit is None:
+        return MOST
+    if limit < need.least:
+        raise InputError(
+            f"--max-memory is {limit / 1e9:.2f} GB and this needs {need.least / 1e9:.2f} GB: {need.fixed / 1e9:.2f} GB "
+            f"for one decoder layer, activations and the process; give more, or fewer --samples, or smaller batches"
+        )
+    return min(MOST, (limit - need.fixed) // SLABS)
+
+
+def available_bytes() -> int:
+    """Memory that this machine has to give."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
