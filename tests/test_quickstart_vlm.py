@@ -22,7 +22,7 @@ def test_quickstart_vlm(tmp_path: Path) -> None:
         answers = [question.answer for question in questions if question.category == category]
         guess = max(answers.count(answer) for answer in set(answers)) / len(answers)
         assert share.low is not None
-        assert share.low > guess, f"{category} is answered by looking, not by the likeliest answer"
+        assert share.low > guess + 0.3, f"{category} is answered by looking, not by the likeliest answer"
     assert original.accuracy.value > 0.8
     assert mixed.bytes <= uniform.bytes
     assert mixed.kl is not None
