@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-transformers-matrix check lint types format benchmarks sanitize clean
+.PHONY: demo test test-transformers-matrix test-vllm check lint types format benchmarks sanitize clean
 
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/mopeq/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ test: $(STAMP) lint types  ## install, then lint, types and all tests
 
 test-transformers-matrix: $(STAMP)  ## the transformers integration with 5.17, 5.19 and the newest; slow, not in the gate
 	scripts/transformers_matrix.sh $(BIN)/python
+
+test-vllm:  ## the vLLM plugin with the real vLLM, in an environment of its own; slow, not in the gate
+	scripts/vllm_check.sh $(PYTHON)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -224,7 +224,7 @@ def _quantize(original: Path, out: Path) -> dict[str, Any]:
     _reset_peak()
     opened = open_model(original)
     experts = opened.inventory.experts
-    cycle = [Precision(bits) for bits in (2, 3, 4)]
+    cycle = [Precision(bits, 64) for bits in (2, 3, 4)]
     rows = {layer: tuple(cycle[e % 3] for e in range(n)) for layer, n in experts.items()}
     dealt = random_map(opened.inventory, PrecisionMap(dict.fromkeys(GROUPS, rows)), seed=0)
     precisions = PrecisionMap(dealt.experts)

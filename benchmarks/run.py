@@ -26,6 +26,7 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         **_fidelity("bundled_", bundled),
         "scores": ["scores.py", *named],
         "resident_memory": ["resident_memory.py", *named],
+        "moqe": ["moqe.py", "--model", model, "--label", label, "--text", *text],
     }
 
 

@@ -15,7 +15,7 @@ from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config, rea
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap
 from mopeq.qtensor import QTensor, dequantize, pack, pack_full
 from mopeq.quantizers import rtn
-from mopeq.source import open_source, read_matrix, read_tensor
+from mopeq.source import open_source, read_kept, read_matrix, read_tensor
 from mopeq.spec import Inventory, WeightRef
 
 KINDS = ((32, False), (64, True), (-1, False))
@@ -53,13 +53,13 @@ def pack_model(folder: Path, out: Path, precisions: PrecisionMap | None = None, 
                 for matrix, ref in zip(MATRICES[group], expert.refs(group), strict=True):
                     writer.add(expert.names[matrix], packed_matrix(read_matrix(source, ref), precision))
         for ref, precision in linear_precisions(spec, precisions).items():
-            weight = read_tensor(source, ref.key)
+            weight = read_matrix(source, ref.weight)
             if precision == FULL:
-                writer.add_tensor(ref.key, weight.bfloat16())
+                writer.add_tensor(f"{ref.name}.weight", weight.bfloat16())
             else:
                 writer.add(ref.name, packed_matrix(weight, precision))
         for kept in spec.kept:
-            writer.add_tensor(kept.key, read_tensor(source, kept.key))
+            writer.add_tensor(kept.key, read_kept(source, kept))
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             if (folder / file).exists():
                 writer.copy_file(folder / file)
@@ -87,9 +87,11 @@ def dequantized(folder: Path, packed: Path, out: Path) -> Path:
             place(getattr(expert, matrix), dequantize(read_packed(packed, expert.names[matrix])))
     for ref in spec.linears:
         if linears[ref.module]["precision"] == "16":
-            weights[ref.key] = weights[ref.key].bfloat16().to(weights[ref.key].dtype)
+            place(ref.weight, read_matrix(source, ref.weight).bfloat16())
         else:
-            place(WeightRef(ref.key, ref.shape), dequantize(read_packed(packed, ref.name)))
+            place(ref.weight, dequantize(read_packed(packed, ref.name)))
+    for kept in spec.kept:
+        weights[kept.key].copy_(read_kept(source, kept))
     out.mkdir()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     for file in folder.iterdir():

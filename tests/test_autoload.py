@@ -23,11 +23,24 @@ MADE_UP = {
 import torch  # as the real one, which may be the first to do so
 AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING = {"gptq": 1}, {"gptq": 2}
 """,
-    "transformers/model.py": "",
+    "transformers/models/__init__.py": "",
+    "transformers/models/auto/__init__.py": "",
+    "transformers/models/auto/configuration_auto.py": """
+class Lazy:  # as the real one: what others register lies apart
+    def __init__(self, names): self._mapping, self._extra_content = names, {}
+    def __contains__(self, key): return key in self._mapping or key in self._extra_content
+    def __getitem__(self, key): return self._extra_content[key] if key in self._extra_content else self._mapping[key]
+CONFIG_MAPPING = Lazy({"olmoe": 5})
+""",
+    "transformers/model.py": "from transformers.models.auto import configuration_auto",
     "torch.py": "import mopeq.autoload; mopeq.autoload.install()",
     "mopeq_stub.py": """
 import sys, types, mopeq.autoload
 def register(name):
+    if name == "mopeq.models.register":
+        from transformers.models.auto import configuration_auto
+        configuration_auto.CONFIG_MAPPING._extra_content["deepseek_vl_v2"] = 7
+        return sys.modules[__name__]
     from transformers.quantizers import auto
     for number, mapping in enumerate((auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING)):
         assert name == "mopeq.integrations.transformers"
@@ -78,7 +91,8 @@ def test_any_order(order: str, made_up: Path) -> None:
     code = f"""
 {order}
 import mopeq_stub
-import transformers.model  # a model's module is imported after the quantizers'
+import transformers.model, transformers  # a model's module is imported after the quantizers'
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import transformers.quantizers as q
 from transformers.quantizers import auto
 assert not mopeq_stub.ours(), "the hook has done its work and is gone"
@@ -89,6 +103,8 @@ for number, name in enumerate(("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZ
     assert "none" not in mapping and mapping.get("none", 3) == 3
 for number, mapping in enumerate((auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING)):
     assert "mopeq" in mapping and mapping["mopeq"] == mapping.get("mopeq") == number
+assert "none" not in CONFIG_MAPPING and "olmoe" in CONFIG_MAPPING and not CONFIG_MAPPING._extra_content
+assert "deepseek_vl_v2" in CONFIG_MAPPING and CONFIG_MAPPING["deepseek_vl_v2"] == 7
 print("good")
 """
     assert python(code, path=made_up) == "good"
@@ -111,7 +127,7 @@ try:
     import transformers
 except ModuleNotFoundError as error:
     print(error)
-assert len([f for f in sys.meta_path if type(f).__module__ == "mopeq.autoload"]) == 1
+assert len([f for f in sys.meta_path if type(f).__module__ == "mopeq.autoload"]) == 2
 import colorsys  # others are found as ever
 """
     assert python(code) == "No module named 'transformers'"
@@ -159,7 +175,7 @@ import sys, torch
 print([type(f).__name__ for f in sys.meta_path if "mopeq" in type(f).__module__],
       sorted(m for m in sys.modules if m.startswith(("mopeq", "transformers"))))
 """
-    assert python(code) == "['_Finder'] ['mopeq', 'mopeq.autoload']"
+    assert python(code) == "['_Finder', '_Finder'] ['mopeq', 'mopeq.autoload']"
 
 
 def test_from_pretrained_without_an_import(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:

@@ -25,7 +25,7 @@ disable_progress_bar()
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 PAD, BOS, EOS = 256, 257, 258
 VOCABULARY = 264
-VLM = ("llama4", "qwen3_vl_moe")
+VLM = ("aria", "deepseek_vl_v2", "glm4v_moe", "internvl", "kimi_k25", "llama4", "molmo", "qwen3_vl_moe")
 
 _TEXT = {
     "vocab_size": VOCABULARY,
@@ -124,6 +124,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "patch_size": 4,
             "num_position_embeddings": 16,
         },
+        "image_token_id": 259,
+        "vision_start_token_id": 260,
+        "vision_end_token_id": 261,
     },
     "llama4": {
         "text_config": {**_TEXT, **_LLAMA4},
@@ -138,8 +141,123 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "projector_input_dim": 32,
             "projector_output_dim": 32,
         },
+        "image_token_index": 259,
     },
     "llama4_text": _LLAMA4,
+    "deepseek_vl_v2": {
+        "text_config": {**_TEXT, **_MLA, "model_type": "deepseek_v2", "q_lora_rank": None, "topk_method": "greedy"},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 20,
+            "patch_size": 4,
+            "vision_use_head": False,
+        },
+    },
+    "aria": {
+        "text_config": {
+            **_TEXT,
+            "model_type": "aria_text",
+            "intermediate_size": 128,
+            "moe_num_experts": 8,
+            "moe_topk": 2,
+            "moe_num_shared_experts": 2,
+        },
+        "vision_config": {
+            "model_type": "idefics3_vision",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        "vision_feature_layer": -1,
+        "projector_patch_to_query_dict": {"16": 4},
+        "image_token_index": 259,
+        "tie_word_embeddings": False,
+    },
+    "glm4v_moe": {
+        "text_config": {
+            **_TEXT,
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "intermediate_size": 192,
+            "moe_intermediate_size": 128,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 48,
+            "out_hidden_size": 64,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        "image_token_id": 259,
+        "image_start_token_id": 260,
+        "image_end_token_id": 261,
+    },
+    "internvl": {
+        "text_config": {**_TEXT, **_QWEN, "model_type": "qwen3_moe", "head_dim": 16},
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": [16, 16],
+            "patch_size": [4, 4],
+        },
+        "image_token_id": 259,
+        "tie_word_embeddings": False,
+    },
+    "kimi_k25": {
+        "text_config": {**_TEXT, **_MLA, "model_type": "deepseek_v3", "q_lora_rank": 32},
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "patch_size": 4,
+        },
+        "projection_hidden_size": 32,
+        "image_token_id": 259,
+        "tie_word_embeddings": False,
+    },
+    "molmo": {
+        "text_config": {
+            **_TEXT,
+            "model_type": "olmoe",
+            "vocab_size": VOCABULARY + 4,
+            "intermediate_size": 128,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 4,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "num_hidden_layers": 9,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        "head_rows": VOCABULARY,
+    },
     "ernie4_5_moe": {
         "num_hidden_layers": 3,
         "intermediate_size": 192,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mopeq.autoload import watch
 
 if TYPE_CHECKING:
+    from mopeq import moqe
     from mopeq.errors import MopeqError
     from mopeq.load import load
     from mopeq.precision import Precision, PrecisionMap
@@ -26,11 +27,12 @@ _HOME = {
     "PrecisionMap": "precision",
     "Stats": "stats",
     "load": "load",
+    "moqe": "moqe",
     "quantize": "quantize",
 }
 """Public names and the modules that define them. A name equal to its module's is that module, which is callable."""
 
-__all__ = ["MopeqError", "Precision", "PrecisionMap", "Stats", "__version__", "load", "quantize"]
+__all__ = ["MopeqError", "Precision", "PrecisionMap", "Stats", "__version__", "load", "moqe", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

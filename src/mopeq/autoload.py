@@ -1,7 +1,8 @@
-"""How transformers comes to know packed checkpoints: a hook left by ``import torch`` or ``import mopeq``.
+"""How transformers comes to know packed checkpoints and our models: a hook of ``import torch`` and ``import mopeq``.
 
-transformers keeps its quantizers in two dictionaries. They are replaced by dictionaries that import ours at the first
-look-up of ``mopeq``: at once where their module is loaded, else as soon as it is. Nothing heavy is imported here.
+transformers keeps its quantizers in two dictionaries, and configurations that others register in a third. They are
+replaced by dictionaries that import ours at the first look-up of ``mopeq``, or of a model type of ``mopeq.models``: at
+once where their module is loaded, else as soon as it is. Nothing heavy is imported here.
 
 torch calls :func:`install` while it is being imported, through the entry point group ``torch.backends``. That matters:
 a transformers that has never heard of mopeq does not refuse a packed checkpoint but fills its experts with noise. An
@@ -16,19 +17,28 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["callable_module", "install", "watch"]
+__all__ = ["callable_module", "extend", "install", "watch"]
 
-QUANTIZER = "mopeq"
-WATCHED = "transformers.quantizers.auto"
-MAPPINGS = ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING")
-HOLDERS = (WATCHED, "transformers.quantizers")
-"""Modules that hold the dictionaries under those names."""
+QUANTIZERS = "transformers.quantizers.auto"
+QUANTIZER_HOLDERS = (QUANTIZERS, "transformers.quantizers")
+"""Modules that hold the two dictionaries under those names."""
+CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+WATCHED = {
+    QUANTIZERS: ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"),
+    CONFIGURATIONS: ("CONFIG_MAPPING",),
+}
+"""Modules of transformers, and what of them is needed."""
+IMPORTED = {
+    QUANTIZERS: {"mopeq": "mopeq.integrations.transformers"},
+    CONFIGURATIONS: {"deepseek_vl_v2": "mopeq.models.register", "molmo": "mopeq.models.register"},
+}
+"""What a look-up of which key imports."""
 SWITCH = "MOPEQ_AUTOLOAD"
 """Environment variable; ``0`` leaves no hook. mopeq's own functions and ``import mopeq.integrations.transformers``
 register the quantizer all the same."""
@@ -40,46 +50,50 @@ def install() -> None:
 
 
 def watch() -> None:
-    """Arrange that transformers, loaded already, just being loaded or not yet, finds the quantizer when it asks."""
+    """Arrange that transformers, loaded already, just being loaded or not yet, finds what is ours when it asks."""
     if os.environ.get(SWITCH, "1") == "0":
         return
-    try:
-        module = sys.modules.get(WATCHED)
-        if module is not None and _is_whole(module):
-            _extend(module)
-        elif not any(_is_ours(finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())
-    except Exception as error:
-        _tell(error)
+    for name in WATCHED:
+        try:
+            module = sys.modules.get(name)
+            if module is not None and _is_whole(module):
+                extend(module)
+            elif not any(_is_ours(finder) and finder.watched == name for finder in sys.meta_path):  # type: ignore[attr-defined]
+                sys.meta_path.insert(0, _Finder(name))
+        except Exception as error:
+            _tell(error)
 
 
 def _tell(error: Exception) -> None:
     logging.getLogger(__name__).warning(
         "mopeq cannot make transformers know packed checkpoints (%r); load them with mopeq.load, or import "
-        "mopeq.integrations.transformers first",
+        "mopeq.integrations.transformers and mopeq.models.register first",
         error,
     )
 
 
 class _Finder(MetaPathFinder):
-    """Runs :func:`_extend` after its module is executed, then leaves.
+    """Runs :func:`extend` after its module is executed, then leaves.
 
     It looks at every module that is searched for, because the watched one may have been half executed when it came:
     ``import transformers.quantizers.auto`` imports torch. Modules of models are imported later than that.
     """
 
+    def __init__(self, watched: str) -> None:
+        self.watched = watched
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        module = sys.modules.get(WATCHED)
+        module = sys.modules.get(self.watched)
         if module is not None and _is_whole(module):
             self._leave(module)
-        return self._watched(path, target) if fullname == WATCHED else None
+        return self._prolonged(path, target) if fullname == self.watched else None
 
-    def _watched(self, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+    def _prolonged(self, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
         """The specification that the other finders have, its loader prolonged; asking twice does no harm."""
         others = [finder for finder in sys.meta_path if not _is_ours(finder)]
-        spec = next((s for f in others if (s := f.find_spec(WATCHED, path, target)) is not None), None)
+        spec = next((s for f in others if (s := f.find_spec(self.watched, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
@@ -95,18 +109,22 @@ class _Finder(MetaPathFinder):
 
     def _leave(self, module: ModuleType) -> None:
         try:
-            _extend(module)
+            extend(module)
         except Exception as error:
             _tell(error)
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
 
 
 class _Mapping(dict[str, Any]):
-    """A dictionary that registers the quantizer when it is asked for it."""
+    """A dictionary that imports a module when it is asked for one of some keys; the module adds them."""
+
+    def __init__(self, known: dict[str, Any], imported: Mapping[str, str]) -> None:
+        super().__init__(known)
+        self.imported = imported
 
     def __contains__(self, key: object) -> bool:
-        if key == QUANTIZER:
-            importlib.import_module("mopeq.integrations.transformers")
+        if isinstance(key, str) and key in self.imported and not super().__contains__(key):
+            importlib.import_module(self.imported[key])
         return super().__contains__(key)
 
     def __missing__(self, key: str) -> Any:
@@ -115,7 +133,7 @@ class _Mapping(dict[str, Any]):
         raise KeyError(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As a dictionary's, and the quantizer where that is asked for."""
+        """As a dictionary's, and ours where that is asked for."""
         return super().get(key, default) if key in self else default
 
 
@@ -125,22 +143,29 @@ def _is_ours(finder: object) -> bool:
 
 
 def _is_whole(module: ModuleType) -> bool:
-    return all(isinstance(getattr(module, name, None), dict) for name in MAPPINGS) and not getattr(
-        module.__spec__, "_initializing", False
-    )
+    found = [getattr(module, name, None) for name in WATCHED[module.__name__]]
+    return all(value is not None for value in found) and not getattr(module.__spec__, "_initializing", False)
 
 
-def _extend(module: ModuleType) -> None:
-    """Replace the dictionaries, wherever they are held, once."""
-    for name in MAPPINGS:
-        old = getattr(module, name)
-        if not isinstance(old, dict):
-            raise TypeError(f"{module.__name__}.{name} is {type(old).__name__}; expected a dictionary")
-        if type(old) is dict and QUANTIZER not in old:
-            new = _Mapping(old)
-            for holder in (module, *(sys.modules[h] for h in HOLDERS if h in sys.modules)):
-                if getattr(holder, name, None) is old:
-                    setattr(holder, name, new)
+def extend(module: ModuleType) -> None:
+    """Replace the dictionaries of one of the watched modules, wherever they are held, once."""
+    for name in WATCHED[module.__name__]:
+        if module.__name__ == CONFIGURATIONS:  # what others registered lies in a dictionary of its own
+            _replace([getattr(module, name)], "_extra_content", IMPORTED[CONFIGURATIONS])
+        else:
+            holders = [module, *(sys.modules[h] for h in QUANTIZER_HOLDERS if h in sys.modules)]
+            _replace(holders, name, IMPORTED[QUANTIZERS])
+
+
+def _replace(holders: Sequence[Any], name: str, imported: Mapping[str, str]) -> None:
+    old = getattr(holders[0], name, None)
+    if not isinstance(old, dict):
+        raise TypeError(f"{name} of {holders[0]!r} is {type(old).__name__}; expected a dictionary")
+    if type(old) is dict and not imported.keys() & old.keys():
+        new = _Mapping(old, imported)
+        for holder in holders:
+            if getattr(holder, name, None) is old:
+                setattr(holder, name, new)
 
 
 def callable_module(name: str, function: Callable[..., Any]) -> None:

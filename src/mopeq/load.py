@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mopeq.autoload import callable_module
+from mopeq.autoload import callable_module, extend
 from mopeq.checkpoint import Manifest, read_manifest
 from mopeq.errors import CheckpointError, ModelError
 
@@ -88,7 +88,9 @@ def model_config(path: str | Path) -> Any:
     if not Path(path).is_dir() and (isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ModelError(f"no folder {path}; expected a model's folder or its name on the Hugging Face hub")
     from transformers import AutoConfig
+    from transformers.models.auto import configuration_auto
 
+    extend(configuration_auto)  # mopeq.models, whatever autoload was told
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mopeq.ahead import Ahead
 from mopeq.analyze import Routed
@@ -28,12 +28,13 @@ from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, Pro
 from mopeq.progress import Track, silent
 from mopeq.qtensor import QTensor, pack, pack_full, rows_of
 from mopeq.quantizers import QUANTIZERS, once
-from mopeq.source import close_files, read_tensor, stored_bytes
-from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer
+from mopeq.source import Source, close_files, read_kept, read_matrix, stored_bytes
+from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 
 __all__ = [
     "DATA_FREE",
     "LayerTensors",
+    "Linears",
     "Packed",
     "check_method",
     "pack_experts",
@@ -74,6 +75,14 @@ class Packed:
     """Why it was not compared with the original although that was asked for."""
 
 
+@dataclass(frozen=True)
+class Linears:
+    """How matrices outside the experts are rounded: by which quantizer, with moments (in, in) of inputs by module."""
+
+    method: str = "rtn-mse"
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def pack_model(
     prepared: Prepared,
     precisions: PrecisionMap,
@@ -81,6 +90,7 @@ def pack_model(
     *,
     method: str = "gptq",
     minimum_tokens: int | None = None,
+    linears: Linears | None = None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
     track: Track = silent,
 ) -> Packed:
@@ -101,7 +111,7 @@ def pack_model(
         return pack_experts(prepared, layer, precisions, method, fallbacks, seen, module, minimum_tokens)
 
     with PackedWriter(Path(out), needed_bytes=prepared.inventory.total_bytes(precisions)) as writer:
-        return write_packed(writer, prepared, precisions, tensors, method, files or {}, track)
+        return write_packed(writer, prepared, precisions, tensors, method, files or {}, track, linears)
 
 
 def write_packed(
@@ -112,6 +122,7 @@ def write_packed(
     method: str,
     files: Mapping[str, Mapping[str, Any]],
     track: Track = silent,
+    linears: Linears | None = None,
 ) -> Packed:
     """Everything that goes into a packed checkpoint, step by step; steps that an earlier run finished are taken over.
 
@@ -129,18 +140,30 @@ def write_packed(
         fallbacks += facts["fallbacks"]
         close_files()
     ahead.end()
-    linears = linear_precisions(spec, precisions)
+    rest = partial(_rest, opened, linear_precisions(spec, precisions), linears or Linears())
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
-        writer.part(f"pack the rest, {number} of {len(steps)}", partial(_rest, opened, refs, linears), {})
+        writer.part(f"pack the rest, {number} of {len(steps)}", partial(rest, refs), {})
         close_files()
     for pattern in COMPANIONS:
         for path in sorted(source.path.glob(pattern)):
             writer.copy_file(path)
-    config = packed_config(source.config, spec, precisions, inventory)
+    config = packed_config(_with_type(source, spec), spec, precisions, inventory)
     size = writer.finish(config, {**files, "precision.json": precisions.to_json()})
     original = sum(stored_bytes(source, key) for key in source.shapes)
     return Packed(writer.out, precisions, size, original, time.perf_counter() - started, tuple(fallbacks), inventory)
+
+
+def _with_type(source: Source, spec: MoESpec) -> dict[str, Any]:
+    """The original's configuration; where it names no type (MolmoE's), that of its embedding.
+
+    transformers takes the first tensor's otherwise, which in a packed checkpoint is a scale's.
+    """
+    config = dict(source.config)
+    if config.get("dtype") is None and config.get("torch_dtype") is None:
+        embedding = next(ref.key for ref in spec.kept if ref.group == "embedding")
+        config["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(source.dtypes[embedding], "float32")
+    return config
 
 
 def _expert_keys(layer: MoELayer) -> set[str]:
@@ -163,17 +186,20 @@ def _steps(opened: Prepared, refs: Sequence[LinearRef | KeptRef]) -> Iterator[li
 
 
 def _rest(
-    opened: Prepared, refs: Sequence[LinearRef | KeptRef], linears: Mapping[LinearRef, Precision]
+    opened: Prepared, precisions: Mapping[LinearRef, Precision], how: Linears, refs: Sequence[LinearRef | KeptRef]
 ) -> Iterator[Stored]:
     """Matrices outside the experts at their precision, and what is kept as it is."""
     for ref in refs:
-        weight = read_tensor(opened.source, ref.key)
         if isinstance(ref, KeptRef):
-            yield ref.key, weight
-        elif linears[ref] == FULL:
-            yield ref.key, weight if weight.element_size() == 2 else weight.to(torch.bfloat16)
+            yield ref.key, read_kept(opened.source, ref)
+            continue
+        weight = read_matrix(opened.source, ref.weight)
+        if precisions[ref] == FULL:
+            yield f"{ref.name}.weight", weight if weight.element_size() == 2 else weight.to(torch.bfloat16)
         else:
-            yield ref.name, pack(QUANTIZERS["rtn-mse"](weight.float()[None], linears[ref], None)[0])
+            seen = how.moments.get(ref.module)
+            moments = None if seen is None else seen[None]
+            yield ref.name, pack(QUANTIZERS[how.method](weight.float()[None], precisions[ref], moments)[0])
 
 
 def pack_experts(

@@ -9,12 +9,38 @@ tokens for every expert.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["activate", "down_bias", "gate_up_bias", "is_experts", "weighs_input"]
+__all__ = ["Gate", "activate", "down_bias", "gate_of", "gate_up_bias", "is_experts", "weighs_input"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The gate function ``(u + shift) * g * sigmoid(alpha * g)`` as numbers, for kernels that compute it themselves.
+
+    g is at most ``limit``, u within ``limit`` of zero. ``interleaved``: the bias has g0 u0 g1 u1 ..., not gates first.
+    """
+
+    alpha: float = 1.0
+    limit: float = float("inf")
+    shift: float = 0.0
+    interleaved: bool = False
+
+
+def gate_of(module: nn.Module) -> Gate | None:
+    """What :func:`activate` computes for this module, or None where it is none of those functions."""
+    m: Any = module
+    interleaved = not getattr(m, "is_concatenated", True)
+    if any(cls.__name__ == "GptOssExperts" for cls in type(module).__mro__):
+        return Gate(float(m.alpha), float(m.limit), 1.0, interleaved)
+    own = getattr(type(module), "_apply_gate", None)
+    usual = own is None or own.__name__ == "_default_apply_gate"
+    silu = type(getattr(m, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    return Gate(interleaved=interleaved) if usual and silu else None
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -30,13 +56,13 @@ def weighs_input(module: nn.Module) -> bool:
     return any(cls.__name__ == "Llama4TextExperts" for cls in type(module).__mro__)
 
 
-def gate_up_bias(module: nn.Module, expert: int | Tensor) -> Tensor | None:
+def gate_up_bias(module: nn.Module, expert: Any) -> Tensor | None:
     """Bias of gate and up in the module's own order, (2I,) of one expert or (tokens, 2I) of each token's, or None."""
     bias: Any = getattr(module, "gate_up_proj_bias", None)
     return None if bias is None else bias[expert]
 
 
-def down_bias(module: nn.Module, expert: int | Tensor) -> Tensor | None:
+def down_bias(module: nn.Module, expert: Any) -> Tensor | None:
     """Bias of down, (H,) of one expert or (tokens, H) of each token's, or None."""
     bias: Any = getattr(module, "down_proj_bias", None)
     return None if bias is None else bias[expert]

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from mopeq.errors import ModelError
 from mopeq.precision import ProjectionGroup
-from mopeq.spec import MoELayer, WeightRef
+from mopeq.spec import TOWERS, KeptRef, MoELayer, WeightRef
 
 __all__ = [
     "Source",
     "close_files",
     "decoder_layer",
+    "kept_bytes",
     "open_source",
     "read_group",
+    "read_kept",
     "read_matrix",
     "read_tensor",
     "stored_bytes",
@@ -99,6 +101,21 @@ def read_tensor(source: Source, key: str) -> Tensor:
     return tensor
 
 
+def read_kept(source: Source, ref: KeptRef) -> Tensor:
+    """A tensor that is not quantized, as a packed checkpoint holds it: as it is stored, of a tower in 16 bits."""
+    tensor = read_tensor(source, ref.key)
+    return tensor.to(torch.bfloat16) if _is_cut(source, ref) else tensor
+
+
+def kept_bytes(source: Source, ref: KeptRef) -> int:
+    """Bytes of :func:`read_kept`."""
+    return 2 * prod(ref.shape) if _is_cut(source, ref) else stored_bytes(source, ref.key)
+
+
+def _is_cut(source: Source, ref: KeptRef) -> bool:
+    return ref.group in TOWERS and source.dtypes[ref.key] in ("F32", "F64")
+
+
 def read_matrix(source: Source, ref: WeightRef) -> Tensor:
     """The canonical (out, in) matrix of ``ref`` in its stored dtype; of a fused tensor only one expert's slab is read.
 
@@ -130,7 +147,7 @@ def read_group(source: Source, layer: MoELayer, group: ProjectionGroup, experts:
 
 def decoder_layer(key: str, layer: MoELayer) -> int | None:
     """The number of the decoder layer that a stored tensor belongs to, None where it is outside; ``layer``: any one."""
-    prefix = layer.experts[0].gate.key.partition(f"layers.{layer.index}.")[0] + "layers."
+    prefix = layer.experts[0].gate.key.partition(f".{layer.index}.")[0] + "."  # most say layers, MolmoE says blocks
     return int(key[len(prefix) :].partition(".")[0]) if key.startswith(prefix) else None
 
 

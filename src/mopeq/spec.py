@@ -17,7 +17,7 @@ from typing import Any
 from mopeq.errors import MapError
 from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
 
-__all__ = ["Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "WeightRef"]
+__all__ = ["TOWERS", "Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "WeightRef"]
 
 
 @dataclass(frozen=True, order=True)
@@ -81,22 +81,36 @@ class MoELayer:
 
 @dataclass(frozen=True)
 class LinearRef:
-    """A quantizable ``nn.Linear`` outside the routed experts. ``key`` is its weight in the checkpoint."""
+    """A quantizable ``nn.Linear`` outside the routed experts.
+
+    ``key`` is its weight in the checkpoint; where that holds several matrices, ``rows`` = (start, stop, step) are its.
+    """
 
     module: str
     key: str
     shape: tuple[int, int]
     group: str
+    rows: tuple[int, int, int] | None = None
 
     @property
     def name(self) -> str:
-        """Name of its packed tensors, without suffix."""
-        return self.key.removesuffix(".weight")
+        """Name of its packed tensors, without suffix: the hub's, the last part the module.s if it is one of several."""
+        stored = self.key.removesuffix(".weight")
+        return stored if self.rows is None else f"{stored.rpartition('.')[0]}.{self.module.rpartition('.')[2]}"
+
+    @property
+    def weight(self) -> WeightRef:
+        """Where its matrix lies."""
+        return WeightRef(self.key, self.shape, rows=self.rows)
+
+
+TOWERS = ("vision", "projector")
+"""Groups of kept tensors that are stored in 16 bits even where the original has more."""
 
 
 @dataclass(frozen=True)
 class KeptRef:
-    """A tensor that stays as it is, and why: ``embedding``, ``norm``, ``router``, ``bias``, ``vision`` ..."""
+    """A tensor that is not quantized, and why: ``embedding``, ``norm``, ``router``, ``bias``, ``vision`` ..."""
 
     key: str
     shape: tuple[int, ...]

@@ -135,12 +135,35 @@ def test_weights_that_are_not_floats(olmoe: Source) -> None:
 @families
 def test_no_tensor_can_be_missing(tiny_model: Saver, family: str) -> None:
     source = open_source(tiny_model(family))
-    optional = re.compile(r"model\.visual\.|vision_model\.|multi_modal_projector\.|model\.norm\.bias|lm_head\.bias")
+    tower = re.compile(
+        r".*(visual|vision|projector|new_embedding)|image_newline|view_seperator|(model\.norm|lm_head)\.bias"
+    )
     for key in source.shapes:
-        if not optional.match(key):
+        if not tower.match(key):
             router = "router" in key or key.endswith(".gate.weight")
-            name = "router" if router else key.split(".layers.")[-1].partition(".")[2]
+            name = "router" if router else re.split(r"\.(?:layers|blocks)\.", key)[-1].partition(".")[2]
+            if family == "molmo":  # the message has the names of modules
+                last = name.split(".")[-2] if "." in name else ""
+                name = (
+                    MOLMO.get(last, name.removeprefix("attn.")) if last in MOLMO or name.startswith("attn.") else name
+                )
             refused(source.config, {k: s for k, s in source.shapes.items() if k != key}, name)
+
+
+def test_a_tensor_under_both_of_its_names(tiny_model: Saver) -> None:
+    source = open_source(tiny_model("molmo"))
+    name = "model.transformer.layers.0.self_attn.o_proj.weight"
+    refused(source.config, {**source.shapes, name: (64, 64)}, name, "blocks.0.attn.attn_out.weight are the same tensor")
+
+
+def test_another_language_model(tiny_model: Saver) -> None:
+    source = open_source(tiny_model("internvl"))
+    text = {**source.config["text_config"], "model_type": "qwen3"}
+    refused({**source.config, "text_config": text}, source.shapes, "this internvl has 'qwen3' as its language model")
+
+
+MOLMO = {"attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm", "att_proj": "self_attn.q_proj",
+         "attn_out": "self_attn.o_proj", "ln_f": "norm", "wte": "embed_tokens"}  # fmt: skip
 
 
 @families

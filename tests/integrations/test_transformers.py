@@ -17,11 +17,14 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 import packing
 import tiny
+from mopeq.adapters import describe
 from mopeq.checkpoint import read_manifest, verify
 from mopeq.errors import CheckpointError, InputError
 from mopeq.kernels import selected, using
 from mopeq.precision import Precision, PrecisionMap
 from mopeq.runtime import MixedExperts, QLinear, packed_modules
+from mopeq.source import open_source
+from mopeq.spec import TOWERS
 
 IDS = torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -115,7 +118,8 @@ def test_save_pretrained_writes_what_was_read(case: Case, tmp_path: Path) -> Non
     full = {name for name in first if first[name].dtype != second[name].dtype}
     assert all(first[name].equal(second[name]) for name in first if name not in full)
     assert all(first[name].float().equal(second[name]) for name in full)
-    assert full <= set(read_manifest(case.packed).full_tensors())  # 16-bit linears were loaded in float32
+    towers = {ref.key for ref in describe(open_source(case.original)).kept if ref.group in TOWERS}
+    assert full <= {*read_manifest(case.packed).full_tensors(), *towers}  # what has 16 bits was loaded in float32
     assert verify(tmp_path / "again", hashes=False) == read_manifest(case.packed)
     again = from_pretrained(tmp_path / "again", case.family, dtype=torch.float32)
     with torch.no_grad():
@@ -199,6 +203,20 @@ def test_uniform_maps_without_zeros_or_scales(
     assert error(model(IDS).logits, dense(IDS).logits) < 1e-5
     model.save_pretrained(tmp_path / "again")
     assert tiny.tensors(tmp_path / "again").keys() == tiny.tensors(tmp_path / "packed").keys()
+
+
+@torch.no_grad()
+def test_parts_of_a_joined_matrix_at_16_bits(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    """MolmoE's files have q, k and v in one; a packed checkpoint has them apart, and again when it is saved anew."""
+    original = tiny_model("molmo")
+    packing.pack_model(original, tmp_path / "packed", PrecisionMap.uniform({0: 8, 1: 8}, Precision(4, 32), rest={}))
+    model = from_pretrained(tmp_path / "packed", "molmo", dtype=torch.float32)
+    dense = from_pretrained(packing.dequantized(original, tmp_path / "packed", tmp_path / "dense"), "molmo")
+    assert error(model(IDS).logits, dense(IDS).logits) < 1e-5
+    model.save_pretrained(tmp_path / "again")
+    assert tiny.tensors(tmp_path / "again").keys() == tiny.tensors(tmp_path / "packed").keys()
+    again = from_pretrained(tmp_path / "again", "molmo", dtype=torch.float32)
+    assert error(again(IDS).logits, model(IDS).logits) < 1e-5
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 import tiny
 from mopeq.errors import CheckpointError
+from mopeq.kernels import selected
 from mopeq.kernels.layout import PARTS, GroupLayout
 from mopeq.precision import FULL, GROUPS, Precision
 from mopeq.qtensor import QTensor, dequantize, pack, pack_full
 from mopeq.quantizers import rtn
 from mopeq.runtime.experts import MixedExperts, pack_experts
-from mopeq.seam import is_experts
+from mopeq.runtime.packed import prepare
+from mopeq.seam import activate, gate_of, gate_up_bias, is_experts
 
 MIX = (
     FULL,
@@ -224,3 +226,30 @@ def test_refusals() -> None:
     pack_experts(module, 0, layout)
     with pytest.raises(CheckpointError, match="MopeqOlmoeExperts is no experts module"):
         pack_experts(module, 0, layout)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_kernel_knows_every_gate(family: str) -> None:
+    """The numbers of ``gate_of`` say what the module computes."""
+    module: Any = experts_of(family)
+    gate = gate_of(module)
+    assert gate is not None
+    g, u = torch.randn(2, 3, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 10
+    want = activate(module.double(), torch.cat([g, u], -1), torch.zeros(3, dtype=torch.int64))
+    bias = gate_up_bias(module, 0)
+    if bias is not None:
+        g, u = (g + bias[::2], u + bias[1::2]) if gate.interleaved else (g + bias[:128], u + bias[128:])
+    g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
+    assert close((u + gate.shift) * g * torch.sigmoid(gate.alpha * g), want, 1e-12)
+
+
+@pytest.mark.skipif(selected().name != "cpu", reason="no compiled kernel")
+def test_one_graph_when_compiled(pair: tuple[Any, Any]) -> None:
+    twin = copy.deepcopy(pair[1])
+    prepare(twin)
+    x = torch.randn(5, 64)
+    index, weights = routing(5, twin.num_experts, 2)
+    with torch.no_grad():
+        compiled = torch.compile(twin, fullgraph=True, backend="eager")
+        assert compiled(x, index, weights).equal(twin(x, index, weights))

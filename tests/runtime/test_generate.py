@@ -52,6 +52,15 @@ def test_sampling_repeats_with_its_seed_and_leaves_ours_alone(pair: tuple[Any, A
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_it_ends_where_it_is_told_and_at_the_last_position(pair: tuple[Any, Any]) -> None:
+    whole = generate(*pair, "abc", max_new_tokens=12)
+    asked = iter([False, False, True])
+    assert generate(*pair, "abc", max_new_tokens=12, stopped=lambda: next(asked)).tokens == whole.tokens[:3]
+    made = generate(*pair, "a" * 500, max_new_tokens=None)
+    assert len(made.tokens) <= 12
+    assert made.prompt_tokens == 500
+
+
 def test_stream_gives_the_text_in_pieces(pair: tuple[Any, Any]) -> None:
     model, tokenizer = pair
     pieces: list[str] = []
@@ -75,10 +84,17 @@ def test_conversations(pair: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}],
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+    ],
 )
 def test_numbers_out_of_range(pair: tuple[Any, Any], wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="expected at least 1, at least 0, and above 0 up to 1"):
+    with pytest.raises(InputError, match="expected at least 1, at least 0, above 0 up to 1, and at least 0"):
         generate(*pair, "a", **wrong)
 
 

@@ -70,14 +70,22 @@ def test_panels_take_the_place_of_the_plain_form() -> None:
 def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     made = model()
     prepare(made)
-    calls: list[int] = []
-    real = cpu.grouped_linear
-    monkeypatch.setattr(cpu, "grouped_linear", lambda *args: calls.append(1) or real(*args))
+    calls: list[str] = []
+    for name in ("grouped_linear", "experts"):
+        real = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *args, n=name, real=real: calls.append(n) or real(*args))
     outputs(made)
-    assert len(calls) == 3
+    assert calls == ["grouped_linear", "experts"]
     made["linear"](X.requires_grad_())
+    made["experts"](X, *routing(5, 8, 3))
     X.requires_grad_(False)
-    assert len(calls) == 3
+    index, weights = routing(5, 8, 3)
+    made["experts"](X, index, weights.requires_grad_()).sum().backward()
+    assert weights.grad is not None
+    assert calls[2:] == ["grouped_linear"] * 2  # the products have no gradient, their combination has
+    made["experts"].act_fn = nn.GELU()  # a gate that the kernel does not know
+    outputs(made)
+    assert calls[4:] == ["grouped_linear"] * 3
 
 
 @needs_library

@@ -17,7 +17,7 @@ from mopeq.adapters.families import FAMILIES
 from mopeq.adapters.family import spec_of
 from mopeq.errors import ModelError
 from mopeq.precision import DEFAULT_REST
-from mopeq.source import WEIGHT_DTYPES, Source, read_tensor, stored_bytes
+from mopeq.source import WEIGHT_DTYPES, Source, kept_bytes, read_tensor, stored_bytes
 from mopeq.spec import Inventory, MoESpec, fitting
 
 __all__ = ["SUPPORTED", "GroupRow", "coverage", "describe", "groups_table", "inventory_of", "spec_from"]
@@ -78,8 +78,8 @@ def _check_tied(source: Source, spec: MoESpec) -> None:
 
 
 def inventory_of(source: Source, spec: MoESpec) -> Inventory:
-    """The part of the specification that bytes depend on; kept tensors are stored as they are."""
-    kept = sum(stored_bytes(source, ref.key) for ref in spec.kept)
+    """The part of the specification that bytes depend on; kept tensors are stored as they are, towers in 16 bits."""
+    kept = sum(kept_bytes(source, ref) for ref in spec.kept)
     bare = spec.inventory(kept)
     return spec.inventory(kept, _header_bytes(spec, kept + 2 * (bare.expert_parameters + bare.linear_parameters)))
 
@@ -128,7 +128,7 @@ def groups_table(spec: MoESpec, source: Source) -> tuple[GroupRow, ...]:
     for group in sorted({ref.group for ref in spec.linears}):
         refs = [ref for ref in spec.linears if ref.group == group]
         got = sorted({fitting(DEFAULT_REST[group], *ref.shape) for ref in refs})
-        rows.append(_row(source, group, [r.key for r in refs], "quantized", ", ".join(map(str, got))))
+        rows.append(_row(source, group, sorted({r.key for r in refs}), "quantized", ", ".join(map(str, got))))
     rows += [
         _row(source, group, [ref.key for ref in spec.kept if ref.group == group], "kept", "")
         for group in sorted({ref.group for ref in spec.kept})

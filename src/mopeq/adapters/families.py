@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mopeq.adapters.family import MLA, MLA_QUERIES, Config, Family, count, numbers
+from mopeq.adapters.family import MLA, MLA_QUERIES, QKVO, Config, Family, count, numbers
 from mopeq.adapters.layouts import fused, per_expert
+from mopeq.models.published import deepseek_vl2, molmo
 
 __all__ = ["FAMILIES"]
 
@@ -85,7 +86,29 @@ _LLAMA4_TEXT = Family(
     shared="shared_expert",
 )
 
+_LLAVA_NAMES = (
+    (r"\Alanguage_model\.model\.", "model.language_model."),
+    (r"\Alanguage_model\.lm_head\.", "lm_head."),
+    (r"\A(vision_tower|multi_modal_projector)\.", r"model.\1."),
+)
+"""Files of models like LLaVA have decoder, tower and projector side by side; transformers nests them."""
+_LLAVA_TOWERS = {"model.vision_tower.": "vision", "model.multi_modal_projector.": "projector"}
+
 FAMILIES: dict[str, Family] = {
+    "aria": replace(
+        _OLMOE,
+        router="mlp.router",
+        router_keys=r"mlp\.router\.weight",
+        layouts=(
+            fused("mlp.experts.fc1.weight", "mlp.experts.fc2.weight", stored="in_out"),
+            fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj", stored="in_out"),
+        ),
+        shared="shared_experts",
+        text="text_config",
+        prefix="model.language_model.",
+        renamed=_LLAVA_NAMES,
+        towers=_LLAVA_TOWERS,
+    ),
     "olmoe": _OLMOE,
     "mixtral": _MIXTRAL,
     "phimoe": replace(_MIXTRAL, router="mlp.router", router_keys=r"block_sparse_moe\.gate\.weight|mlp\.router\.weight"),
@@ -114,7 +137,72 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": replace(_DEEPSEEK_V3, is_moe=_after_first(0), router_keys=r"mlp\.gate\.weight", extra_layers=False),
     "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_vl_v2": replace(  # either attention
+        _DEEPSEEK_V3,
+        attention={**MLA, **QKVO},
+        alternatives=frozenset({*MLA, *QKVO} - {"self_attn.o_proj"}),
+        is_moe=_after_first(0),
+        extra_layers=False,
+        read=deepseek_vl2,
+        text="text_config",
+        prefix="language.model.",
+        head="language.lm_head",
+        towers={
+            "vision.": "vision",
+            "projector.": "projector",
+            "image_newline": "projector",
+            "view_seperator": "projector",
+        },
+        dropped=r"vision\.attn_pool\..*",
+    ),
     "glm4_moe": _GLM4_MOE,
+    "glm4v_moe": replace(
+        _GLM4_MOE,
+        text="text_config",
+        prefix="model.language_model.",
+        towers={"model.visual.": "vision", "model.visual.merger.": "projector"},
+    ),
+    "internvl": replace(  # with Qwen3-MoE as its decoder
+        _QWEN3_MOE,
+        text="text_config",
+        decoders=("qwen3_moe",),
+        prefix="model.language_model.",
+        renamed=_LLAVA_NAMES,
+        towers=_LLAVA_TOWERS,
+    ),
+    "kimi_k25": replace(
+        _DEEPSEEK_V3,
+        text="text_config",
+        prefix="model.language_model.",
+        renamed=(
+            # transformers' own way back from its names turns layers into blocks
+            (r"\Alanguage_model\.model\.blocks\.", "language_model.model.layers."),
+            *_LLAVA_NAMES,
+            (r"\Amm_projector\.", "model.mm_projector."),
+        ),
+        towers={"model.vision_tower.": "vision", "model.mm_projector.": "projector"},
+    ),
+    "molmo": replace(
+        _OLMOE,
+        read=molmo,
+        text="text_config",
+        prefix="model.transformer.",
+        towers={
+            "model.vision_backbone.": "projector",
+            "model.vision_backbone.image_vit.": "vision",
+            "model.transformer.wte.new_embedding": "embedding",
+        },
+        renamed=(
+            (r"\Amodel\.transformer\.wte\.embedding\Z", "model.transformer.embed_tokens.weight"),
+            (r"\Amodel\.transformer\.ln_f\.", "model.transformer.norm."),
+            (r"\Amodel\.transformer\.blocks\.", "model.transformer.layers."),
+            (r"\.attn\.attn_norm\.", ".input_layernorm."),
+            (r"\.attn\.attn_out\.", ".self_attn.o_proj."),
+            (r"\.attn\.", ".self_attn."),
+            (r"\.mlp\.ff_norm\.", ".post_attention_layernorm."),
+        ),
+        joined={"self_attn.att_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
+    ),
     "gpt_oss": replace(
         _OLMOE,
         router="mlp.router",

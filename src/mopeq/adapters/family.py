@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mopeq.adapters.layouts import Layout, Shapes, Sizes, shape_error
 from mopeq.errors import ModelError
-from mopeq.spec import Expert, ExpertId, KeptRef, LinearRef, MoELayer, MoESpec
+from mopeq.spec import Expert, ExpertId, KeptRef, LinearRef, MoELayer, MoESpec, WeightRef
 
 __all__ = ["MLA", "MLA_QUERIES", "MLP", "QKVO", "Family", "count", "numbers", "spec_of"]
 
@@ -42,10 +42,13 @@ class Family:
     is_moe: whether layer ``i`` has routed experts. width: configuration entry of an expert's intermediate size.
     attention: matrices of attention; alternatives: those of them that not every model has.
     shared: module of the shared experts inside the block. biases, other: tensors kept (regular expressions).
-    text: entry of the language model's configuration in that of a vision-language model. prefix, head: of the language
+    text: entry of the language model's configuration in that of a vision-language model. decoders: the
+    language models it may have, where it may have others too. prefix, head: of the language
     model, absolute. towers: ``{absolute prefix: group}`` of what is kept whole. extra_layers: whether layers after the
-    last are multi-token-prediction heads. dropped: absolute names that transformers drops on load (regular expression).
-    tied: whether the head is the embedding if nothing says so.
+    last are multi-token-prediction heads. read: puts a published configuration into the words of transformers.
+    renamed: ``((pattern, replacement), ...)`` that turn names in files into those of modules, in order. joined:
+    ``{name of a matrix in files: matrices it holds, below each other}``. dropped: absolute names that transformers
+    drops on load (regular expression). tied: whether the head is the embedding if nothing says so.
     """
 
     block: str
@@ -62,10 +65,14 @@ class Family:
     biases: str = r"(?!)"
     other: str = r"(?!)"
     text: str = ""
+    decoders: tuple[str, ...] = ()
     prefix: str = "model."
     head: str = "lm_head"
     towers: Mapping[str, str] = field(default_factory=dict)
     extra_layers: bool = False
+    read: Callable[[Config], Config] = dict
+    renamed: tuple[tuple[str, str], ...] = ()
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: str = r"(?!)"
     tied: bool = False
 
@@ -113,9 +120,96 @@ def spec_of(model_type: str, family: Family, config: Config, shapes: Shapes) -> 
     Raises :class:`ModelError` for a model without routed experts, missing experts, shapes that contradict the
     configuration, layers that lack what the others have, and for any tensor that is none of these.
     """
+    config = family.read(config)
+    if not family.renamed:
+        return _account(model_type, family, config, shapes)
+    places = _places(family, shapes)
+    return _as_stored(family, _account(model_type, family, config, {n: p.shape for n, p in places.items()}), places)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor that goes by a module's name lies in a file."""
+
+    key: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int, int] | None = None
+
+
+def _places(family: Family, shapes: Shapes) -> dict[str, _Place]:
+    """``{name that transformers' modules give it: place}`` of every tensor."""
+    found: dict[str, _Place] = {}
+
+    def add(name: str, place: _Place) -> None:
+        if name in found:
+            raise ModelError(
+                f"{place.key} and {found[name].key} are the same tensor of the model; expected one of them; "
+                "download the checkpoint again"
+            )
+        found[name] = place
+
+    for key, shape in shapes.items():
+        name = key
+        for pattern, replacement in family.renamed:
+            name = re.sub(pattern, replacement, name)
+        whole = next((stem for stem in family.joined if name.endswith(f"{stem}.weight")), None)
+        if whole is None or len(shape) != 2 or shape[0] % len(family.joined[whole]):
+            add(name, _Place(key, shape))
+            continue
+        parts, prefix = family.joined[whole], name.removesuffix(f"{whole}.weight")
+        step = shape[0] // len(parts)
+        for i, part in enumerate(parts):
+            add(f"{prefix}{part}.weight", _Place(key, (step, shape[1]), (i * step, (i + 1) * step, 1)))
+    return found
+
+
+def _as_stored(family: Family, spec: MoESpec, places: Mapping[str, _Place]) -> MoESpec:
+    """A specification in modules' names, its tensors under the names that the files have."""
+
+    def stored(ref: WeightRef) -> WeightRef:
+        return replace(ref, key=places[ref.key].key)
+
+    def packed(name: str, index: int) -> str:
+        """The name that files have for an expert's matrix, or would have where experts are fused."""
+        if place := places.get(f"{name}.weight"):
+            return place.key.removesuffix(".weight")
+        prefix, norm = f"{family.prefix}layers.{index}.", "input_layernorm.weight"
+        return places[prefix + norm].key.removesuffix(norm) + name.removeprefix(prefix)
+
+    layers = tuple(
+        replace(
+            layer,
+            experts=tuple(
+                replace(
+                    e,
+                    gate=stored(e.gate),
+                    up=stored(e.up),
+                    down=stored(e.down),
+                    names={m: packed(n, layer.index) for m, n in e.names.items()},
+                )
+                for e in layer.experts
+            ),
+        )
+        for layer in spec.layers
+    )
+    return replace(
+        spec,
+        layers=layers,
+        linears=tuple(replace(r, key=places[r.key].key, rows=places[r.key].rows) for r in spec.linears),
+        kept=tuple(replace(r, key=places[r.key].key) for r in spec.kept),
+        ignored=tuple(places[key].key for key in spec.ignored),
+    )
+
+
+def _account(model_type: str, family: Family, config: Config, shapes: Shapes) -> MoESpec:
     text = config.get(family.text) if family.text else config
     if not isinstance(text, Mapping):
         raise ModelError(f"config.json of this {model_type} has no {family.text}; use the model's own config.json")
+    if family.decoders and text.get("model_type") not in family.decoders:
+        raise ModelError(
+            f"this {model_type} has {text.get('model_type')!r} as its language model; "
+            f"mopeq knows it with {' or '.join(family.decoders)}; give one of these"
+        )
     depth = count(text, "num_hidden_layers")
     if depth > len(shapes):
         raise ModelError(
@@ -129,7 +223,7 @@ def spec_of(model_type: str, family: Family, config: Config, shapes: Shapes) -> 
         experts=count(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         hidden=count(text, "hidden_size"),
         intermediate=count(text, family.width),
-        top_k=count(text, "num_experts_per_tok", "moe_k"),
+        top_k=count(text, "num_experts_per_tok", "moe_k", "moe_topk"),
     )
     if sizes.top_k > sizes.experts:
         raise ModelError(f"config.json asks for {sizes.top_k} of {sizes.experts} experts a token; expected at most all")

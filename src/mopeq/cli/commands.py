@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mopeq.cli import show
+from mopeq.cli.fit import fitted
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
@@ -152,6 +154,8 @@ def do_quantize(options: argparse.Namespace) -> None:
         require_new(Path(options.out))  # before a model is downloaded
     model = open_model(options.model).inventory
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
+    if options.fit:
+        options.budget = fitted(options, model)
     with drawn() as track:
         packed = quantize(
             options.model,
@@ -212,6 +216,15 @@ def do_chat(options: argparse.Namespace) -> None:
     from mopeq.runtime.generate import generate
 
     model, tokenizer = _loaded(options)
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        return generate(model, tokenizer, messages, **_sampling_of(options), stream=show.write).text
+
+    _converse(tokenizer, answer)
+
+
+def _converse(tokenizer: Any, answer: Callable[[list[dict[str, str]]], str]) -> None:
+    """Read lines and print what ``answer`` makes of the conversation so far, until an empty one."""
     if not getattr(tokenizer, "chat_template", None):
         print("this model has no chat template: it continues your text instead of answering", file=sys.stderr)
     print("empty line or Ctrl-D ends", file=sys.stderr)
@@ -224,9 +237,9 @@ def do_chat(options: argparse.Namespace) -> None:
         if not said:
             return None
         messages.append({"role": "user", "content": said})
-        made = generate(model, tokenizer, messages, **_sampling_of(options), stream=show.write)
+        text = answer(messages)
         print()
-        messages.append({"role": "assistant", "content": made.text})
+        messages.append({"role": "assistant", "content": text})
 
 
 def do_eval(options: argparse.Namespace) -> None:
@@ -337,7 +350,7 @@ def _check_original(model: str, against: str) -> None:
 
 
 def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     return {name: getattr(options, name) for name in names}
 
 

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from mopeq.cli import commands
+from mopeq.cli.fit import add_fit
+from mopeq.cli.moqe import add_moqe
+from mopeq.cli.serve import add_serve, do_serve
 from mopeq.precision import DEFAULT_BITS
 
 __all__ = ["parser"]
@@ -69,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--out", required=True, help="folder to make")
     how = p.add_mutually_exclusive_group(required=True)
     how.add_argument("--budget", help="3.0bpw (bits per routed-expert weight) or 1.4GB (the whole checkpoint)")
+    add_fit(p, how)
     how.add_argument("--map", help="precision.json from mopeq allocate")
     how.add_argument("--uniform", help="one precision for every expert, such as 3 or 4g128s")
     _calibration(p)
@@ -89,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     _model(p)
     _sampling(p)
 
+    add_serve(verb("serve", do_serve, "serve a model over HTTP, as OpenAI does", json=False))
+
     p = verb("eval", commands.do_eval, "perplexity, divergence from the original, tasks, speed")
     _model(p)
     p.add_argument("--against", metavar="MODEL", help="the original: adds KL divergence and top-1 agreement")
@@ -104,6 +110,8 @@ def parser() -> argparse.ArgumentParser:
     p = verb("report", commands.do_report, "make one HTML page from the files in DIR/mopeq")
     p.add_argument("folder", metavar="DIR")
     p.add_argument("-o", "--out", help="page to write (default: DIR/mopeq/report.html)")
+
+    add_moqe(verbs)
     return top
 
 
@@ -154,5 +162,6 @@ def _sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--top-k", type=int, default=0, help="0 samples from all tokens (default)")
     _seed(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1 ...")

@@ -8,7 +8,9 @@ packed buffer must have come from a file, because transformers replaces what is 
 
 from __future__ import annotations
 
+import copy
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -86,7 +88,7 @@ class MopeqHfQuantizer(HfQuantizer):
             for part in PARTS:
                 for group, names in (("gate_up", (gate, up)), ("down", (down,))):
                     sources = [f"{path}.*.{name}.{part}" for name in names]
-                    made.append(WeightConverter(sources, f"{path}.{group}_{part}", [FlatConcat()]))
+                    made.append(_Converter(sources, f"{path}.{group}_{part}", [FlatConcat()]))
         return made
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -155,6 +157,17 @@ class MopeqHfQuantizer(HfQuantizer):
 
     def _dequantize(self, *args: Any, **kwargs: Any) -> Any:
         raise InputError("a packed model was to be dequantized in memory; expected it to run packed; load the original")
+
+
+class _Converter(WeightConverter):
+    """One that copies fast: transformers deep-copies it for every tensor of a checkpoint, thousands of experts'."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: Any) -> _Converter:
+        made = copy.copy(self)
+        made.collected_tensors, made.layer_targets = defaultdict(list), defaultdict(set)
+        return made
 
 
 class FlatConcat(ConversionOps):

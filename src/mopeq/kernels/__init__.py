@@ -6,7 +6,7 @@
 
 from mopeq.kernels.cpu import convert
 from mopeq.kernels.layout import Form, GroupLayout, PackedGroup
-from mopeq.kernels.select import Selected, grouped_linear, linear, selected, using
+from mopeq.kernels.select import Selected, experts, grouped_linear, linear, selected, using
 
 __all__ = [
     "Form",
@@ -14,6 +14,7 @@ __all__ = [
     "PackedGroup",
     "Selected",
     "convert",
+    "experts",
     "grouped_linear",
     "linear",
     "selected",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_int, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from mopeq.errors import InputError
 from mopeq.kernels.layout import Form, PackedGroup
+from mopeq.seam import Gate
 
-__all__ = ["DIGITS", "ISAS", "convert", "grouped_linear", "isa", "library", "why_not"]
+__all__ = ["DIGITS", "ISAS", "convert", "experts", "grouped_linear", "isa", "library", "why_not"]
 
 LIBRARY = Path(__file__).with_name("libmopeq_cpu.so")
-ABI = 1
+ABI = 3
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
@@ -41,15 +43,33 @@ FAULTS = {
 }
 
 
-class _Job(ctypes.Structure):
-    """``mopeq_job`` of csrc/mopeq_cpu.h."""
+class Group(ctypes.Structure):
+    """``mopeq_group`` of csrc/mopeq_cpu.h."""
 
     _fields_ = (
-        ("x", c_void_p), ("rows", c_int64), ("inputs", c_int64), ("x_type", c_int64),
         ("codes", c_void_p), ("codes_size", c_int64), ("scales", c_void_p), ("scales_size", c_int64),
         ("zeros", c_void_p), ("zeros_size", c_int64), ("matrices", c_void_p), ("experts", c_int64),
-        ("per_expert", c_int64), ("offsets", c_void_p), ("out", c_void_p), ("out_features", c_int64),
-        ("digits", c_int64), ("threads", c_int64),
+        ("per_expert", c_int64),
+    )  # fmt: skip
+
+
+class _Job(ctypes.Structure):
+    """``mopeq_job``."""
+
+    _fields_ = (
+        ("x", c_void_p), ("rows", c_int64), ("inputs", c_int64), ("x_type", c_int64), ("group", Group),
+        ("offsets", c_void_p), ("out", c_void_p), ("out_features", c_int64), ("digits", c_int64), ("threads", c_int64),
+    )  # fmt: skip
+
+
+class _ExpertsJob(ctypes.Structure):
+    """``mopeq_experts_job``."""
+
+    _fields_ = (
+        ("x", c_void_p), ("tokens", c_int64), ("hidden", c_int64), ("x_type", c_int64), ("index", c_void_p),
+        ("weights", c_void_p), ("k", c_int64), ("gate_up", Group), ("down", Group), ("gate_up_bias", c_void_p),
+        ("down_bias", c_void_p), ("bias_type", c_int64), ("interleaved", c_int64), ("alpha", c_float),
+        ("limit", c_float), ("shift", c_float), ("out", c_void_p), ("digits", c_int64), ("threads", c_int64),
     )  # fmt: skip
 
 
@@ -66,6 +86,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     if abi != ABI:
         return None, f"{LIBRARY.name} has interface {abi}, this mopeq expects {ABI}; install mopeq again"
     lib.mopeq_grouped_linear.argtypes = [ctypes.POINTER(_Job)]
+    lib.mopeq_experts.argtypes = [ctypes.POINTER(_ExpertsJob)]
     lib.mopeq_repack_codes.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64]
     lib.mopeq_repack_scales.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
     lib.mopeq_repack_zeros.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
@@ -108,7 +129,7 @@ def isa() -> str:
     return ISAS[library().mopeq_isa()]
 
 
-def _check(code: int) -> None:
+def check(code: int) -> None:
     if code:
         raise InputError(f"the CPU kernel refuses its arguments: {FAULTS.get(code, f'fault {code}')}")
 
@@ -125,47 +146,104 @@ def _parts(name: str, tensor: Tensor | None, dtype: torch.dtype) -> tuple[int | 
     return tensor.data_ptr(), tensor.numel()
 
 
+def _fits(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise InputError(f"the CPU kernel got {name} {list(tensor.shape)}; expected {list(shape)}")
+
+
+def group_of(qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor) -> Group:
+    if table.dim() != 3 or table.shape[2] != 8:
+        raise InputError(f"the CPU kernel got a table {list(table.shape)}; expected (experts, matrices, 8)")
+    return Group(
+        *_parts("qweight", qweight, torch.uint8), *_parts("scales", scales, torch.float16),
+        *_parts("zeros", zeros, torch.uint8), _parts("table", table, torch.int64)[0], *table.shape[:2],
+    )  # fmt: skip
+
+
 def _grouped_linear(
     x: Tensor, qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor, offsets: Tensor | None,
     out_features: int, digits: int,
 ) -> Tensor:  # fmt: skip
     x = x.contiguous()
-    if x.dim() != 2 or x.dtype not in TYPES or table.dim() != 3 or table.shape[2] != 8 or out_features < 1:
+    if x.dim() != 2 or x.dtype not in TYPES or out_features < 1:
         raise InputError(
-            f"the CPU kernel got x {x.dtype} {list(x.shape)}, table {list(table.shape)}, {out_features} outputs; "
-            f"expected float32, bfloat16 or float16 (rows, inputs) and a table (experts, matrices, 8)"
+            f"the CPU kernel got x {x.dtype} {list(x.shape)} and {out_features} outputs; "
+            f"expected float32, bfloat16 or float16 (rows, inputs), and at least one output"
         )
-    experts, per_expert, _ = table.shape
+    group = group_of(qweight, scales, zeros, table)
     at, count = _parts("offsets", offsets, torch.int64)
-    if offsets is not None and count != experts + 1:
-        raise InputError(f"the CPU kernel got {count} offsets for {experts} experts; expected {experts + 1}")
-    out = torch.empty(x.shape[0], out_features, dtype=torch.float32)
+    if offsets is not None and count != group.experts + 1:
+        raise InputError(
+            f"the CPU kernel got {count} offsets for {group.experts} experts; expected {group.experts + 1}"
+        )
+    out = torch.empty(x.shape[0], out_features, dtype=x.dtype)
     job = _Job(
-        *(_parts("x", x, x.dtype)[0], x.shape[0], x.shape[1], TYPES[x.dtype]), *_parts("qweight", qweight, torch.uint8),
-        *_parts("scales", scales, torch.float16), *_parts("zeros", zeros, torch.uint8),
-        _parts("table", table, torch.int64)[0], experts, per_expert, at, out.data_ptr(), out_features,
-        digits, torch.get_num_threads(),
+        _parts("x", x, x.dtype)[0], *x.shape, TYPES[x.dtype], group, at, out.data_ptr(), out_features, digits,
+        torch.get_num_threads(),
     )  # fmt: skip
     if x.shape[0]:
-        _check(library().mopeq_grouped_linear(ctypes.byref(job)))
-    return out.to(x.dtype)
+        check(library().mopeq_grouped_linear(ctypes.byref(job)))
+    return out
 
 
-_LIBRARY: Any = torch.library.Library("mopeq", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "grouped_linear(Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor table, Tensor? offsets, "
-    "int out_features, int digits) -> Tensor"
-)
-# an operator is opaque in a graph, but Dynamo would still look into Python that runs inside one
-_LIBRARY.impl("grouped_linear", torch.compiler.disable(_grouped_linear), "CPU")  # type: ignore[no-untyped-call]
+def _experts(
+    x: Tensor, index: Tensor, weights: Tensor,
+    gate_up: Tensor, gate_up_scales: Tensor | None, gate_up_zeros: Tensor | None, gate_up_table: Tensor,
+    down: Tensor, down_scales: Tensor | None, down_zeros: Tensor | None, down_table: Tensor,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, interleaved: bool, gate: Sequence[float], digits: int,
+) -> Tensor:  # fmt: skip
+    x, index, weights = x.contiguous(), index.contiguous(), weights.float().contiguous()
+    biases = [b for b in (gate_up_bias, down_bias) if b is not None]
+    if x.dim() != 2 or x.dtype not in TYPES or any(b.dtype not in TYPES or b.dtype != biases[0].dtype for b in biases):
+        raise InputError(
+            f"the CPU kernel got x {x.dtype} {list(x.shape)} and biases {[b.dtype for b in biases]}; expected float32, "
+            f"bfloat16 or float16 (tokens, hidden), and biases of one of these types"
+        )
+    groups = (
+        group_of(gate_up, gate_up_scales, gate_up_zeros, gate_up_table),
+        group_of(down, down_scales, down_zeros, down_table),
+    )
+    (tokens, hidden), experts, inner = x.shape, len(down_table), int(down_table[0, 0, 4]) if down_table.numel() else 0
+    _fits("index", index, (tokens, *index.shape[1:2]))
+    _fits("weights", weights, tuple(index.shape))
+    _fits("gate_up_bias", gate_up_bias, (experts, 2 * inner))
+    _fits("down_bias", down_bias, (experts, hidden))
+    out = torch.empty_like(x)
+    job = _ExpertsJob(
+        _parts("x", x, x.dtype)[0], tokens, hidden, TYPES[x.dtype], _parts("index", index, torch.int64)[0],
+        _parts("weights", weights, torch.float32)[0], index.shape[1], *groups,
+        *(None if b is None else _parts("bias", b, b.dtype)[0] for b in (gate_up_bias, down_bias)),
+        TYPES[biases[0].dtype] if biases else 0, interleaved, *gate, out.data_ptr(), digits, torch.get_num_threads(),
+    )  # fmt: skip
+    if tokens:
+        check(library().mopeq_experts(ctypes.byref(job)))
+    return out
 
 
-@torch.library.register_fake("mopeq::grouped_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _shape(
+def _shape_of_linear(
     x: Tensor, qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor, offsets: Tensor | None,
     out_features: int, digits: int,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], out_features)
+
+
+def _shape_of_experts(x: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+_LIBRARY: Any = torch.library.Library("mopeq", "DEF")  # type: ignore[no-untyped-call]
+_PACKED = "Tensor {0}, Tensor? {0}_scales, Tensor? {0}_zeros, Tensor {0}_table"
+for _name, _schema, _call, _fake in (
+    ("grouped_linear", "Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor table, Tensor? offsets, "
+     "int out_features, int digits", _grouped_linear, _shape_of_linear),
+    ("experts", f"Tensor x, Tensor index, Tensor weights, {_PACKED.format('gate_up')}, {_PACKED.format('down')}, "
+     "Tensor? gate_up_bias, Tensor? down_bias, bool interleaved, float[] gate, int digits", _experts,
+     _shape_of_experts),
+):  # fmt: skip
+    _LIBRARY.define(f"{_name}({_schema}) -> Tensor")
+    # an operator is opaque in a graph, but Dynamo would still look into Python that runs inside one
+    _LIBRARY.impl(_name, torch.compiler.disable(_call), "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"mopeq::{_name}", _fake, lib=_LIBRARY)
 
 
 def grouped_linear(x: Tensor, packed: PackedGroup, offsets: Tensor | None = None, digits: int | None = None) -> Tensor:
@@ -182,6 +260,29 @@ def grouped_linear(x: Tensor, packed: PackedGroup, offsets: Tensor | None = None
     return out
 
 
+def experts(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: PackedGroup, down: PackedGroup, gate: Gate,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None), digits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """A layer's experts in one call, for matrices in panels; without gradients.
+
+    ``x`` (tokens, H), ``index`` int64 (tokens, k) of which numbers of no expert add nothing, ``weights`` (tokens, k),
+    ``biases`` of gate and up (experts, 2I) and of down (experts, H) as the module has them. The twin that defines
+    correct is :class:`mopeq.runtime.MixedExperts` on torch; here all that lies between ``x`` and the result is in
+    float32, and only the result is rounded to ``x``'s type.
+    """
+    if gate_up.form != "panels" or down.form != "panels":
+        raise InputError(
+            f"the CPU kernel got matrices in {gate_up.form} and {down.form} form; expected panels; convert them first"
+        )
+    out: Tensor = torch.ops.mopeq.experts.default(
+        x, index, weights, gate_up.qweight, gate_up.scales, gate_up.zeros, gate_up.layout.table,
+        down.qweight, down.scales, down.zeros, down.layout.table, *biases, gate.interleaved,
+        (gate.alpha, gate.limit, gate.shift), DIGITS.get(x.dtype, 0) if digits is None else digits,
+    )  # fmt: skip
+    return out
+
+
 def convert(packed: PackedGroup, form: Form) -> PackedGroup:
     """The same matrices in another form, in the same buffers, which are overwritten one matrix after the other."""
     if packed.form == form:
@@ -189,19 +290,20 @@ def convert(packed: PackedGroup, form: Form) -> PackedGroup:
     if not packed.layout.has_panels:
         raise InputError(f"rows of {packed.layout.shapes[0][1]} inputs have no panels; expected a multiple of 32")
     lib, forward, threads = library(), int(form == "panels"), torch.get_num_threads()
+    assert packed.layout.table.numel()  # made before the first product, because torch.compile could not make it
     for expert, precision in enumerate(packed.layout.precisions):
         if precision.bits == 16:
             continue
         for q in packed.stored(expert):
             (rows, inputs), groups, bits = q.shape, q.scales.shape[1], precision.bits
             before = q.qweight.clone()
-            _check(lib.mopeq_repack_codes(before.data_ptr(), _parts("qweight", q.qweight, torch.uint8)[0],
+            check(lib.mopeq_repack_codes(before.data_ptr(), _parts("qweight", q.qweight, torch.uint8)[0],
                                           rows, inputs, bits, forward, threads))  # fmt: skip
             before = q.scales.clone()
-            _check(lib.mopeq_repack_scales(before.data_ptr(), _parts("scales", q.scales, torch.float16)[0],
+            check(lib.mopeq_repack_scales(before.data_ptr(), _parts("scales", q.scales, torch.float16)[0],
                                            rows, groups, forward))  # fmt: skip
             if q.zeros is not None:
                 before = q.zeros.clone()
-                _check(lib.mopeq_repack_zeros(before.data_ptr(), _parts("zeros", q.zeros, torch.uint8)[0],
+                check(lib.mopeq_repack_zeros(before.data_ptr(), _parts("zeros", q.zeros, torch.uint8)[0],
                                               rows, groups, bits, forward))  # fmt: skip
     return PackedGroup(packed.layout, packed.qweight, packed.scales, packed.zeros, form)

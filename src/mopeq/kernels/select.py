@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -15,8 +15,9 @@ from torch import Tensor
 from mopeq.errors import InputError
 from mopeq.kernels import cpu, naive
 from mopeq.kernels.layout import PackedGroup
+from mopeq.seam import Gate
 
-__all__ = ["Selected", "grouped_linear", "linear", "selected", "using"]
+__all__ = ["Selected", "experts", "grouped_linear", "linear", "selected", "using"]
 
 NAMES = ("auto", "cpu", "naive")
 _asked: str | None = None
@@ -76,13 +77,16 @@ def using(name: str) -> Iterator[Selected]:
         selected()
 
 
-def _takes(x: Tensor, packed: PackedGroup) -> bool:
-    """Whether the compiled kernel takes this product: in panels, of its types, and no gradient is wanted."""
+def _takes(x: Tensor, *packed: PackedGroup, others: Iterable[Tensor | None] = ()) -> bool:
+    """Whether the compiled kernel takes a product: in panels, of its types, and no gradient is wanted.
+
+    ``others`` are what else goes into it and could want a gradient.
+    """
     return (
-        packed.form == "panels"
+        all(group.form == "panels" for group in packed)
         and x.device.type == "cpu"
         and x.dtype in cpu.TYPES
-        and not (x.requires_grad and torch.is_grad_enabled())
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
         and (selected().name == "cpu" if _compiled_selected is None else _compiled_selected)
     )
 
@@ -93,9 +97,19 @@ def grouped_linear(x: Tensor, packed: PackedGroup, offsets: Tensor) -> Tensor:
     return kernel(x, packed, offsets)
 
 
+def experts(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: PackedGroup, down: PackedGroup, gate: Gate,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor | None:  # fmt: skip
+    """A layer's experts in one call, :func:`mopeq.kernels.cpu.experts`; None where the compiled kernel cannot."""
+    if _takes(x, gate_up, down, others=(weights, *biases)):
+        return cpu.experts(x, index, weights, gate_up, down, gate, biases)
+    return None
+
+
 def linear(x: Tensor, packed: PackedGroup) -> Tensor:
-    """``x (..., in)`` times the only matrix of a group: ``(..., out)`` in ``x``'s type."""
+    """``x (..., in)`` times the matrices of a group's only expert, one after the other: ``(..., out)`` in its type."""
     if _takes(x, packed):
         return cpu.grouped_linear(x.reshape(-1, x.shape[-1]), packed).view(*x.shape[:-1], packed.out_features)
-    (matrix,) = packed.matrices(0)
-    return naive.linear(x, matrix)
+    products = [naive.linear(x, matrix) for matrix in packed.matrices(0)]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)

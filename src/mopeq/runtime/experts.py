@@ -6,7 +6,7 @@ The original module keeps its configuration, gate function and biases; its two 3
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mopeq.errors import CheckpointError
-from mopeq.kernels import GroupLayout, PackedGroup, grouped_linear
+from mopeq.kernels import GroupLayout, PackedGroup, experts, grouped_linear
 from mopeq.kernels.layout import PARTS
 from mopeq.precision import GROUPS, ProjectionGroup
 from mopeq.runtime.packed import PackedModule
-from mopeq.seam import activate, down_bias, is_experts, weighs_input
+from mopeq.seam import activate, down_bias, gate_of, gate_up_bias, is_experts, weighs_input
 
-__all__ = ["MixedExperts", "pack_experts"]
+__all__ = ["MixedExperts", "bounds", "mix", "pack_experts"]
 
 
 class MixedExperts(PackedModule):
@@ -49,24 +49,26 @@ class MixedExperts(PackedModule):
         Llama 4 gives (experts * tokens, H), already weighted, and gets as many rows back.
         """
         if top_k_index is None or top_k_weights is None:
-            return self._every_expert(hidden_states)
-        tokens, k = top_k_index.shape
-        ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        rows = self._run(hidden_states[order // k], ids)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        back, inside = back.view(tokens, k), (top_k_index >= 0) & (top_k_index < self._experts)
-        # float32, in the router's order: reproducible on every device, rounded once (docs/numerics.md)
-        total = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
-        for slot in range(k):
-            weight = torch.where(inside[:, slot], top_k_weights[:, slot].float(), 0.0)
-            total = total + rows[back[:, slot]].float() * weight.unsqueeze(-1)
-        return total.to(hidden_states.dtype)
+            return cast(Tensor, self._every_expert(hidden_states))
+        gate, biases = gate_of(self), (gate_up_bias(self, ...), down_bias(self, ...))
+        if gate is not None:
+            groups = self.packed("gate_up"), self.packed("down")
+            done = experts(hidden_states, top_k_index, top_k_weights, *groups, gate, biases)
+            if done is not None:
+                return done
+        return cast(Tensor, self._on_torch(hidden_states, top_k_index, top_k_weights))
+
+    # how many tokens an expert gets is data: torch.compile would make a graph for every count, so it goes around
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _on_torch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What :func:`mopeq.kernels.experts` computes, in steps that have gradients: the definition."""
+        return mix(hidden_states, top_k_index, top_k_weights, self._experts, self._run)
 
     @property
     def _experts(self) -> int:
         return len(self.mopeq_layouts["down"].precisions)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _every_expert(self, hidden_states: Tensor) -> Tensor:
         """Rows (experts * tokens, H), expert after expert. Rows of zeros, tokens not routed there, stay zeros."""
         ids = torch.arange(self._experts, device=hidden_states.device).repeat_interleave(
@@ -79,8 +81,7 @@ class MixedExperts(PackedModule):
 
     def _run(self, x: Tensor, ids: Tensor) -> Tensor:
         """Rows ``x`` (rows, H), sorted by expert, each through its expert of ``ids`` (rows,), if that is known."""
-        experts = torch.arange(self._experts + 1, device=ids.device, dtype=ids.dtype)
-        offsets = torch.searchsorted(ids, experts)
+        offsets = bounds(ids, self._experts)
         known = ids.clamp(0, self._experts - 1)
         gate_up = grouped_linear(x, self.packed("gate_up"), offsets)
         rows = grouped_linear(activate(self, gate_up, known), self.packed("down"), offsets)
@@ -100,11 +101,37 @@ class MixedExperts(PackedModule):
         return f"layer={self.mopeq_layer}, precisions={counts}"
 
 
+def mix(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: int,
+    run: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """Each token's sum of its experts' outputs by routing weight: (tokens, H), (tokens, k), (tokens, k) to (tokens, H).
+
+    ``run(x (rows, H), ids (rows,))`` gives the experts' outputs (rows, H); ids ascend. Ids outside ``range(experts)``
+    count nothing.
+    """
+    tokens, k = top_k_index.shape
+    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    rows = run(hidden_states[order // k], ids)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    back, inside = back.view(tokens, k), (top_k_index >= 0) & (top_k_index < experts)
+    # float32, in the router's order: reproducible on every device, rounded once (docs/numerics.md)
+    total = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
+    for slot in range(k):
+        weight = torch.where(inside[:, slot], top_k_weights[:, slot].float(), 0.0)
+        total = total + rows[back[:, slot]].float() * weight.unsqueeze(-1)
+    return total.to(hidden_states.dtype)
+
+
+def bounds(ids: Tensor, experts: int) -> Tensor:
+    """Ascending ids to ``offsets`` (experts + 1,), as :mod:`mopeq.kernels` takes them."""
+    return torch.searchsorted(ids, torch.arange(experts + 1, device=ids.device, dtype=ids.dtype))
+
+
 @cache
 def _mixed(cls: Any) -> type[nn.Module]:
-    # how many tokens an expert gets is data: torch.compile would make a graph for every count, so it goes around
-    body = {"__module__": __name__, "forward": torch.compiler.disable(MixedExperts.forward)}  # type: ignore[no-untyped-call]
-    return type(f"Mopeq{cls.__name__}", (MixedExperts, cls), body)
+    return type(f"Mopeq{cls.__name__}", (MixedExperts, cls), {"__module__": __name__})
 
 
 def _remake(cls: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Text from a prompt, through transformers' ``generate``."""
+"""Text from a prompt."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from mopeq.errors import InputError
+from mopeq.runtime.decode import Sampling, decode
 
-__all__ = ["Generation", "Messages", "generate", "render"]
+__all__ = ["Generation", "Messages", "generate", "generate_many", "render"]
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: ``{"role": "user" | "assistant" | "system", "content": ...}`` in order."""
@@ -47,11 +48,13 @@ def generate(
     tokenizer: Any,
     prompt: str | Messages,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> Generation:
     """Continue a prompt.
 
@@ -59,89 +62,136 @@ def generate(
         model: a transformers model, packed or not.
         tokenizer: its tokenizer.
         prompt: text, taken as it is, or a conversation, put through :func:`render`.
-        max_new_tokens: stop after so many.
+        max_new_tokens: stop after so many; None: at the end of the model's positions.
         temperature: 0 takes the most likely token every time.
         top_p: sample from the smallest set of tokens with this probability.
+        top_k: sample from so many of the likeliest tokens; 0 takes all.
         seed: makes sampling repeatable; the caller's random state is left alone.
         stream: called with each piece of text when it is known.
+        stopped: asked after each token; True ends the generation there.
 
     Raises:
         InputError: an empty prompt, more tokens than the model has positions, or numbers out of range.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
-        raise InputError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}; "
-            f"expected at least 1, at least 0, and above 0 up to 1"
-        )
+    _check(max_new_tokens, temperature, top_p, top_k)
     templated = not isinstance(prompt, str)
     text = render(tokenizer, prompt) if not isinstance(prompt, str) else prompt
     has_template = templated and getattr(tokenizer, "chat_template", None)
     encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not has_template)
     count = encoded["input_ids"].shape[1]
+    max_new_tokens = _room(model, count, max_new_tokens)
+    device = model.get_input_embeddings().weight.device
+    sampling, stops = Sampling(temperature, top_p, top_k), _stops(model, tokenizer)
+    pieces, tokens = _Pieces(tokenizer, stream or (lambda piece: None)), list[int]()
+    started = time.perf_counter()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+        for token in decode(model, encoded["input_ids"].to(device), max_new_tokens, stops, sampling):
+            tokens.append(token)
+            if stream is not None:
+                pieces.show(tokens)
+            if stopped is not None and stopped():
+                break
+    seconds = time.perf_counter() - started
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    pieces.give(text)
+    return Generation(text, tuple(tokens), seconds, count)
+
+
+def generate_many(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[torch.Tensor],
+    *,
+    max_new_tokens: int | None = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+) -> list[Generation]:
+    """Continue prompts of token ids int64 (n,) together, padded on the left, through transformers' ``generate``.
+
+    Arguments and errors as :func:`generate`. ``seconds`` is the batch's; what is sampled is not what each prompt would
+    get by itself.
+    """
+    from transformers import GenerationConfig
+
+    _check(max_new_tokens, temperature, top_p, top_k)
+    longest = max(len(prompt) for prompt in prompts)
+    most = min(_room(model, len(prompt), max_new_tokens) for prompt in prompts)
+    device = model.get_input_embeddings().weight.device
+    stops = sorted(_stops(model, tokenizer))
+    own = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *stops)
+    pad = next((token for token in own if token is not None), 0)
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=most, do_sample=temperature > 0, eos_token_id=stops or None, pad_token_id=pad, **sampling
+    )
+    started = time.perf_counter()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+    seconds = time.perf_counter() - started
+    made = []
+    for prompt, row in zip(prompts, output[:, longest:].tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))  # what follows is padding
+        text = tokenizer.decode(row[:end], skip_special_tokens=True)
+        made.append(Generation(text, tuple(row[:end]), seconds, len(prompt)))
+    return made
+
+
+def _check(max_new_tokens: int | None, temperature: float, top_p: float, top_k: int) -> None:
+    least = 1 if max_new_tokens is None else max_new_tokens
+    if least < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
+        raise InputError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}, top_k {top_k}; "
+            f"expected at least 1, at least 0, above 0 up to 1, and at least 0"
+        )
+
+
+def _room(model: Any, count: int, max_new_tokens: int | None) -> int:
+    """New tokens that a prompt of ``count`` may get, which the model's positions bound."""
     if count == 0:
         raise InputError("the prompt is empty; give at least one token")
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_new_tokens is None:
+        if most is None:
+            raise InputError("this model names no number of positions; expected max_new_tokens")
+        max_new_tokens = max(most - count, 1)
     if most is not None and count + max_new_tokens > most:
         raise InputError(
             f"{count} tokens of prompt and {max_new_tokens} new ones; this model takes at most {most} in all; "
             "shorten the prompt, or ask for fewer new tokens"
         )
-    device = model.get_input_embeddings().weight.device
-    inputs = {k: encoded[k].to(device) for k in ("input_ids", "attention_mask")}
-    started = time.perf_counter()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        if seed is not None:
-            torch.manual_seed(seed)
-        output = model.generate(
-            **inputs,
-            generation_config=_settings(model, tokenizer, max_new_tokens, temperature, top_p),
-            streamer=None if stream is None else _Pieces(tokenizer, count, stream),
-        )
-    seconds = time.perf_counter() - started
-    tokens = output[0, count:].tolist()
-    return Generation(tokenizer.decode(tokens, skip_special_tokens=True), tuple(tokens), seconds, count)
+    return max_new_tokens
 
 
-def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float) -> Any:
-    """Exactly what was asked for; only the special tokens are the model's."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    stop = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    pad = own.pad_token_id if own.pad_token_id is not None else tokenizer.pad_token_id
-    if pad is None:
-        pad = stop[0] if isinstance(stop, list) else stop
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        eos_token_id=stop,
-        pad_token_id=pad,
-        bos_token_id=own.bos_token_id,
-        **sampling,
-    )
+def _stops(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text: the model's, else the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    found = own if own is not None else tokenizer.eos_token_id
+    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
 class _Pieces:
-    """transformers' streamer protocol: gives text on as soon as its bytes are whole."""
+    """Gives text on as soon as its bytes are whole."""
 
-    def __init__(self, tokenizer: Any, prompt_tokens: int, give: Callable[[str], None]) -> None:
-        self.tokenizer, self.skip, self.give = tokenizer, prompt_tokens, give
-        self.tokens: list[int] = []
-        self.given = ""
+    def __init__(self, tokenizer: Any, stream: Callable[[str], None]) -> None:
+        self.tokenizer, self.stream, self.given = tokenizer, stream, 0
 
-    def put(self, value: torch.Tensor) -> None:
-        new = value.flatten().tolist()
-        self.tokens += new[self.skip :]
-        self.skip = max(0, self.skip - len(new))
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+    def show(self, tokens: list[int]) -> None:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # an unfinished character
-            self._give(text)
+            self.give(text)
 
-    def end(self) -> None:
-        self._give(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-
-    def _give(self, text: str) -> None:
-        if len(text) > len(self.given):
-            self.give(text[len(self.given) :])
-            self.given = text
+    def give(self, text: str) -> None:
+        if len(text) > self.given:
+            self.stream(text[self.given :])
+            self.given = len(text)

@@ -21,6 +21,40 @@ float half(uint16_t h) {
   return sign ? -v : v;
 }
 
+uint32_t bits_of(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+
+uint16_t to_brain(float v) {
+  const uint32_t b = bits_of(v), rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+  return uint16_t((b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+uint16_t to_half(float v) {
+  const uint32_t b = bits_of(v), sign = b >> 16 & 0x8000, rest = b & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more
+  if (rest < 0x38800000)  // subnormal: adding 0.5 leaves multiples of 2^-24 in the last bits
+    return uint16_t(sign | (bits_of(as_float(rest) + 0.5f) - 0x3f000000));
+  return uint16_t(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
+}
+
+// e^x for |x| <= 88, within 2 units of the last place. Cody and Waite's reduction, and the polynomial of Cephes' expf.
+float exponential(float x) {
+  const float shifted = x * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f;
+  const float r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return x == x ? as_float(bits_of(p) + (bits_of(shifted) << 23)) : x;
+}
+
 constexpr float ROUND = 0x1.8p23f;      // adding and subtracting it rounds to the nearest integer
 constexpr float SMALLEST = 0x1p-100f;   // a block whose largest is smaller counts as zeros
 
@@ -36,6 +70,35 @@ void widen(const void *x, int64_t type, int64_t count, float *to) {
     for (int64_t i = 0; i < count; i++) to[i] = as_float(uint32_t(from[i]) << 16);
   } else {
     for (int64_t i = 0; i < count; i++) to[i] = half(from[i]);
+  }
+}
+
+void narrow(const float *x, int64_t type, int64_t count, void *to) {
+  if (type == MOPEQ_F32) {
+    std::memcpy(to, x, size_t(count) * 4);
+    return;
+  }
+  auto *out = static_cast<uint16_t *>(to);
+  if (type == MOPEQ_BF16) {
+    for (int64_t i = 0; i < count; i++) out[i] = to_brain(x[i]);
+  } else {
+    for (int64_t i = 0; i < count; i++) out[i] = to_half(x[i]);
+  }
+}
+
+void exponentials(float *x, int64_t count) {
+  for (int64_t i = 0; i < count; i++) x[i] = exponential(-88.0f > x[i] ? -88.0f : x[i]);
+}
+
+void gated(const float *gate, const float *up, int64_t count, float alpha, float limit, float shift, float *to) {
+  for (int64_t i = 0; i < count; i++) {
+    const float g = limit < gate[i] ? limit : gate[i];  // undefined numbers stay so
+    float u = limit < up[i] ? limit : up[i];
+    u = -limit > u ? -limit : u;
+    float x = -alpha * g;
+    x = 88.0f < x ? 88.0f : x;
+    x = -88.0f > x ? -88.0f : x;
+    to[i] = (u + shift) * (g / (1.0f + exponential(x)));
   }
 }
 

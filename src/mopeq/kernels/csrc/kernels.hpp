@@ -23,11 +23,11 @@ struct Panel {
   int64_t groups, blocks;  // blocks of 32 inputs in a group
 };
 
-// Outputs of a tile of tokens from `row` on: out[t * stride + 0 .. height).
-using PanelKernel = void (*)(const Panel &, const Activations &, int64_t row, float *out, int64_t stride);
+// Outputs of a tile of tokens, t being row rows[t] of the activations: out[t * stride + 0 .. height).
+using PanelKernel = void (*)(const Panel &, const Activations &, const int64_t *rows, float *out, int64_t stride);
 // The same for `height` rows of bfloat16; x (rows, inputs) float32.
-using DenseKernel = void (*)(const uint16_t *weight, int64_t height, int64_t inputs, const float *x, float *out,
-                             int64_t stride);
+using DenseKernel = void (*)(const uint16_t *weight, int64_t height, int64_t inputs, const float *x,
+                             const int64_t *rows, float *out, int64_t stride);
 
 struct Kernels {
   PanelKernel panel[6][MAX_DIGITS][3][2];  // width 2 3 4 5 6 8; digits - 1; tile of 1, 2, 4 tokens; height 8, 16

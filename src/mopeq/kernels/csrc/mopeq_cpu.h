@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { MOPEQ_ABI = 1 };
+enum { MOPEQ_ABI = 3 };
 
 // Type of the activations.
 enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
@@ -36,9 +36,8 @@ typedef struct {
   int64_t bits, group, symmetric, rows, inputs, codes, scales, zeros;
 } mopeq_matrix;
 
+// The matrices of all experts of a layer in one projection group, and the buffers that they lie in.
 typedef struct {
-  const void *x;  // (rows, inputs) contiguous, of type x_type
-  int64_t rows, inputs, x_type;
   const uint8_t *codes;
   int64_t codes_size;
   const uint16_t *scales;
@@ -47,12 +46,55 @@ typedef struct {
   int64_t zeros_size;
   const mopeq_matrix *matrices;  // (experts, matrices of an expert)
   int64_t experts, per_expert;
+} mopeq_group;
+
+typedef struct {
+  const void *x;  // (rows, inputs) contiguous, of type x_type
+  int64_t rows, inputs, x_type;
+  mopeq_group group;
   const int64_t *offsets;  // (experts + 1), or null: all rows to the only expert
-  float *out;              // (rows, out_features) contiguous
+  void *out;               // (rows, out_features) contiguous, of type x_type
   int64_t out_features;
   int64_t digits;   // int8 digits of an activation, 1 to 3
   int64_t threads;  // at most so many
 } mopeq_job;
+
+// A layer's experts: out[t] = sum over slots of weights[t][slot] * down(gate(gate_up(x[t]))) of expert
+// index[t][slot], added up in float32 in the order of the slots. Indices outside [0, experts) add nothing. With g and u
+// of gate_up, biases added: gate(g, u) = (max(min(u, limit), -limit) + shift) * g' * sigmoid(alpha * g'), g' = min(g, limit).
+typedef struct {
+  const void *x;  // (tokens, hidden) contiguous, of type x_type
+  int64_t tokens, hidden, x_type;
+  const int64_t *index;  // (tokens, k)
+  const float *weights;  // (tokens, k)
+  int64_t k;
+  mopeq_group gate_up, down;
+  const void *gate_up_bias, *down_bias;  // (experts, 2 * inner), (experts, hidden) of type bias_type, or null
+  int64_t bias_type, interleaved;        // interleaved: gate_up_bias is g0 u0 g1 u1 ... instead of g0 g1 ... u0 u1 ...
+  float alpha, limit, shift;
+  void *out;  // (tokens, hidden) contiguous, of type x_type
+  int64_t digits, threads;
+} mopeq_experts_job;
+
+// One token through the attention of a layer, between the sums that surround it:
+//   x += add; n = norm(x); q, k, v = projections of n; k, v join the cache at `position`;
+//   x += o(attention(q, keys, values)); h = norm(x).
+// norm(x) = weight * x / sqrt(mean(x^2) + eps). Rotation pairs the halves of the first `rotated` numbers of a head.
+typedef struct {
+  float *x;         // (hidden), in and out
+  const void *add;  // (hidden) of type `type`, or null
+  void *h;          // (hidden) of type `type`
+  int64_t type, hidden, heads, kv_heads, size, rotated;  // size: of a head
+  float eps, scale;
+  const float *norm_before, *norm_after;                // (hidden)
+  mopeq_group q, k, v, o;                               // one matrix each
+  const float *q_bias, *k_bias, *v_bias, *o_bias;       // or null
+  const float *q_norm, *k_norm;                         // both or neither
+  int64_t norm_heads;                                   // 1: norms of each head (size); 0: of all heads together
+  const float *cos, *sin;                               // (rotated)
+  void *keys, *values;                                  // (kv_heads, room, size) of type `type`
+  int64_t room, position, digits, threads;
+} mopeq_attention_job;
 
 MOPEQ_API int mopeq_abi(void);
 // 0 portable, 1 AVX2, 2 AVX-512 VNNI: the best this machine has.
@@ -64,6 +106,8 @@ MOPEQ_API int mopeq_isa(void);
 MOPEQ_API void mopeq_set_parallel_for(void *function);
 
 MOPEQ_API int mopeq_grouped_linear(const mopeq_job *job);
+MOPEQ_API int mopeq_experts(const mopeq_experts_job *job);
+MOPEQ_API int mopeq_attention(const mopeq_attention_job *job);
 
 // Plain bit strings (docs/format.md) to panels and back. `to` and `from` must not overlap. scales, zeros: the same for
 // the other two parts; a null part is left out. rows a multiple of 8, inputs of 32.

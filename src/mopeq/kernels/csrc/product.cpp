@@ -1,0 +1,196 @@
+#include "product.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+#include "activations.hpp"
+#include "threads.hpp"
+
+namespace mopeq {
+namespace {
+
+constexpr int64_t PIECE = 64 << 10;  // bytes of codes that a thread takes at a time
+constexpr int64_t ALONE = 96 << 10;  // less work, in bytes of codes, is not worth waking threads
+constexpr int64_t FEW = 1 << 14;     // activations that are not either
+constexpr int TILES[] = {1, 2, 4};
+
+std::atomic<int> chosen{-1};
+
+int width_index(int64_t bits) {
+  switch (bits) {
+    case 2: case 3: case 4: case 5: case 6: return int(bits) - 2;
+    case 8: return 5;
+    default: return -1;
+  }
+}
+
+int check(const mopeq_matrix &m, const mopeq_group &in, int64_t inputs) {
+  if (m.rows < 8 || m.rows % 8 || m.rows >= LIMIT || m.inputs != inputs) return MOPEQ_SHAPE;
+  const auto inside = [](int64_t begin, int64_t count, int64_t size) {
+    return begin >= 0 && count >= 0 && begin <= size && count <= size - begin;
+  };
+  if (m.bits == 16)
+    return inside(m.codes, 2 * m.rows * m.inputs, in.codes_size) && m.codes % 2 == 0 ? MOPEQ_OK : MOPEQ_RANGE;
+  if (width_index(m.bits) < 0) return MOPEQ_BITS;
+  if (m.group < BLOCK || m.group % BLOCK || m.inputs % m.group) return MOPEQ_GROUP;
+  const int64_t groups = m.inputs / m.group;
+  if (!inside(m.codes, m.rows * (m.inputs * m.bits / 8), in.codes_size)) return MOPEQ_RANGE;
+  if (!in.scales || !inside(m.scales, m.rows * groups, in.scales_size)) return MOPEQ_RANGE;
+  if (!m.symmetric && (!in.zeros || !inside(m.zeros, groups * (m.rows * m.bits / 8), in.zeros_size)))
+    return MOPEQ_RANGE;
+  return MOPEQ_OK;
+}
+
+int64_t panels_of(const mopeq_matrix &m) { return (m.rows + PANEL - 1) / PANEL; }
+
+void piece(const Product &product, const Part &part, int64_t number) {
+  const mopeq_group &group = *product.group;
+  const mopeq_matrix &m = *part.matrix;
+  const Activations x = product.x->view();
+  const int64_t first = (number - part.first) * part.panels, last = std::min(first + part.panels, panels_of(m));
+  for (int64_t p = first; p < last; p++) {
+    const int64_t row = p * PANEL, height = std::min<int64_t>(PANEL, m.rows - row);
+    const int tall = height == PANEL;
+    Panel panel{};
+    const uint16_t *dense = nullptr;
+    if (m.bits == 16) {
+      dense = reinterpret_cast<const uint16_t *>(group.codes + m.codes) + row * m.inputs;
+    } else {
+      const int64_t groups = m.inputs / m.group;
+      panel.codes = group.codes + m.codes + row * (m.inputs * m.bits / 8);
+      panel.scales = group.scales + m.scales + row * groups;
+      panel.zeros = m.symmetric ? nullptr : group.zeros + m.zeros + row / 8 * m.bits * groups;
+      panel.groups = groups, panel.blocks = m.group / BLOCK;
+    }
+    for (int64_t t = part.begin; t < part.end;) {
+      int tile = 2;
+      while (TILES[tile] > part.end - t) tile--;
+      float *out = product.out + t * product.out_features + part.column + row;
+      if (dense)
+        product.kernels->dense[tile](dense, height, m.inputs, product.x->wide, product.rows + t, out,
+                                     product.out_features);
+      else
+        product.kernels->panel[width_index(m.bits)][product.x->digits - 1][tile][tall](panel, x, product.rows + t, out,
+                                                                                        product.out_features);
+      t += TILES[tile];
+    }
+  }
+}
+
+struct Handing {
+  const Product *products;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+};
+
+void pieces(int64_t, int64_t, void *context) {
+  Handing &handing = *static_cast<Handing *>(context);
+  for (;;) {
+    int64_t n = handing.next.fetch_add(1, std::memory_order_relaxed);
+    const Product *product = handing.products, *const end = product + handing.count;
+    while (product < end && n >= product->pieces) n -= product++->pieces;
+    if (product == end) return;
+    const auto after = std::upper_bound(product->parts.begin(), product->parts.end(), n,
+                                        [](int64_t value, const Part &part) { return value < part.first; });
+    piece(*product, *(after - 1), n);
+  }
+}
+
+struct Filling {
+  const Inputs *to;
+  Source source;
+  const void *context;
+};
+
+void filling(int64_t begin, int64_t end, void *context) {
+  const Filling &f = *static_cast<Filling *>(context);
+  const Inputs &to = *f.to;
+  const int64_t k = to.inputs, blocks = k / BLOCK, d = to.digits;
+  for (int64_t r = begin; r < end; r++) {
+    f.source(r, to.wide + r * k, f.context);
+    split(to.wide + r * k, blocks, int(d), to.split + r * k * d, to.scales + r * blocks, to.minus + r * blocks * d);
+  }
+}
+
+}  // namespace
+
+const Kernels *table_of(int isa) {
+#if defined(MOPEQ_X86)
+  __builtin_cpu_init();
+  if (isa == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return &avx512_kernels();
+  if (isa == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    return &avx2_kernels();
+#endif
+  return isa == 0 ? &portable_kernels() : nullptr;
+}
+
+int best_isa() {
+  for (int isa = 2; isa > 0; isa--)
+    if (table_of(isa)) return isa;
+  return 0;
+}
+
+int isa() {
+  int found = chosen.load(std::memory_order_relaxed);
+  if (found < 0) chosen.store(found = best_isa());
+  return found;
+}
+
+void use_isa(int isa) { chosen.store(isa); }
+
+int check(const mopeq_group &group, int64_t inputs) {
+  if (!group.codes || !group.matrices) return MOPEQ_NULL;
+  if (inputs < BLOCK || inputs % BLOCK || inputs >= LIMIT || group.experts < 1 || group.experts >= LIMIT ||
+      group.per_expert < 1 || group.per_expert > 16 || group.codes_size < 0 || group.scales_size < 0 ||
+      group.zeros_size < 0)
+    return MOPEQ_SHAPE;
+  return misaligned(group.scales, 2) || misaligned(group.matrices, 8) ? MOPEQ_ALIGN : MOPEQ_OK;
+}
+
+Inputs::Inputs(int64_t rows, int64_t inputs, int64_t digits) : rows(rows), inputs(inputs), digits(digits) {
+  const int64_t numbers = rows * inputs, blocks = numbers / BLOCK;
+  memory.reset(static_cast<char *>(std::malloc(size_t(64 + numbers * (4 + digits) + blocks * 4 * (1 + digits)))));
+  if (!memory) throw std::bad_alloc();
+  char *at = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+  wide = reinterpret_cast<float *>(at);
+  split = reinterpret_cast<int8_t *>(at += numbers * 4);
+  scales = reinterpret_cast<float *>(at += numbers * digits);
+  minus = reinterpret_cast<int32_t *>(at += blocks * 4);
+}
+
+void fill(const Inputs &to, int64_t threads, Source source, const void *context) {
+  Filling what{&to, source, context};
+  run(to.rows, to.rows * to.inputs < FEW ? 1 : threads, filling, &what);
+}
+
+int Product::plan(const int64_t *offsets, int64_t inputs, int64_t outputs) {
+  out_features = outputs;
+  for (int64_t e = 0; e < group->experts; e++) {
+    int64_t column = 0;
+    if (offsets[e] == offsets[e + 1]) continue;
+    for (int64_t i = 0; i < group->per_expert; i++) {
+      const mopeq_matrix &m = group->matrices[e * group->per_expert + i];
+      if (const int wrong = check(m, *group, inputs)) return wrong;
+      const int64_t panel_bytes = PANEL * m.inputs * m.bits / 8, each = std::max<int64_t>(1, PIECE / panel_bytes);
+      parts.push_back({&m, offsets[e], offsets[e + 1], column, pieces, each});
+      pieces += (panels_of(m) + each - 1) / each;
+      bytes += panels_of(m) * panel_bytes * (offsets[e + 1] - offsets[e]);
+      column += m.rows;
+    }
+    if (column != outputs) return MOPEQ_SHAPE;
+  }
+  return MOPEQ_OK;
+}
+
+void run(const Product *products, int64_t count, int64_t threads) {
+  Handing handing{products, count};
+  int64_t all = 0, bytes = 0;
+  for (int64_t i = 0; i < count; i++) all += products[i].pieces, bytes += products[i].bytes;
+  run(bytes < ALONE ? 1 : std::min(threads, all), threads, pieces, &handing);
+}
+
+}  // namespace mopeq

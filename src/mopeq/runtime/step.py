@@ -1,0 +1,109 @@
+"""One token through a packed model on the CPU, with attention in one native call a layer.
+
+For families whose layers are x += attention(norm(x)); x += mlp(norm(x)) with plain grouped-query attention. Routers,
+experts and shared experts stay the model's modules, as do embedding, rotation, last norm and head. The sum that runs
+through the layers stays in float32, where the model rounds it to its own type after every layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopeq.kernels import GroupLayout, PackedGroup, selected
+from mopeq.kernels.attention import PROJECTIONS, Attention, Shape, Stream
+from mopeq.kernels.cpu import TYPES
+from mopeq.precision import FULL
+from mopeq.runtime.linear import QLinear
+
+__all__ = ["LAYERS", "Step", "step_of"]
+
+LAYERS = tuple(f"{name}DecoderLayer" for name in ("Olmoe", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Glm4Moe"))
+"""Classes of transformers with such layers. Whoever adds one here has tests/runtime/test_step.py judge it."""
+
+
+class Step:
+    """Token after token of the sequence whose keys and values ``caches`` hold, each (1, heads, room, size)."""
+
+    def __init__(self, model: Any, caches: list[tuple[Tensor, Tensor]]) -> None:
+        base = model.model
+        first, dtype = base.layers[0], base.embed_tokens.weight.dtype
+        self.embed, self.rotary, self.norm, self.head = base.embed_tokens, base.rotary_emb, base.norm, model.lm_head
+        rotated = self.rotary(torch.zeros(1, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1]
+        self.stream = Stream(first.input_layernorm.weight.shape[0], rotated, dtype)
+        self.layers = [(_attention(layer, self.stream, *held), layer.mlp)
+                       for layer, held in zip(base.layers, caches, strict=True)]  # fmt: skip
+
+    def __call__(self, token: Tensor, position: int) -> Tensor:
+        """Logits (1, vocabulary) after ``token`` (1, 1), the one at ``position`` of the sequence."""
+        stream = self.stream
+        add: Any = None
+        embedded = self.embed(token)
+        stream.x.copy_(embedded.view(-1))
+        for held, made in zip((stream.cos, stream.sin), self.rotary(embedded, torch.tensor([[position]])), strict=True):
+            held.copy_(made.view(-1))
+        for attention, mlp in self.layers:
+            add = mlp(attention(add, position))
+        total = stream.x + add.view(-1)
+        logits: Tensor = self.head(self.norm(total.to(stream.h.dtype).view(1, 1, -1)))
+        return logits[:, -1]
+
+
+def step_of(model: Any, cache: Any) -> Step | None:
+    """A :class:`Step` for a model whose ``cache`` holds a prompt, or None where the model must run by itself."""
+    caches: list[Any] = [getattr(layer, "held", None) for layer in cache.layers]
+    if selected().name != "cpu" or not all(caches) or not _suits(model):
+        return None
+    return Step(model, [tuple(held) for held in caches])
+
+
+def _suits(model: Any) -> bool:
+    layers: Any = getattr(getattr(model, "model", None), "layers", ())
+    config = model.config
+    return (
+        len(layers) > 0
+        and all(type(layer).__name__ in LAYERS and _plain(layer) for layer in layers)
+        and type(model).__name__ == type(layers[0]).__name__.replace("DecoderLayer", "ForCausalLM")
+        and getattr(config, "clip_qkv", None) is None
+        and config._attn_implementation in ("sdpa", "eager")
+        and model.model.embed_tokens.weight.dtype in TYPES
+        and {t.device.type for t in model.model.parameters()} == {"cpu"}
+    )
+
+
+def _plain(layer: Any) -> bool:
+    """No hooks or adapters in what a step replaces, and matrices that the kernel reads."""
+    replaced = [layer, layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()]
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in replaced)
+    return not hooked and all(_group(getattr(layer.self_attn, f"{name}_proj")) is not None for name in PROJECTIONS)
+
+
+def _group(linear: nn.Module) -> PackedGroup | None:
+    """The matrix of a linear for the kernel: packed, or as it is where it is bfloat16."""
+    if type(linear) is QLinear:
+        return linear.packed() if linear.mopeq_form == "panels" else None
+    if type(linear) is nn.Linear and linear.weight.dtype == torch.bfloat16 and linear.weight.is_contiguous():
+        out, inp = linear.weight.shape
+        if out % 8 == 0 and inp % 32 == 0:
+            codes = linear.weight.detach().view(-1).view(torch.uint8)
+            return PackedGroup(GroupLayout((FULL,), ((out, inp),)), codes, None, None, "panels")
+    return None
+
+
+def _attention(layer: Any, stream: Stream, keys: Tensor, values: Tensor) -> Attention:
+    own, groups = layer.self_attn, {}
+    vectors = {"norm_before": layer.input_layernorm.weight, "norm_after": layer.post_attention_layernorm.weight}
+    for name in PROJECTIONS:
+        linear = getattr(own, f"{name}_proj")
+        group = _group(linear)
+        assert group is not None  # _plain has seen it
+        groups[name] = group
+        if linear.bias is not None:
+            vectors[f"{name}_bias"] = linear.bias
+        if hasattr(own, f"{name}_norm"):
+            vectors[f"{name}_norm"] = getattr(own, f"{name}_norm").weight
+    shape = Shape(groups["q"].out_features // own.head_dim, keys.shape[1], own.head_dim, own.scaling,
+                  layer.input_layernorm.variance_epsilon)  # fmt: skip
+    return Attention(stream, shape, groups, vectors, keys, values)
