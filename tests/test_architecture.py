@@ -25,6 +25,7 @@ LEVELS = [
     {"pack"},
     {"quantize"},
     {"quickstart", "serve", "moqe"},
+    {"quickstart_vlm"},
     {"cli"},
 ]
 WITHOUT_TORCH = ("errors", "precision", "spec", "stats", "progress", "allocate", "report", "cli")

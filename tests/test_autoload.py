@@ -32,7 +32,13 @@ class Lazy:  # as the real one: what others register lies apart
     def __getitem__(self, key): return self._extra_content[key] if key in self._extra_content else self._mapping[key]
 CONFIG_MAPPING = Lazy({"olmoe": 5})
 """,
-    "transformers/model.py": "from transformers.models.auto import configuration_auto",
+    "transformers/models/auto/processing_auto.py": """
+from .configuration_auto import Lazy
+import torch  # the last import before the mapping is made
+class Processor: pass
+PROCESSOR_MAPPING = Lazy({})
+""",
+    "transformers/model.py": "from transformers.models.auto import configuration_auto, processing_auto",
     "torch.py": "import mopeq.autoload; mopeq.autoload.install()",
     "mopeq_stub.py": """
 import sys, types, mopeq.autoload
@@ -40,6 +46,10 @@ def register(name):
     if name == "mopeq.models.register":
         from transformers.models.auto import configuration_auto
         configuration_auto.CONFIG_MAPPING._extra_content["deepseek_vl_v2"] = 7
+        return sys.modules[__name__]
+    if name == "mopeq.models.processors":
+        from transformers.models.auto import processing_auto
+        processing_auto.PROCESSOR_MAPPING._extra_content[processing_auto.Processor] = 8
         return sys.modules[__name__]
     from transformers.quantizers import auto
     for number, mapping in enumerate((auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING)):
@@ -105,9 +115,21 @@ for number, mapping in enumerate((auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AU
     assert "mopeq" in mapping and mapping["mopeq"] == mapping.get("mopeq") == number
 assert "none" not in CONFIG_MAPPING and "olmoe" in CONFIG_MAPPING and not CONFIG_MAPPING._extra_content
 assert "deepseek_vl_v2" in CONFIG_MAPPING and CONFIG_MAPPING["deepseek_vl_v2"] == 7
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, Processor
+assert Processor in PROCESSOR_MAPPING and [*PROCESSOR_MAPPING._extra_content.values()] == [8]
 print("good")
 """
     assert python(code, path=made_up) == "good"
+
+
+def test_first_of_all_asked_for_a_processor(made_up: Path) -> None:
+    """Nothing is imported between the mapping's making and its first use."""
+    code = """
+import sys, transformers.models.auto.processing_auto as p
+sys.path_hooks.clear(); sys.path.clear()
+print(type(p.PROCESSOR_MAPPING._extra_content).__name__)
+"""
+    assert python(code, path=made_up) == "_Processors"
 
 
 def test_switched_off(made_up: Path) -> None:
@@ -127,7 +149,7 @@ try:
     import transformers
 except ModuleNotFoundError as error:
     print(error)
-assert len([f for f in sys.meta_path if type(f).__module__ == "mopeq.autoload"]) == 2
+assert len([f for f in sys.meta_path if type(f).__module__ == "mopeq.autoload"]) == 3
 import colorsys  # others are found as ever
 """
     assert python(code) == "No module named 'transformers'"
@@ -175,7 +197,7 @@ import sys, torch
 print([type(f).__name__ for f in sys.meta_path if "mopeq" in type(f).__module__],
       sorted(m for m in sys.modules if m.startswith(("mopeq", "transformers"))))
 """
-    assert python(code) == "['_Finder', '_Finder'] ['mopeq', 'mopeq.autoload']"
+    assert python(code) == "['_Finder', '_Finder', '_Finder'] ['mopeq', 'mopeq.autoload']"
 
 
 def test_from_pretrained_without_an_import(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:

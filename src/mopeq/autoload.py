@@ -29,16 +29,19 @@ QUANTIZERS = "transformers.quantizers.auto"
 QUANTIZER_HOLDERS = (QUANTIZERS, "transformers.quantizers")
 """Modules that hold the two dictionaries under those names."""
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+PROCESSORS = "transformers.models.auto.processing_auto"
 WATCHED = {
     QUANTIZERS: ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"),
     CONFIGURATIONS: ("CONFIG_MAPPING",),
+    PROCESSORS: ("PROCESSOR_MAPPING",),
 }
 """Modules of transformers, and what of them is needed."""
 IMPORTED = {
     QUANTIZERS: {"mopeq": "mopeq.integrations.transformers"},
     CONFIGURATIONS: {"deepseek_vl_v2": "mopeq.models.register", "molmo": "mopeq.models.register"},
+    PROCESSORS: {"": "mopeq.models.processors"},
 }
-"""What a look-up of which key imports."""
+"""What a look-up of which key imports; processors are sought by class, so there any look-up does."""
 SWITCH = "MOPEQ_AUTOLOAD"
 """Environment variable; ``0`` leaves no hook. mopeq's own functions and ``import mopeq.integrations.transformers``
 register the quantizer all the same."""
@@ -60,6 +63,8 @@ def watch() -> None:
                 extend(module)
             elif not any(_is_ours(finder) and finder.watched == name for finder in sys.meta_path):  # type: ignore[attr-defined]
                 sys.meta_path.insert(0, _Finder(name))
+                if module is not None and type(module.__spec__) is ModuleSpec:
+                    module.__spec__.__class__ = _Executing
         except Exception as error:
             _tell(error)
 
@@ -115,6 +120,26 @@ class _Finder(MetaPathFinder):
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
 
 
+class _Executing(ModuleSpec):
+    """The specification of a module that is half executed: it runs :func:`extend` when importlib is done with it.
+
+    ``AutoProcessor.from_pretrained`` searches for no module that would bring :class:`_Finder` into play.
+    """
+
+    @property
+    def _initializing(self) -> bool:
+        return bool(self.__dict__["_initializing"])
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        self.__dict__["_initializing"] = value
+        if not value and self.name in sys.modules:
+            try:
+                extend(sys.modules[self.name])
+            except Exception as error:
+                _tell(error)
+
+
 class _Mapping(dict[str, Any]):
     """A dictionary that imports a module when it is asked for one of some keys; the module adds them."""
 
@@ -137,6 +162,19 @@ class _Mapping(dict[str, Any]):
         return super().get(key, default) if key in self else default
 
 
+class _Processors(_Mapping):
+    """A dictionary that imports our processors when anything is sought that transformers itself does not have."""
+
+    def __contains__(self, key: object) -> bool:
+        importlib.import_module(self.imported[""])
+        return dict.__contains__(self, key)
+
+    def values(self) -> Any:
+        """As a dictionary's, with ours."""
+        importlib.import_module(self.imported[""])
+        return super().values()
+
+
 def _is_ours(finder: object) -> bool:
     """By name, because this module may have been imported anew."""
     return (type(finder).__module__, type(finder).__name__) == (__name__, _Finder.__name__)
@@ -150,19 +188,20 @@ def _is_whole(module: ModuleType) -> bool:
 def extend(module: ModuleType) -> None:
     """Replace the dictionaries of one of the watched modules, wherever they are held, once."""
     for name in WATCHED[module.__name__]:
-        if module.__name__ == CONFIGURATIONS:  # what others registered lies in a dictionary of its own
-            _replace([getattr(module, name)], "_extra_content", IMPORTED[CONFIGURATIONS])
-        else:
+        if module.__name__ == QUANTIZERS:
             holders = [module, *(sys.modules[h] for h in QUANTIZER_HOLDERS if h in sys.modules)]
             _replace(holders, name, IMPORTED[QUANTIZERS])
+        else:  # what others registered lies in a dictionary of its own
+            kind = _Processors if module.__name__ == PROCESSORS else _Mapping
+            _replace([getattr(module, name)], "_extra_content", IMPORTED[module.__name__], kind)
 
 
-def _replace(holders: Sequence[Any], name: str, imported: Mapping[str, str]) -> None:
+def _replace(holders: Sequence[Any], name: str, imported: Mapping[str, str], kind: type[_Mapping] = _Mapping) -> None:
     old = getattr(holders[0], name, None)
     if not isinstance(old, dict):
         raise TypeError(f"{name} of {holders[0]!r} is {type(old).__name__}; expected a dictionary")
     if type(old) is dict and not imported.keys() & old.keys():
-        new = _Mapping(old, imported)
+        new = kind(old, imported)
         for holder in holders:
             if getattr(holder, name, None) is old:
                 setattr(holder, name, new)

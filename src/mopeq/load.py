@@ -11,7 +11,16 @@ from mopeq.autoload import callable_module, extend
 from mopeq.checkpoint import Manifest, read_manifest
 from mopeq.errors import CheckpointError, ModelError
 
-__all__ = ["auto_class", "is_packed", "load", "load_original", "load_tokenizer", "model_config"]
+__all__ = [
+    "auto_class",
+    "is_packed",
+    "load",
+    "load_original",
+    "load_processor",
+    "load_tokenizer",
+    "model_config",
+    "takes_images",
+]
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
@@ -75,6 +84,38 @@ def load_tokenizer(path: str | Path) -> Any:
             f"{path} has no tokenizer that transformers can load: its vocabulary is empty; add tokenizer.json"
         )
     return tokenizer
+
+
+def load_processor(path: str | Path) -> Any:
+    """The processor of a model that takes images, packed or not.
+
+    Raises :class:`ModelError` where there is none, or one whose tokens the model's vocabulary does not have.
+    """
+    config = model_config(path)
+    if not hasattr(config, "vision_config"):
+        raise ModelError(f"{path} is a {config.model_type}, which takes no images; expected a vision-language model")
+    from transformers.models.auto import processing_auto
+
+    extend(processing_auto)  # mopeq.models, whatever autoload was told
+    auto: Any = processing_auto.AutoProcessor
+    try:
+        processor = auto.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{path} has no processor that transformers can load: {_line(error)}") from error
+    if not hasattr(processor, "tokenizer"):
+        raise ModelError(f"{path} has no processor_config.json or preprocessor_config.json; add the model's own file")
+    largest, rows = max(processor.tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer of {path}, with the special tokens of its model, has token {largest}; expected them below "
+            f"{rows}, the model's vocabulary; give the model's own tokenizer files"
+        )
+    return processor
+
+
+def takes_images(path: str | Path) -> bool:
+    """Whether a folder or hub id is a vision-language model."""
+    return hasattr(model_config(path), "vision_config")
 
 
 def is_packed(path: str | Path) -> bool:

@@ -19,10 +19,12 @@ from torch import Tensor
 from mopeq.adapters import describe, inventory_of
 from mopeq.analyze import COSTS, Routed, analyze, check_request, data_facts, layer_metrics, observe
 from mopeq.candidates import Candidates
+from mopeq.data.conversations import conversation_batches, has_images, read_conversations
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
+from mopeq.errors import DataError
 from mopeq.journal import Journal
-from mopeq.load import load_original, load_tokenizer, model_config
+from mopeq.load import load_original, load_processor, load_tokenizer, model_config
 from mopeq.memory import MOST
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
@@ -35,6 +37,7 @@ __all__ = [
     "Calibration",
     "Prepared",
     "calibrated",
+    "has_pictures",
     "measure",
     "measure_prepared",
     "measure_streamed",
@@ -50,13 +53,21 @@ WHOLE = ("fisher", "hessian_trace")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text is run through the model. ``data`` None is the text that comes with mopeq."""
+    """Which text is run through the model. ``data`` None is the text that comes with mopeq.
+
+    Of JSONL with images (data/conversations.py), ``samples`` conversations are taken whole and ``length`` says nothing.
+    """
 
     data: str | None = None
     samples: int = 64
     length: int = 512
     batch_size: int = 4
     seed: int = 0
+
+
+def has_pictures(calibration: Calibration) -> bool:
+    """Whether the calibration data are conversations with images."""
+    return calibration.data is not None and has_images(calibration.data)
 
 
 @dataclass(frozen=True)
@@ -80,26 +91,28 @@ def open_model(model: str | Path) -> Prepared:
     return Prepared(source, spec, inventory_of(source, spec))
 
 
-def calibrated(opened: Prepared, calibration: Calibration, *, texts: Sequence[str] | None = None) -> Prepared:
-    """An opened model with its tokenizer and batches of the calibration text; the model is not loaded.
+def calibrated(opened: Prepared, calibration: Calibration, *, texts: Sequence[Any] | None = None) -> Prepared:
+    """An opened model with its tokenizer and batches of the calibration data; the model is not loaded.
 
-    texts: documents to take instead of reading ``calibration.data``. Raises :class:`DataError` for text that gives no
-    batches, and for sequences longer than the model takes.
+    texts: documents, or conversations where it has images, to take instead of reading ``calibration.data``. Raises
+    :class:`DataError` for data that give no batches, and for sequences longer than the model takes.
     """
-    tokenizer = load_tokenizer(opened.source.path)
-    batches = token_batches(
-        texts or read_texts(calibration.data or bundled_text("calibration.jsonl")),
-        tokenizer,
-        samples=calibration.samples,
-        length=calibration.length,
-        batch_size=calibration.batch_size,
-        seed=calibration.seed,
-    )
-    check_length(model_config(opened.source.path), calibration.length)
+    path = opened.source.path
+    sizes = {"samples": calibration.samples, "batch_size": calibration.batch_size, "seed": calibration.seed}
+    if has_pictures(calibration):
+        processor = load_processor(path)
+        tokenizer = processor.tokenizer
+        batches = conversation_batches(texts or read_conversations(str(calibration.data)), processor, **sizes)
+        length = max(batch["input_ids"].shape[1] for batch in batches)
+    else:
+        tokenizer, length = load_tokenizer(path), calibration.length
+        texts = texts or read_texts(calibration.data or bundled_text("calibration.jsonl"))
+        batches = token_batches(texts, tokenizer, length=length, **sizes)
+    check_length(model_config(path), length)
     info = {
         "data": calibration.data or "bundled calibration text",
         "samples": calibration.samples,
-        "length": calibration.length,
+        "length": length,
         "seed": calibration.seed,
     }
     return replace(opened, tokenizer=tokenizer, batches=batches, info=info)
@@ -109,7 +122,7 @@ def observed(
     opened: Prepared,
     calibration: Calibration,
     *,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Any] | None = None,
     gradients: bool = True,
     dtype: torch.dtype | None = None,
     track: Track = silent,
@@ -119,7 +132,7 @@ def observed(
     Args:
         opened: from :func:`open_model`.
         calibration: which text.
-        texts: documents to take instead of reading ``calibration.data``.
+        texts: documents, or conversations where it has images, to take instead of reading ``calibration.data``.
         gradients: record the gradients that ``fisher_error`` needs.
         dtype: compute type of the model; None takes the checkpoint's.
         track: progress.
@@ -260,8 +273,19 @@ def measure_prepared(
     return replace(stats, info={**prepared.info, **stats.info})
 
 
-def split_texts(calibration: Calibration) -> tuple[list[str], list[str]]:
-    """Texts to calibrate on, and texts kept apart to judge by (a tenth; the bundled held-out text for bundled data)."""
+def split_texts(calibration: Calibration) -> tuple[list[Any], list[Any]]:
+    """What to calibrate on, and what is kept apart to judge by (a tenth; the bundled held-out text for bundled data).
+
+    Texts, or conversations where the data has images; of fewer than ten texts the last tenth of all is cut off.
+    """
+    if has_pictures(calibration):
+        conversations = read_conversations(str(calibration.data))
+        if len(conversations) < 10:
+            raise DataError(
+                f"{calibration.data} has {len(conversations)} conversations; expected at least 10, of which a tenth is "
+                "kept apart for comparing; give more"
+            )
+        return [c for i, c in enumerate(conversations) if i % 10 != 9], conversations[9::10]
     texts = read_texts(calibration.data or bundled_text("calibration.jsonl"))
     if calibration.data is None:
         names = ("heldout_code.txt", "heldout_docs.txt")

@@ -28,12 +28,23 @@ from mopeq.analyze import Routed, check_request
 from mopeq.autoload import callable_module
 from mopeq.candidates import candidate_bytes, chosen
 from mopeq.checkpoint import PackedWriter, Stored, read_manifest
+from mopeq.data.conversations import conversation_batches
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
 from mopeq.evaluate import Evaluation, evaluate
+from mopeq.evaluate.answers import evaluate_answers
 from mopeq.journal import Journal, read_journal
-from mopeq.load import load, load_original, load_tokenizer
-from mopeq.measure import Calibration, Prepared, calibrated, measure_streamed, measured_step, open_model, split_texts
+from mopeq.load import load, load_original, load_processor, load_tokenizer
+from mopeq.measure import (
+    Calibration,
+    Prepared,
+    calibrated,
+    has_pictures,
+    measure_streamed,
+    measured_step,
+    open_model,
+    split_texts,
+)
 from mopeq.memory import PROCESS, Footprint, available_bytes, footprint, slab_bytes
 from mopeq.pack import (
     DATA_FREE,
@@ -127,7 +138,7 @@ def quantize(
         precisions = PrecisionMap.uniform(opened.inventory.experts, uniform, rest)
     if precisions is not None:
         opened.inventory.check(precisions)
-    if evaluated:  # text that cannot be scored is found before hours of work
+    if evaluated and not has_pictures(calibration):  # text that cannot be scored is found before hours of work
         try:
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
@@ -269,7 +280,7 @@ class _Plan:
         return tensors
 
 
-def _job(plan: _Plan, calibration: Calibration, texts: Sequence[str]) -> dict[str, Any]:
+def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[str, Any]:
     """What a run is: two runs of the same job make the same checkpoint."""
     source = plan.opened.source
     files = sorted(set(source.files.values()))
@@ -277,7 +288,7 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[str]) -> dict[st
     checkpoint = [source.config, [(name, s.st_size, s.st_mtime_ns) for name, s in state]]
     used: dict[str, Any] = {}
     if plan.opened.batches:
-        used = {**asdict(calibration), "data": calibration.data or "bundled", "text": _hash(list(texts))}
+        used = {**asdict(calibration), "data": calibration.data or "bundled", "text": _digest(calibration, texts)}
     return {
         "model": str(source.path.resolve()),
         "checkpoint": _hash(checkpoint),
@@ -291,6 +302,14 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[str]) -> dict[st
         "dtype": None if plan.dtype is None else str(plan.dtype),
         "versions": {name: version(name) for name in ("mopeq", "torch", "transformers")},
     }
+
+
+def _digest(calibration: Calibration, texts: Sequence[Any]) -> str:
+    """Of the data: of its text, or of conversations, whose images are files or in the file, with their pixels."""
+    if not has_pictures(calibration):
+        return _hash(list(texts))
+    return _hash([[message["role"], part.get("text") or hashlib.sha256(part["image"].tobytes()).hexdigest()]
+                  for said in texts for message in said for part in message["content"]])  # fmt: skip
 
 
 def _too_large(plan: _Plan, packed: Packed, model: str | Path) -> str:
@@ -326,7 +345,7 @@ def _finished(out: Path, plan: _Plan, job: Mapping[str, Any]) -> Packed | None:
 def _judge(
     prepared: Prepared,
     packed: Packed,
-    heldout: Sequence[str],
+    heldout: Sequence[Any],
     calibration: Calibration,
     dtype: torch.dtype | None,
     track: Track,
@@ -335,6 +354,15 @@ def _judge(
     path = prepared.source.path
     original = prepared.model if prepared.model is not None else load_original(path, dtype=dtype)
     small = load(packed.path, dtype=original.dtype)
+    if has_pictures(calibration):
+        batches = conversation_batches(
+            heldout[:JUDGED_WINDOWS],
+            load_processor(path),
+            samples=JUDGED_WINDOWS,
+            batch_size=calibration.batch_size,
+            seed=0,
+        )
+        return evaluate_answers(original, small, batches, track=track)
     tokenizer = prepared.tokenizer or load_tokenizer(path)
     return evaluate(
         small,

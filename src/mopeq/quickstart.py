@@ -24,7 +24,7 @@ from mopeq.quantize import Packed, pack_model, run_record
 from mopeq.report import render
 from mopeq.stats import Stats, write_json
 
-__all__ = ["Point", "Quickstart", "quickstart"]
+__all__ = ["Point", "Quickstart", "fresh_folder", "quickstart"]
 
 MARK = "mopeq-quickstart.json"
 CALIBRATION = Calibration(samples=64, length=256, batch_size=8)
@@ -73,7 +73,7 @@ def quickstart(out: str | Path = "mopeq-quickstart", *, command: str = "", track
     its number, or than halfway between two. ``out`` gets one folder for each model and a report; an earlier quickstart
     there is replaced, anything else is refused with :class:`OutputError`.
     """
-    folder = _fresh(Path(out))
+    folder = fresh_folder(Path(out))
     prepared = observed(open_model(bundled_model()), CALIBRATION, dtype=torch.float32, track=track)
     metrics = ("frequency", "gate_mass", "inverse_norm", COST)
     inventory = prepared.inventory
@@ -106,7 +106,7 @@ def quickstart(out: str | Path = "mopeq-quickstart", *, command: str = "", track
     return Quickstart(tuple(points), _sentences(points, judged), judged[best].divergence.tokens, home, page)
 
 
-def _fresh(folder: Path) -> Path:
+def fresh_folder(folder: Path) -> Path:
     """An empty folder; what an earlier quickstart left in it is removed."""
     mark = folder / MARK
     if folder.exists() and any(folder.iterdir()) and not mark.is_file():

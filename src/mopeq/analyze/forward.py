@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 Batch = Mapping[str, Tensor]
-"""``input_ids`` and ``attention_mask`` (sequences, length), what else the model takes, and, where there are images,
-``modality`` (sequences, length), nonzero at image tokens."""
+"""``input_ids`` and ``attention_mask`` (sequences, length), what else the model takes, where there are images
+``modality`` (sequences, length), nonzero at image tokens, and in conversations ``labels``, -100 outside answers."""
 
 OURS = ("modality", "labels")
 """Entries of a batch that the model does not get."""
@@ -64,8 +64,15 @@ def vision_mask(batch: Batch) -> Tensor | None:
 
 
 def _predicting(batch: Batch) -> Tensor:
-    """Boolean (sequences, length): tokens from which text is predicted. Nothing predicts an image token."""
+    """Boolean (sequences, length): tokens from which text is predicted. Nothing predicts an image token.
+
+    With ``labels``, only answers are predicted: a model that answers never learned what its users say.
+    """
     mask, vision = token_mask(batch), vision_mask(batch)
+    if "labels" in batch:
+        answered = torch.zeros_like(mask)
+        answered[:, :-1] = batch["labels"][:, 1:] != -100
+        return mask & answered
     if vision is None:
         return mask
     ahead = torch.zeros_like(vision)

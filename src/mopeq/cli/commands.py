@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mopeq.cli import show
 from mopeq.cli.fit import fitted
+from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
@@ -30,7 +31,9 @@ __all__ = [
 
 
 def do_quickstart(options: argparse.Namespace) -> None:
-    """Run the main job on the bundled model."""
+    """Run the main job on a bundled model."""
+    if options.vlm:
+        return do_quickstart_vlm(options)
     from mopeq.quickstart import quickstart
 
     with drawn() as track:
@@ -202,9 +205,12 @@ def do_run(options: argparse.Namespace) -> None:
     """Generate text from a prompt."""
     from mopeq.runtime.generate import generate
 
-    model, tokenizer = _loaded(options)
-    written = print if options.json else show.write
-    made = generate(model, tokenizer, options.prompt, **_sampling_of(options), stream=None if options.json else written)
+    reader = reader_of(options)
+    prompt = (
+        [{"role": "user", "content": with_images(options.prompt, options.image)}] if options.image else options.prompt
+    )
+    stream = None if options.json else show.write
+    made = generate(_load_any(options.model, options), reader, prompt, **_sampling_of(options), stream=stream)
     if options.json:
         return show.print_json({"text": made.text, "tokens": len(made.tokens), "seconds": made.seconds})
     print(f"\n[{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
@@ -215,20 +221,24 @@ def do_chat(options: argparse.Namespace) -> None:
     """Talk to a model."""
     from mopeq.runtime.generate import generate
 
-    model, tokenizer = _loaded(options)
+    reader = reader_of(options)
+    model = _load_any(options.model, options)
 
-    def answer(messages: list[dict[str, str]]) -> str:
-        return generate(model, tokenizer, messages, **_sampling_of(options), stream=show.write).text
+    def answer(messages: list[dict[str, Any]]) -> str:
+        return generate(model, reader, messages, **_sampling_of(options), stream=show.write).text
 
-    _converse(tokenizer, answer)
+    _converse(reader, answer, options.image)
 
 
-def _converse(tokenizer: Any, answer: Callable[[list[dict[str, str]]], str]) -> None:
-    """Read lines and print what ``answer`` makes of the conversation so far, until an empty one."""
-    if not getattr(tokenizer, "chat_template", None):
+def _converse(reader: Any, answer: Callable[[list[dict[str, Any]]], str], images: Sequence[str] = ()) -> None:
+    """Read lines and print what ``answer`` makes of the conversation so far, until an empty one.
+
+    ``reader`` is a tokenizer or processor; ``images`` go with the first words.
+    """
+    if not hasattr(reader, "tokenizer") and not getattr(reader, "chat_template", None):
         print("this model has no chat template: it continues your text instead of answering", file=sys.stderr)
     print("empty line or Ctrl-D ends", file=sys.stderr)
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     while True:
         try:
             said = input("> ").strip()
@@ -236,7 +246,7 @@ def _converse(tokenizer: Any, answer: Callable[[list[dict[str, str]]], str]) -> 
             return None
         if not said:
             return None
-        messages.append({"role": "user", "content": said})
+        messages.append({"role": "user", "content": with_images(said, [] if messages else list(images))})
         text = answer(messages)
         print()
         messages.append({"role": "assistant", "content": text})

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("quickstart", commands.do_quickstart, "run the main job on the bundled model")
     p.add_argument("-o", "--out", default="mopeq-quickstart", help="folder for results (default: %(default)s)")
+    p.add_argument("--vlm", action="store_true", help="on the vision-language model, judged by questions about images")
 
     p = verb("describe", commands.do_describe, "show what mopeq understands of a model")
     _model(p)
@@ -87,10 +88,12 @@ def parser() -> argparse.ArgumentParser:
     p = verb("run", commands.do_run, "generate text from a prompt")
     _model(p)
     p.add_argument("--prompt", required=True)
+    _images(p)
     _sampling(p)
 
     p = verb("chat", commands.do_chat, "talk to a model in the terminal", json=False)
     _model(p)
+    _images(p)
     _sampling(p)
 
     add_serve(verb("serve", do_serve, "serve a model over HTTP, as OpenAI does", json=False))
@@ -156,6 +159,12 @@ def _seed_number(text: str) -> int:
     if not 0 <= number < 2**32:  # what torch, numpy and lm-eval all take
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from 0 to {2**32 - 1}")
     return number
+
+
+def _images(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--image", metavar="FILE", action="append", default=[], help="an image before the first words; may be repeated"
+    )
 
 
 def _sampling(p: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The trained model and the text that come with mopeq."""
+"""The trained models, the text and the images that come with mopeq."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 from mopeq.errors import DataError
 
-__all__ = ["bundled_model", "bundled_text"]
+__all__ = ["bundled_images", "bundled_model", "bundled_text", "bundled_vlm"]
 
 TEXTS = ("calibration.jsonl", "heldout_code.txt", "heldout_docs.txt")
+IMAGES = ("calibration.jsonl", "heldout.tsv")
 
 
 def bundled_model() -> Path:
@@ -22,6 +23,18 @@ def bundled_text(name: str) -> Path:
     if name not in TEXTS:
         raise DataError(f"no bundled text {name!r}; there are {', '.join(TEXTS)}")
     return _asset(f"text/{name}")
+
+
+def bundled_vlm() -> Path:
+    """Folder of the bundled DeepSeek-VL2 model, as the hub stores models."""
+    return _asset("deepseek-vl2-tiny")
+
+
+def bundled_images(name: str) -> Path:
+    """A bundled file with images: ``calibration.jsonl``, conversations, or ``heldout.tsv``, questions to judge by."""
+    if name not in IMAGES:
+        raise DataError(f"no bundled images {name!r}; there are {', '.join(IMAGES)}")
+    return _asset(f"vlm/{name}")
 
 
 def _asset(name: str) -> Path:

@@ -21,6 +21,7 @@ __all__ = [
     "Window",
     "check_length",
     "fingerprint",
+    "read_text",
     "read_texts",
     "sliding_windows",
     "text_windows",
@@ -42,20 +43,21 @@ def read_texts(path: str | Path) -> list[str]:
         files = sorted(path.glob("*.txt"))
         if not files:
             raise DataError(f"folder {path} has no .txt files; expected text files, or give one .txt or .jsonl file")
-        texts = [_read(file) for file in files]
+        texts = [read_text(file) for file in files]
     elif path.suffix == ".jsonl":
         texts = list(_json_lines(path))
     elif path.suffix == ".json":
         raise DataError(f"{path} is a .json file; expected .txt, or .jsonl with one object a line; convert it")
     else:
-        texts = [_read(path)]
+        texts = [read_text(path)]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise DataError(f"{path} has no text; expected at least one document that is not empty; give another file")
     return texts
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file as UTF-8. Raises :class:`DataError` where it cannot be read or is not."""
     try:
         return path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark, which is no text
     except FileNotFoundError as error:
@@ -70,7 +72,7 @@ def _read(path: Path) -> str:
 
 def _json_lines(path: Path) -> Iterator[str]:
     expected = 'expected one object with "text" or "messages"; fix or remove the line'
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -8,7 +8,7 @@ sequence does not need: beams, padding, the copying of the whole cache for every
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +32,23 @@ class Sampling:
     top_k: int = 0
 
 
-def decode(model: Any, prompt: Tensor, most: int, stops: frozenset[int], sampling: Sampling) -> Iterator[int]:
+def decode(
+    model: Any,
+    prompt: Tensor,
+    most: int,
+    stops: frozenset[int],
+    sampling: Sampling,
+    images: Mapping[str, Tensor] | None = None,
+) -> Iterator[int]:
     """At most ``most`` tokens after ``prompt`` (1, tokens), the last one of ``stops`` where one of them comes.
 
+    ``images`` are tensors that the model takes with the prompt, by name.
     Random numbers are torch's own: seed them before the first token is asked for. Run it without gradients.
     """
     choose, count = _chooser(sampling), prompt.shape[1]
     cache = _cache(model, count + most)
-    logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    logits = model(input_ids=prompt, **options, **(images or {})).logits[:, -1]
     step = step_of(model, cache)
     for number in range(most):
         token = choose(prompt, logits.float())
@@ -49,8 +58,7 @@ def decode(model: Any, prompt: Tensor, most: int, stops: frozenset[int], samplin
         if step is not None:
             logits = step(token.view(1, 1), count + number)
         else:
-            out = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits = out.logits[:, -1]
+            logits = model(input_ids=token.view(1, 1), **options).logits[:, -1]
 
 
 def _chooser(sampling: Sampling) -> Any:

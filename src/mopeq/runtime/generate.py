@@ -14,7 +14,9 @@ from mopeq.runtime.decode import Sampling, decode
 
 __all__ = ["Generation", "Messages", "generate", "generate_many", "render"]
 
-Messages = Sequence[Mapping[str, str]]
+UNUSED = ("attention_mask", "token_type_ids")
+"""What a tokenizer or processor gives and one sequence does not need."""
+Messages = Sequence[Mapping[str, Any]]
 """A conversation: ``{"role": "user" | "assistant" | "system", "content": ...}`` in order."""
 
 
@@ -60,8 +62,9 @@ def generate(
 
     Args:
         model: a transformers model, packed or not.
-        tokenizer: its tokenizer.
-        prompt: text, taken as it is, or a conversation, put through :func:`render`.
+        tokenizer: its tokenizer, or the processor of a model that takes images.
+        prompt: text, taken as it is, or a conversation, put through :func:`render`; a processor's prompts are
+            conversations, and their contents may be lists of parts with images.
         max_new_tokens: stop after so many; None: at the end of the model's positions.
         temperature: 0 takes the most likely token every time.
         top_p: sample from the smallest set of tokens with this probability.
@@ -74,20 +77,19 @@ def generate(
         InputError: an empty prompt, more tokens than the model has positions, or numbers out of range.
     """
     _check(max_new_tokens, temperature, top_p, top_k)
-    templated = not isinstance(prompt, str)
-    text = render(tokenizer, prompt) if not isinstance(prompt, str) else prompt
-    has_template = templated and getattr(tokenizer, "chat_template", None)
-    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not has_template)
+    encoded = _encoded(tokenizer, prompt)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     count = encoded["input_ids"].shape[1]
     max_new_tokens = _room(model, count, max_new_tokens)
     device = model.get_input_embeddings().weight.device
+    inputs = {name: value.to(device) for name, value in encoded.items() if name not in UNUSED}
     sampling, stops = Sampling(temperature, top_p, top_k), _stops(model, tokenizer)
     pieces, tokens = _Pieces(tokenizer, stream or (lambda piece: None)), list[int]()
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
-        for token in decode(model, encoded["input_ids"].to(device), max_new_tokens, stops, sampling):
+        for token in decode(model, inputs.pop("input_ids"), max_new_tokens, stops, sampling, inputs):
             tokens.append(token)
             if stream is not None:
                 pieces.show(tokens)
@@ -97,6 +99,21 @@ def generate(
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     pieces.give(text)
     return Generation(text, tuple(tokens), seconds, count)
+
+
+def _encoded(tokenizer: Any, prompt: str | Messages) -> Mapping[str, torch.Tensor]:
+    """The model's inputs, one sequence."""
+    made: Mapping[str, torch.Tensor]
+    if hasattr(tokenizer, "tokenizer"):
+        said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        made = tokenizer.apply_chat_template(
+            said, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+        )
+        return made
+    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
+    has_template = not isinstance(prompt, str) and getattr(tokenizer, "chat_template", None)
+    made = tokenizer(text, return_tensors="pt", add_special_tokens=not has_template)
+    return made
 
 
 def generate_many(

@@ -1,0 +1,282 @@
+"""Render the images and questions that the bundled vision-language model learns from and is judged on.
+
+Seven tasks: handwritten digits (those that come with scikit-learn), the shape, colour, number and existence of drawn
+shapes, short words of capital letters, and bar charts. A scene is an image and a few questions about it with their
+answers. Scenes depend on their seed alone; held-out digits are other people's (the last 297 of the data set), held-out
+words are strings that training never draws.
+
+    python scripts/reference_images.py --out src/mopeq/assets/vlm
+
+writes ``heldout.tsv`` (VLMEvalKit's columns: index, image in base64, question, answer, category), one question a line,
+and ``calibration.jsonl`` (one conversation a line with its image, drawn as for training).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import io
+import json
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE, CELL = 48, 24
+HELDOUT_DIGITS = 297
+COLOURS = {
+    "red": (214, 48, 49),
+    "green": (39, 174, 96),
+    "blue": (52, 100, 219),
+    "yellow": (241, 196, 15),
+    "white": (240, 240, 240),
+    "purple": (155, 60, 182),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+CATEGORIES = ("digit", "shape", "colour", "count", "exists", "word", "chart")
+MARKS = (
+    *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
+    *(f"digit {digit}" for digit in range(10)),
+    *(f"letter {letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+    *(f"{side} {what}" for side in "lr" for what in (*COLOURS, *range(1, 9))),
+)
+"""All that can be seen in a square; ``l`` and ``r`` are its left and right bar, by colour and by height."""
+CONSONANTS, VOWELS = "BCDFGHKLMNPRSTVW", "AEIOU"
+HELDOUT_SEED, CALIBRATION_SEED = 1_000_003, 2_000_003
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about an image."""
+
+    category: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and what is asked about it."""
+
+    image: Image.Image
+    questions: tuple[Question, ...]
+    marks: tuple[tuple[str, ...], ...]
+    """What can be seen in each square of CELL pixels, row by row."""
+
+
+@cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's digits: uint8 (1797, 8, 8), 0 to 255, and what they are."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return (found.images * 255 / 16).round().astype(np.uint8), found.target
+
+
+@cache
+def font(size: int) -> Any:
+    """The font inside Pillow."""
+    return ImageFont.load_default(size=size)
+
+
+def background(rng: random.Random) -> tuple[int, int, int]:
+    """A dark grey."""
+    level = rng.randrange(16, 56)
+    return level, level, level
+
+
+def digit_scene(rng: random.Random, heldout: bool) -> Scene:
+    """A handwritten digit, enlarged and moved about a little."""
+    images, labels = digits()
+    limit = len(images) - HELDOUT_DIGITS
+    index = rng.randrange(limit, len(images)) if heldout else rng.randrange(limit)
+    size = rng.randrange(42, SIDE + 1)
+    ink = Image.fromarray(images[index]).resize((size, size), Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (SIDE, SIDE), background(rng))
+    colour = Image.new("RGB", (size, size), COLOURS[rng.choice(("white", "yellow"))])
+    place = (rng.randrange(SIDE - size + 1), rng.randrange(SIDE - size + 1))
+    canvas.paste(colour, place, ink)
+    digit = str(labels[index])
+    return Scene(canvas, (Question("digit", "Which digit is this?", digit),), ((f"digit {digit}",),) * 4)
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[int, int, int, int], colour: Any) -> None:
+    """One shape that fills a box (left, top, right, bottom)."""
+    left, top, right, bottom = box
+    third = (right - left) // 3
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "triangle":
+        draw.polygon([((left + right) // 2, top), (right, bottom), (left, bottom)], fill=colour)
+    else:
+        draw.rectangle((left + third, top, right - third, bottom), fill=colour)
+        draw.rectangle((left, top + third, right, bottom - third), fill=colour)
+
+
+def shapes_scene(rng: random.Random, heldout: bool) -> Scene:
+    """One to four coloured shapes, each in a quarter of the image."""
+    count = rng.randrange(1, 5)
+    canvas = Image.new("RGB", (SIDE, SIDE), background(rng))
+    draw = ImageDraw.Draw(canvas)
+    made = []
+    marks: list[tuple[str, ...]] = [()] * 4
+    for cell in rng.sample(range(4), count):
+        shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+        size = rng.randrange(17, 21)
+        left, top = (CELL * c + rng.randrange(1, CELL - size) for c in (cell % 2, cell // 2))
+        draw_shape(draw, shape, (left, top, left + size, top + size), COLOURS[colour])
+        made.append((shape, colour))
+        marks[cell] = (f"{colour} {shape}",)
+    shapes, colours = [s for s, _ in made], [c for _, c in made]
+    asked = [Question("count", "How many shapes are there?", str(count))]
+    some = rng.choice([rng.choice(shapes), rng.choice(SHAPES)])
+    asked.append(
+        Question("count", f"How many {some}s are there?".replace("crosss", "crosses"), str(shapes.count(some)))
+    )
+    some = rng.choice([rng.choice(colours), rng.choice(list(COLOURS))])
+    asked.append(Question("count", f"How many {some} shapes are there?", str(colours.count(some))))
+    for shape, colour in made:
+        if colours.count(colour) == 1:
+            asked.append(Question("shape", f"Which shape is {colour}?", shape))
+        if shapes.count(shape) == 1:
+            asked.append(Question("colour", f"Which colour is the {shape}?", colour))
+    absent = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in made and (s in shapes or c in colours)]
+    for (shape, colour), answer in ((rng.choice(made), "yes"), (rng.choice(absent), "no")):
+        asked.append(Question("exists", f"Is there a {colour} {shape}?", answer))
+    return Scene(canvas, tuple(asked), tuple(marks))
+
+
+def is_heldout(word: str) -> bool:
+    """A fixed eighth of all strings."""
+    return zlib.crc32(word.encode()) % 8 == 0
+
+
+def word_scene(rng: random.Random, heldout: bool) -> Scene:
+    """Three or four capital letters on a wide image."""
+    while True:
+        word = "".join(
+            rng.choice(letters) for letters in (CONSONANTS, VOWELS, CONSONANTS, VOWELS)[: rng.choice((3, 4))]
+        )
+        if is_heldout(word) == heldout:
+            break
+    canvas = Image.new("RGB", (2 * SIDE, SIDE), background(rng))
+    draw = ImageDraw.Draw(canvas)
+    colour, middle = COLOURS[rng.choice(("white", "yellow"))], SIDE // 2 + rng.randrange(-2, 3)
+    for number, letter in enumerate(word):  # evenly spaced, as a typewriter writes
+        place = (CELL * number + CELL // 2 + rng.randrange(-1, 2), middle)
+        draw.text(place, letter, font=font(28), fill=colour, anchor="mm")
+    marks = tuple((f"letter {letter}",) for letter in word) + ((),) * (4 - len(word))
+    return Scene(canvas, (Question("word", "What does it say?", word),), marks * 2)
+
+
+def chart_scene(rng: random.Random, heldout: bool) -> Scene:
+    """Three or four bars of different heights, one to eight units of five pixels."""
+    count = rng.choice((3, 4))
+    names, heights = rng.sample(list(COLOURS), count), rng.sample(range(1, 9), count)
+    canvas = Image.new("RGB", (SIDE, SIDE), background(rng))
+    draw = ImageDraw.Draw(canvas)
+    draw.line([(0, 46), (47, 46)], fill=(160, 160, 160))
+    for number, (name, height) in enumerate(zip(names, heights, strict=True)):
+        draw.rectangle((12 * number + 2, 46 - 5 * height, 12 * number + 9, 45), fill=COLOURS[name])
+    asked = [
+        Question("chart", "Which bar is tallest?", names[heights.index(max(heights))]),
+        Question("chart", "Which bar is shortest?", names[heights.index(min(heights))]),
+    ]
+    asked += [Question("chart", f"How tall is the {name} bar?", str(h)) for name, h in zip(names, heights, strict=True)]
+    bars = [(f"{side} {name}", f"{side} {h}") for side, name, h in zip("lrlr", names, heights, strict=False)]
+    row = (tuple(sum(bars[:2], ())), tuple(sum(bars[2:], ())))
+    return Scene(canvas, tuple(asked), row * 2)
+
+
+KINDS: dict[str, tuple[Callable[[random.Random, bool], Scene], float]] = {
+    "digit": (digit_scene, 0.12),
+    "shapes": (shapes_scene, 0.45),
+    "word": (word_scene, 0.10),
+    "chart": (chart_scene, 0.33),
+}
+"""Scenes, and their shares in training."""
+
+
+def scene(seed: int, kind: str, *, heldout: bool = False, most: int = 3) -> Scene:
+    """The scene of a seed, with at most so many of its questions."""
+    rng = random.Random(f"{kind} {seed}")
+    made = KINDS[kind][0](rng, heldout)
+    return Scene(made.image, tuple(rng.sample(made.questions, min(most, len(made.questions)))), made.marks)
+
+
+def png(image: Image.Image) -> str:
+    """The image as a PNG file in base64."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def heldout_rows(per_category: int) -> list[dict[str, str]]:
+    """As many questions of each category, each on an image of its own."""
+    homes = dict.fromkeys(("shape", "colour", "count", "exists"), "shapes")
+    rows = []
+    for category in CATEGORIES:
+        seed, found = HELDOUT_SEED, 0
+        while found < per_category:
+            made = scene(seed, homes.get(category, category), heldout=True, most=99)
+            seed += 1
+            asked = [question for question in made.questions if question.category == category]
+            if not asked:
+                continue
+            question = asked[seed % len(asked)]
+            rows.append({"image": png(made.image), "question": question.text, "answer": question.answer,
+                         "category": category})  # fmt: skip
+            found += 1
+    return [{"index": str(index), **row} for index, row in enumerate(rows)]
+
+
+def calibration_lines(count: int) -> list[dict[str, Any]]:
+    """Conversations drawn as training draws them."""
+    rng = random.Random(CALIBRATION_SEED)
+    shares = [share for _, share in KINDS.values()]
+    lines = []
+    for number in range(count):
+        made = scene(CALIBRATION_SEED + number, rng.choices(list(KINDS), shares)[0])
+        lines.append({"messages": conversation(made), "images": [f"data:image/png;base64,{png(made.image)}"]})
+    return lines
+
+
+def conversation(made: Scene) -> list[dict[str, str]]:
+    """The questions of a scene as turns; the first has the image."""
+    messages = []
+    for number, question in enumerate(made.questions):
+        messages.append({"role": "user", "content": ("" if number else "<image>\n") + question.text})
+        messages.append({"role": "assistant", "content": question.answer})
+    return messages
+
+
+def main() -> None:
+    """Write the held-out questions and the calibration data."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--per-category", type=int, default=100)
+    parser.add_argument("--calibration", type=int, default=256, help="conversations")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = heldout_rows(arguments.per_category)
+    with (arguments.out / "heldout.tsv").open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    with (arguments.out / "calibration.jsonl").open("w", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(line) + "\n" for line in calibration_lines(arguments.calibration))
+    for name in ("heldout.tsv", "calibration.jsonl"):
+        print(f"{arguments.out / name}: {(arguments.out / name).stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

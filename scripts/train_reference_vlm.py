@@ -1,0 +1,538 @@
+"""Train the bundled vision-language model, a small DeepSeek-VL2 with really trained experts, on one CPU thread.
+
+The model is mopeq's own ``DeepseekVL2ForConditionalGeneration`` with a published-style configuration, its inputs come
+from the package's processor, and its lessons from ``reference_images.py``: every step draws new scenes, with up to
+four questions each, and learns the answers alone. The learning rate follows a trapezoid, so that a run can be resumed
+with another ``--steps`` while it is in its constant part.
+
+    python scripts/reference_images.py --out src/mopeq/assets/vlm
+    python scripts/train_reference_vlm.py --work build/reference-vlm --data src/mopeq/assets/vlm \
+        --out src/mopeq/assets/deepseek-vl2-tiny
+
+The checkpoint in the ``--work`` folder is replaced atomically; ``--resume`` goes on from it.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+import mopeq.models.register  # noqa: F401  (the published tensors' names)
+import reference_images as images
+from mopeq.models.configuration import DeepseekVL2Config
+from mopeq.models.deepseek_vl2 import DeepseekVL2ForConditionalGeneration
+from mopeq.models.processing_deepseek_vl2 import DeepseekVLV2Processor, tiles_of
+
+BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+TILE, PATCH, WIDTH, LAYERS, EXPERTS, TOP_K = images.SIDE, 12, 128, 5, 16, 2
+SCALE = EXPERTS / TOP_K
+"""Factor of the routing weights, which are not renormalised: evenly routed, a token's experts then weigh one."""
+RESOLUTIONS = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
+WIDE = "word"
+"""The kind of scene whose images are two tiles wide."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of the training run."""
+
+    tower_steps: int = 400
+    tower_scenes: int = 96
+    tower_learning_rate: float = 3e-3
+    steps: int = 610
+    scaled_from: int = 300
+    scenes: int = 32
+    questions: int = 4
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    decay_fraction: float = 0.3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    balance: float = 0.01
+    seed: int = 0
+
+
+def build_tokenizer(most: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the questions' and answers' words, with DeepSeek-VL2's special tokens.
+
+    Every byte is a token and only lower-case words were seen merged, so that words of capitals are spelled.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=most,
+        special_tokens=[BEGIN, END, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    asked = [q for kind in images.KINDS for seed in range(400) for q in images.scene(seed, kind, most=99).questions]
+    tokenizer.train_from_iterator([q.text for q in asked] + [q.answer.lower() for q in asked], trainer=trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(work: Path) -> DeepseekVLV2Processor:
+    """The processor, which completes the tokenizer; made on first use and kept in ``work``."""
+    if not (work / "processor_config.json").exists():
+        tokenizer = build_tokenizer(384)
+        DeepseekVLV2Processor(tokenizer, candidate_resolutions=RESOLUTIONS, patch_size=PATCH).save_pretrained(work)
+    return DeepseekVLV2Processor.from_pretrained(work)
+
+
+def configuration(vocabulary: int) -> dict[str, Any]:
+    """``config.json`` as DeepSeek publishes its own."""
+    return {
+        "model_type": "deepseek_vl_v2",
+        "tile_tag": "2D",
+        "global_view_pos": "head",
+        "candidate_resolutions": RESOLUTIONS,
+        "torch_dtype": "bfloat16",
+        "language_config": {
+            "model_type": "deepseek_v2",
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "vocab_size": vocabulary,
+            "hidden_size": WIDTH,
+            "intermediate_size": 3 * WIDTH,
+            "moe_intermediate_size": 128,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "n_shared_experts": 1,
+            "n_routed_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "first_k_dense_replace": 1,
+            "moe_layer_freq": 1,
+            "max_position_embeddings": 512,
+            "routed_scaling_factor": SCALE,
+            "n_group": 1,
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "use_mla": False,
+            "q_lora_rank": None,
+            "kv_lora_rank": None,
+            "qk_nope_head_dim": 0,
+            "qk_rope_head_dim": 0,
+            "v_head_dim": 0,
+            "rms_norm_eps": 1e-6,
+            "initializer_range": 0.05,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            "torch_dtype": "bfloat16",
+        },
+        "projector_config": {
+            "model_type": "mlp_projector",
+            "projector_type": "downsample_mlp_gelu",
+            "input_dim": WIDTH,
+            "n_embed": WIDTH,
+            "depth": 2,
+            "mlp_ratio": 1,
+            "downsample_ratio": 2,
+        },
+        "vision_config": {
+            "model_type": "vision",
+            "model_name": "siglip_so400m_patch14_384",
+            "image_size": TILE,
+            "patch_size": PATCH,
+            "width": WIDTH,
+            "layers": 3,
+            "heads": 4,
+            "mlp_ratio": 4,
+        },
+    }
+
+
+def build_model(config: dict[str, Any], seed: int) -> DeepseekVL2ForConditionalGeneration:
+    """The untrained model."""
+    torch.manual_seed(seed)
+    model = DeepseekVL2ForConditionalGeneration(DeepseekVL2Config(**config))
+    model.language.model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for name, weight in model.language.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+                weight.mul_((2 * LAYERS) ** -0.5)
+    return model
+
+
+def build_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden layers' matrices, AdamW for the rest; weight decay on matrices only."""
+    hidden, matrices, vectors = [], [], []
+    for name, weight in model.named_parameters():
+        inner = "layers." in name and weight.ndim == 2 and not name.endswith("mlp.gate.weight")
+        (hidden if inner else matrices if weight.ndim > 1 else vectors).append(weight)
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(
+            hidden, settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True),
+    ]
+
+
+# ------------------------------------------------------------------------------------------
+# Lessons
+
+
+class Lessons:
+    """Batches of scenes of one size, in an order that depends only on the seed and the step."""
+
+    def __init__(self, processor: DeepseekVLV2Processor, settings: Settings) -> None:
+        self.processor, self.settings = processor, settings
+        self.shares = {kind: share for kind, (_, share) in images.KINDS.items()}
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The lesson of a step."""
+        rng = random.Random(f"{self.settings.seed} {step}")
+        wide = rng.random() < self.shares[WIDE]
+        kinds = [WIDE] if wide else [kind for kind in self.shares if kind != WIDE]
+        drawn = rng.choices(kinds, [self.shares[kind] for kind in kinds], k=self.settings.scenes)
+        first = (self.settings.seed * 10_000_000) + step * self.settings.scenes + 3_000_017
+        scenes = [images.scene(first + number, kind, most=self.settings.questions) for number, kind in enumerate(drawn)]
+        return inputs_of(self.processor, [conversation(made) for made in scenes])
+
+
+def conversation(made: images.Scene) -> list[dict[str, Any]]:
+    """A scene as messages, with its image in them."""
+    messages: list[dict[str, Any]] = list(images.conversation(made))
+    messages[0] = {**messages[0], "images": [made.image]}
+    return messages
+
+
+def inputs_of(processor: DeepseekVLV2Processor, conversations: Sequence[Any]) -> dict[str, Tensor]:
+    """The model's inputs, and ``labels``: -100 everywhere but at answers."""
+    made = processor.apply_chat_template(
+        list(conversations), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    inputs = dict(made)
+    answers = inputs.pop("assistant_masks").bool()
+    inputs["labels"] = torch.where(answers, inputs["input_ids"], -100)
+    return inputs
+
+
+class OneTile:
+    """While it is on, the tower runs once for an image of one tile, whose global view is the same picture."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.on = False
+        tower.register_forward_pre_hook(self._first)
+        tower.register_forward_hook(self._twice)
+
+    def _first(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (arguments[0][::2], *arguments[1:]) if self.on else None
+
+    def _twice(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        if self.on:
+            output.last_hidden_state = output.last_hidden_state.repeat_interleave(2, dim=0)
+        return output
+
+
+class Routers:
+    """What the routers say in a forward pass, and how much it counts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.logits: list[Tensor] = []
+        self.modules: list[Any] = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+        for module in self.modules:
+            module.register_forward_hook(lambda _m, _a, output: self.logits.append(output[0]))
+
+    def scale(self, factor: float) -> None:
+        """Set the factor of the routing weights."""
+        for module in self.modules:
+            module.routed_scaling_factor = factor
+
+    def balance(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """The balance loss, 1 where even, and the load (layers, experts); the logits are let go."""
+        losses, loads = [], []
+        for logits in self.logits:
+            probabilities = logits[keep].softmax(-1)
+            load = torch.bincount(probabilities.topk(TOP_K).indices.flatten(), minlength=EXPERTS).float()
+            losses.append(EXPERTS * (load / load.sum() * probabilities.mean(0)).sum())
+            loads.append(load)
+        self.logits.clear()
+        return torch.stack(losses).mean(), torch.stack(loads)
+
+
+# ------------------------------------------------------------------------------------------
+# The tower alone
+
+
+def seen(step: int, settings: Settings, processor: DeepseekVLV2Processor) -> tuple[Tensor, Tensor]:
+    """Tiles (tiles, 3, side, side), and what is in their quarters: (tiles, 4, marks), 1 or 0."""
+    rng = random.Random(f"tower {settings.seed} {step}")
+    drawn = rng.choices(list(images.KINDS), [share for _, share in images.KINDS.values()], k=settings.tower_scenes)
+    tiles, marks = [], []
+    for number, kind in enumerate(drawn):
+        made = images.scene(settings.seed * 10_000_000 + step * settings.tower_scenes + number + 6_000_011, kind)
+        width = made.image.width
+        views = tiles_of(made.image, (width, TILE), TILE, processor.image_mean, processor.image_std)
+        tiles.append(torch.from_numpy(views[1:]))
+        grid = torch.zeros(2, width // images.CELL, len(images.MARKS))
+        for place, names in enumerate(made.marks):
+            for name in names:
+                grid[place // grid.shape[1], place % grid.shape[1], images.MARKS.index(name)] = 1
+        marks.append(torch.stack([part.flatten(0, 1) for part in grid.split(2, dim=1)]))
+    return torch.cat(tiles), torch.cat(marks)
+
+
+def train_tower(
+    model: DeepseekVL2ForConditionalGeneration, processor: DeepseekVLV2Processor, settings: Settings
+) -> list[list[float]]:
+    """Teach tower and projector to tell what is in each quarter of a tile, by a linear head that is thrown away.
+
+    The published models start from a trained tower as well. Returns the curve: step, loss in nats a quarter.
+    """
+    head = nn.Linear(WIDTH, len(images.MARKS))
+    together = nn.ModuleDict({"vision": model.vision, "projector": model.projector, "head": head})
+    shorter = replace(settings, steps=settings.tower_steps, learning_rate=settings.tower_learning_rate)
+    optimizers = build_optimizers(together, shorter)
+    curve, losses = [], []
+    for step in range(settings.tower_steps):
+        tiles, marks = seen(step, settings, processor)
+        found = head(model.projector(model.vision(tiles).last_hidden_state).flatten(1, 2))
+        loss = F.binary_cross_entropy_with_logits(found, marks, reduction="sum") / found[..., 0].numel()
+        loss.backward()
+        advance(optimizers, together, rate(step, shorter), settings.clip)
+        losses.append(float(loss.detach()))
+        if (step + 1) % 25 == 0:
+            curve.append([step + 1, round(sum(losses) / len(losses), 4)])
+            right = ((found > 0) == marks.bool()).all(-1).float().mean()
+            print(
+                f"tower step {step + 1} loss {curve[-1][1]:.4f}, {float(right):.2f} of the quarters right", flush=True
+            )
+            losses.clear()
+    return curve
+
+
+def advance(optimizers: list[torch.optim.Optimizer], model: nn.Module, learning_rate: float, clip: float) -> None:
+    """One step of the optimizers."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+# ------------------------------------------------------------------------------------------
+# Judging
+
+
+def heldout(folder: Path) -> list[dict[str, str]]:
+    """The held-out questions."""
+    with (folder / "heldout.tsv").open(encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle, delimiter="\t"))
+
+
+def chunks(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Consecutive pieces."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+@torch.no_grad()
+def accuracy(
+    model: DeepseekVL2ForConditionalGeneration, processor: DeepseekVLV2Processor, rows: Sequence[dict[str, str]]
+) -> dict[str, float]:
+    """Share of the answers, of each category, that greedy decoding would give exactly.
+
+    It gives an answer exactly if and only if each of its tokens is the likeliest after those before it.
+    """
+    right: dict[str, list[bool]] = {}
+    for part in chunks(rows, 50):
+        asked = [
+            [
+                {"role": "user", "content": "<image>\n" + row["question"],
+                 "images": [f"data:image/png;base64,{row['image']}"]},
+                {"role": "assistant", "content": row["answer"]},
+            ]
+            for row in part
+        ]  # fmt: skip
+        inputs = inputs_of(processor, asked)
+        labels = inputs.pop("labels")[:, 1:]
+        best = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1)
+        for row, good in zip(part, ((best == labels) | (labels == -100)).all(1).tolist(), strict=True):
+            right.setdefault(row["category"], []).append(good)
+    return {category: sum(found) / len(found) for category, found in right.items()}
+
+
+def chance(rows: Sequence[dict[str, str]]) -> dict[str, float]:
+    """Share of the answers, of each category, that the category's most frequent one gets."""
+    answers: dict[str, list[str]] = {}
+    for row in rows:
+        answers.setdefault(row["category"], []).append(row["answer"])
+    return {category: max(map(found.count, found)) / len(found) for category, found in answers.items()}
+
+
+# ------------------------------------------------------------------------------------------
+
+
+def rate(step: int, settings: Settings) -> float:
+    """Learning rate at ``step``: warm-up, constant, linear decay to zero."""
+    start = settings.steps - round(settings.steps * settings.decay_fraction)
+    warm = min(1.0, (step + 1) / settings.warmup_steps)
+    cool = 1.0 if step < start else (settings.steps - step) / (settings.steps - start)
+    return settings.learning_rate * warm * cool
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that a reader never sees half of one."""
+    scratch = path.with_suffix(".partial")
+    torch.save(state, scratch)
+    os.replace(scratch, path)
+
+
+def export(
+    model: DeepseekVL2ForConditionalGeneration,
+    processor: DeepseekVLV2Processor,
+    config: dict[str, Any],
+    out: Path,
+    log: dict[str, Any],
+    rows: Sequence[dict[str, str]],
+) -> None:
+    """Write the model in bfloat16 under the published names, its processor and ``training.json``."""
+    out.mkdir(parents=True, exist_ok=True)
+    halved = DeepseekVL2ForConditionalGeneration(DeepseekVL2Config(**config))
+    halved.load_state_dict(model.state_dict())
+    halved.bfloat16().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
+    processor.save_pretrained(out)
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    again = DeepseekVL2ForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
+    log["heldout_accuracy"] = accuracy(again, DeepseekVLV2Processor.from_pretrained(out), rows)
+    log["heldout_most_frequent_answer"] = chance(rows)
+    (out / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(log["heldout_accuracy"]), flush=True)
+
+
+def train(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Run the training and write the model."""
+    torch.set_num_threads(1)
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    processor = build_processor(work)
+    config = configuration(len(processor.tokenizer))
+    model = build_model(config, settings.seed)
+    optimizers = build_optimizers(model, settings)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {len(processor.tokenizer)} tokens", flush=True)
+    rows = heldout(arguments.data)
+    lessons, routers, once = Lessons(processor, settings), Routers(model), OneTile(model.vision)
+    checkpoint = work / "checkpoint.pt"
+    step, curve, tower, seconds = 0, [], [], 0.0
+    tick = time.process_time()
+    if arguments.resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=False)
+        model.load_state_dict(state["model"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        step, curve, tower, seconds = (state[name] for name in ("step", "curve", "tower", "seconds"))
+        print(f"resumed at step {step}", flush=True)
+    else:
+        tower = train_tower(model, processor, settings)
+    losses: list[float] = []
+    loads = torch.zeros(LAYERS - 1, EXPERTS)
+    while step < settings.steps:
+        inputs = lessons.batch(step)
+        labels = inputs.pop("labels")[:, 1:]
+        once.on = inputs["images"].shape[1] == 2
+        routers.scale(SCALE if step >= settings.scaled_from else 1.0)
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        asked = labels != -100
+        loss = F.cross_entropy(logits[asked], labels[asked])
+        balance, load = routers.balance(inputs["attention_mask"].flatten().bool())
+        (loss + settings.balance * balance).backward()
+        advance(optimizers, model, rate(step, settings), settings.clip)
+        step += 1
+        losses.append(float(loss.detach()))
+        loads += load
+        if not math.isfinite(losses[-1]):
+            raise SystemExit(f"loss is {losses[-1]} at step {step}")
+        if step % arguments.log_every == 0 or step == settings.steps:
+            now = time.process_time()
+            seconds, tick = seconds + now - tick, now
+            mean = sum(losses) / len(losses)
+            curve.append([step, round(mean, 4)])
+            shares = loads / loads.sum(1, keepdim=True)
+            spread = " ".join(f"{float(row.max()):.2f}/{float(row.min()):.3f}" for row in shares)
+            print(f"step {step} loss {mean:.4f} balance {float(balance.detach()):.3f} {seconds:.0f} s load {spread}",
+                  flush=True)  # fmt: skip
+            losses.clear()
+            loads.zero_()
+        if step % arguments.eval_every == 0 or step == settings.steps:
+            once.on = False
+            model.eval()
+            scores = accuracy(model, processor, rows[:: arguments.eval_every_row])
+            print(f"step {step} held-out { ({k: round(v, 2) for k, v in scores.items()}) }", flush=True)
+            model.train()
+            routers.logits.clear()
+            kept = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"step": step, "curve": curve, "tower": tower, "seconds": seconds}
+            save_atomically({**state, "model": model.state_dict(), "optimizers": kept}, checkpoint)
+            tick = time.process_time()
+    log = {
+        "command": "python scripts/train_reference_vlm.py --work WORK --data DATA --out OUT",
+        "settings": asdict(settings),
+        "parameters": parameters,
+        "scenes_seen": step * settings.scenes,
+        "training_cpu_seconds": round(seconds),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "loss_curve_columns": ["step", "mean loss of the answers in nats a token since the last entry"],
+        "loss_curve": curve,
+        "tower_curve_columns": ["step", "mean loss in nats a quarter of a tile since the last entry"],
+        "tower_curve": tower,
+    }
+    if arguments.out:
+        export(model.eval(), processor, config, arguments.out, log, rows)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--data", type=Path, required=True, help="folder with heldout.tsv")
+    parser.add_argument("--out", type=Path, help="folder for the finished model")
+    parser.add_argument("--tower-steps", type=int, default=Settings.tower_steps)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--eval-every", type=int, default=200)
+    parser.add_argument("--eval-every-row", type=int, default=4, help="judge by every so-manieth held-out question")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the work folder")
+    arguments = parser.parse_args()
+    settings = Settings(
+        steps=arguments.steps,
+        tower_steps=arguments.tower_steps,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+    )
+    train(arguments, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The demo with images: the bundled model answers, and its packed forms compare as the package claims."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mopeq.checkpoint import verify
+from mopeq.data.conversations import read_questions
+from mopeq.data.samples import bundled_images, bundled_vlm
+from mopeq.quickstart_vlm import quickstart_vlm
+from mopeq.source import open_source
+
+
+def test_quickstart_vlm(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    found = quickstart_vlm(folder, command="mopeq quickstart --vlm")
+    points = {point.name: point for point in found.points}
+    original, uniform, mixed = (points[name] for name in ("original", "uniform 3", "mixed 3"))
+    questions = read_questions(bundled_images("heldout.tsv"))
+    assert found.questions == len(questions)
+    for category, share in original.categories.items():
+        answers = [question.answer for question in questions if question.category == category]
+        guess = max(answers.count(answer) for answer in set(answers)) / len(answers)
+        assert share.low is not None
+        assert share.low > guess, f"{category} is answered by looking, not by the likeliest answer"
+    assert original.accuracy.value > 0.8
+    assert mixed.bytes <= uniform.bytes
+    assert mixed.kl is not None
+    assert uniform.kl is not None
+    assert mixed.kl.value < uniform.kl.value
+    kls = [points[f"uniform {bits}"].kl for bits in (4, 3, 2)]
+    values = [kl.value for kl in kls if kl is not None]
+    assert values == sorted(values)
+    assert len(values) == 3
+    tower = {key for key in open_source(bundled_vlm()).shapes if key.startswith(("vision.", "projector."))}
+    for name in points.keys() - {"original"}:
+        packed = folder / name.replace(" ", "-")
+        verify(packed)
+        source = open_source(packed)
+        assert {source.dtypes[key] for key in tower} == {"BF16"}, "tower and projector stay as they were"
+    assert found.report.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_bundled_files_are_small() -> None:
+    assert sum(path.stat().st_size for path in bundled_vlm().iterdir()) < 12e6
+    assert sum(bundled_images(name).stat().st_size for name in ("calibration.jsonl", "heldout.tsv")) < 1e6
