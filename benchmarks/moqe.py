@@ -133,7 +133,7 @@ def judged(asked: Any, text: Text, folder: Path, beside: Mapping[str, str | Path
     found = moqe.judge(opened, text.parts["judge"], limit=asked.windows, beside=beside, pairs=asked.pairs)
     made = opened.made
     return {
-        "variants": list(made.names), "recipes": [variant.recipe.split("@")[0] for variant in made.variants],
+        "variants": list(made.names), "recipes": [Path(variant.recipe.split("@")[0]).name for variant in made.variants],
         "bytes_once": made.bytes, "bytes_apart": made.separate_bytes, "router": router_record(folder),
         "trained": asdict(trained), "build_seconds": round(seconds, 1), "train_seconds": round(training, 1),
         "judged": found.to_json(), "sentence": found.sentence, "residency": residency(opened, text, folder),

@@ -131,7 +131,7 @@ def write_packed(
     started = time.perf_counter()
     source, spec, inventory = opened.source, opened.spec, opened.inventory
     fallbacks: list[str] = []
-    ahead, following = Ahead(source), [*spec.layers[1:], None]
+    ahead, following = Ahead(source), [*spec.layers[1:], None][: len(spec.layers)]  # a dense model has none
     for layer, after in zip(track(spec.layers, f"quantize with {method}", len(spec.layers)), following, strict=True):
         if method in DATA_FREE:  # others have run the model up to this layer
             ahead.begin([] if after is None else sorted(_expert_keys(after)))

@@ -17,6 +17,7 @@ from mopeq.adapters import describe
 from mopeq.analyze.observe import observe
 from mopeq.load import load
 from mopeq.source import open_source
+from mopeq.stream import Shell, Store, backward, forward
 
 Make = Callable[..., Path]
 DRAW = torch.Generator().manual_seed(5)
@@ -83,6 +84,27 @@ def test_image_tokens_are_told_apart(family: str, tiny_model: Make) -> None:
         assert seen.vision.tolist() == modality[0].bool().tolist()
         assert seen.gradient is not None
         assert bool((seen.gradient[seen.vision] != 0).any())
+
+
+@pytest.mark.parametrize("family", INPUTS)
+def test_layer_by_layer_is_the_whole_model(family: str, tiny_model: Make) -> None:
+    """With an image, whose features some models add between layers: bit for bit, gradients included."""
+    source = open_source(tiny_model(family))
+    token, inputs = INPUTS[family]
+    batches = [{**inputs, "modality": (inputs["input_ids"] == token).long()}]
+    spec = describe(source)
+    model = AutoModelForImageTextToText.from_pretrained(source.path, dtype=torch.float32)
+    wanted = observe(model, spec, batches, gradients=True)
+    shell = Shell(source, spec)
+    for sweep in (forward(shell, batches, Store()), backward(shell, batches, Store())):
+        for layer, _, seen in sweep:
+            whole = wanted[layer.index]
+            assert torch.equal(seen.hidden, whole.hidden)
+            assert torch.equal(seen.index, whole.index)
+            assert seen.vision is not None
+            assert whole.vision is not None
+            assert torch.equal(seen.vision, whole.vision)
+            assert seen.gradient is None or torch.equal(seen.gradient, whole.gradient)  # type: ignore[arg-type]
 
 
 def test_every_native_family_is_here() -> None:

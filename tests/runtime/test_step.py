@@ -122,9 +122,10 @@ def test_what_runs_by_itself(model: Any) -> None:
         assert step_of(model, cache) is not None
         with using("naive"):
             assert step_of(model, cache) is None
-        hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *args: None)
-        assert step_of(model, cache) is None
-        hook.remove()
+        for part in (model, model.model, model.model.layers[0].self_attn.q_proj):
+            hook = part.register_forward_hook(lambda *args: None)
+            assert step_of(model, cache) is None
+            hook.remove()
         assert step_of(model, cache) is not None
         assert step_of(model, DynamicCache(config=model.config)) is None
         dense = tiny.tiny_model("olmoe")

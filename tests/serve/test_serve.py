@@ -26,6 +26,7 @@ from openai import OpenAI
 import packing
 from mopeq.cli import main
 from mopeq.load import load, load_tokenizer
+from mopeq.runtime.decode import decode
 from mopeq.runtime.generate import generate
 from mopeq.serve import Limits, vllm_command
 from mopeq.serve.app import application
@@ -195,15 +196,13 @@ def test_a_key_is_asked_for_under_v1(pair: tuple[Any, Any]) -> None:
 @pytest.fixture
 def slow(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """A model that takes 50 ms a token, and never ends by itself."""
-    forward = pair[0].forward
 
-    def slowly(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.05)
-        made = forward(*args, **kwargs)
-        made.logits[..., 256:] = -100.0
-        return made
+    def slowly(model: Any, prompt: Any, most: int, stops: Any, sampling: Any) -> Iterator[int]:
+        for token in decode(model, prompt, most, frozenset(), sampling):
+            time.sleep(0.05)
+            yield token
 
-    monkeypatch.setattr(pair[0], "forward", slowly)
+    monkeypatch.setattr(sys.modules["mopeq.runtime.generate"], "decode", slowly)
     return pair
 
 

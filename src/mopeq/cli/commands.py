@@ -213,7 +213,8 @@ def do_run(options: argparse.Namespace) -> None:
     made = generate(_load_any(options.model, options), reader, prompt, **_sampling_of(options), stream=stream)
     if options.json:
         return show.print_json({"text": made.text, "tokens": len(made.tokens), "seconds": made.seconds})
-    print(f"\n[{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
+    print(flush=True)
+    print(f"[{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
     return None
 
 

@@ -17,6 +17,7 @@ from mopeq.data.text import check_length, token_batches
 from mopeq.errors import ModelError
 from mopeq.load import load_original, load_tokenizer
 from mopeq.measure import Calibration, Prepared, open_model
+from mopeq.moqe.pool import embedding_key
 from mopeq.progress import Track, silent
 from mopeq.source import Source, open_source
 from mopeq.spec import KeptRef, LinearRef, MoESpec
@@ -64,7 +65,12 @@ def dense_spec(source: Source) -> MoESpec:
             group = "lm_head" if module is head else "dense_mlp" if "mlp" in name else "attention"
             linears.append(LinearRef(name, key, shape, group))
     known = {ref.key for ref in linears}
-    kept = (KeptRef(key, shape, "other") for key, shape in source.shapes.items() if key not in known)
+    table = embedding_key(source.shapes)
+    kept = (
+        KeptRef(key, shape, "embedding" if key == table else "other")
+        for key, shape in source.shapes.items()
+        if key not in known
+    )
     if not linears:
         raise ModelError(f"{source.path} has no linear layers to quantize; give another model")
     return MoESpec(str(source.config["model_type"]), (), tuple(linears), tuple(kept))

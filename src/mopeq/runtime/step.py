@@ -64,6 +64,7 @@ def _suits(model: Any) -> bool:
     config = model.config
     return (
         len(layers) > 0
+        and not (_hooked(model) or _hooked(model.model))
         and all(type(layer).__name__ in LAYERS and _plain(layer) for layer in layers)
         and type(model).__name__ == type(layers[0]).__name__.replace("DecoderLayer", "ForCausalLM")
         and getattr(config, "clip_qkv", None) is None
@@ -76,8 +77,13 @@ def _suits(model: Any) -> bool:
 def _plain(layer: Any) -> bool:
     """No hooks or adapters in what a step replaces, and matrices that the kernel reads."""
     replaced = [layer, layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()]
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in replaced)
-    return not hooked and all(_group(getattr(layer.self_attn, f"{name}_proj")) is not None for name in PROJECTIONS)
+    return not any(map(_hooked, replaced)) and all(
+        _group(getattr(layer.self_attn, f"{name}_proj")) is not None for name in PROJECTIONS
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _group(linear: nn.Module) -> PackedGroup | None:
