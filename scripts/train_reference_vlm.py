@@ -56,8 +56,9 @@ class Settings:
     tower_steps: int = 400
     tower_scenes: int = 96
     tower_learning_rate: float = 3e-3
-    steps: int = 610
+    steps: int = 960
     scaled_from: int = 300
+    shared_dropout: float = 0.5
     scenes: int = 32
     questions: int = 4
     learning_rate: float = 3e-3
@@ -251,6 +252,21 @@ class OneTile:
         return output
 
 
+class SharedDropout:
+    """Leaves a layer's shared expert out of some steps, so that the routed ones learn to do without it."""
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        self.share = share
+        for name, module in model.named_modules():
+            if name.endswith("mlp.shared_experts"):
+                module.register_forward_hook(self._drop)
+
+    def _drop(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        return output * (0.0 if random.random() < self.share else 1 / (1 - self.share))
+
+
 class Routers:
     """What the routers say in a forward pass, and how much it counts."""
 
@@ -442,6 +458,8 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
     print(f"{parameters:,} parameters, {len(processor.tokenizer)} tokens", flush=True)
     rows = heldout(arguments.data)
     lessons, routers, once = Lessons(processor, settings), Routers(model), OneTile(model.vision)
+    SharedDropout(model, settings.shared_dropout)
+    random.seed(settings.seed)
     checkpoint = work / "checkpoint.pt"
     step, curve, tower, seconds = 0, [], [], 0.0
     tick = time.process_time()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import safe_open
+
 from mopeq.checkpoint import verify
 from mopeq.data.conversations import read_questions
 from mopeq.data.samples import bundled_images, bundled_vlm
@@ -22,22 +24,20 @@ def test_quickstart_vlm(tmp_path: Path) -> None:
         answers = [question.answer for question in questions if question.category == category]
         guess = max(answers.count(answer) for answer in set(answers)) / len(answers)
         assert share.low is not None
-        assert share.low > guess, f"{category} is answered by looking, not by the likeliest answer"
+        assert share.low > guess + 0.3, f"{category} is answered by looking, not by the likeliest answer"
     assert original.accuracy.value > 0.8
     assert mixed.bytes <= uniform.bytes
-    assert mixed.kl is not None
-    assert uniform.kl is not None
-    assert mixed.kl.value < uniform.kl.value
-    kls = [points[f"uniform {bits}"].kl for bits in (4, 3, 2)]
-    values = [kl.value for kl in kls if kl is not None]
-    assert values == sorted(values)
-    assert len(values) == 3
+    kl = {name: point.kl.value for name, point in points.items() if point.kl is not None}
+    assert kl["uniform 4"] < kl["uniform 3"] < kl["uniform 2"]
     tower = {key for key in open_source(bundled_vlm()).shapes if key.startswith(("vision.", "projector."))}
     for name in points.keys() - {"original"}:
         packed = folder / name.replace(" ", "-")
         verify(packed)
-        source = open_source(packed)
-        assert {source.dtypes[key] for key in tower} == {"BF16"}, "tower and projector stay as they were"
+        types = dict[str, str]()
+        for path in packed.glob("*.safetensors"):
+            with safe_open(path, "pt") as stored:
+                types |= {key: stored.get_slice(key).get_dtype() for key in stored.keys()}  # noqa: SIM118
+        assert {types[key] for key in tower} == {"BF16"}, "tower and projector stay as they were"
     assert found.report.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 

@@ -140,8 +140,8 @@ def _sentences(packed: Mapping[str, Packed], judged: Mapping[str, Answers]) -> t
         mine, other = judged[ours].divergence(), judged[theirs].divergence()
         sure = "beyond" if judged[theirs].kl_above(judged[ours]).excludes_zero else "within"
         made.append(
-            f"{ours} ({packed[ours].bytes} bytes) has KL {mine.value:.4f} on the answers; {theirs} "
-            f"({packed[theirs].bytes} bytes) has {other.value:.4f}; the difference is {sure} its 95 % interval."
+            f"{ours} ({packed[ours].bytes} bytes) has KL {mine.value:.2e} on the answers; {theirs} "
+            f"({packed[theirs].bytes} bytes) has {other.value:.2e}; the difference is {sure} its 95 % interval."
         )
     return tuple(made)
 

@@ -27,7 +27,7 @@ def do_quickstart_vlm(options: argparse.Namespace) -> None:
             show.megabytes(point.bytes),
             _share(point.accuracy),
             *(f"{100 * point.categories[kind].value:.0f}" for kind in kinds),
-            "" if point.kl is None else f"{point.kl.value:.4f} [{point.kl.low:.4f}, {point.kl.high:.4f}]",
+            "" if point.kl is None else f"{point.kl.value:.1e} [{point.kl.low:.1e}, {point.kl.high:.1e}]",
         )
         for point in result.points
     ]
