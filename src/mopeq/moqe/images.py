@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopeq.errors import DataError, InputError, ModelError
+from mopeq.errors import DataError, ModelError
 from mopeq.stats import read_json
 
 __all__ = ["Images", "preparation", "read_images"]
@@ -64,10 +64,8 @@ def read_images(folder: str | Path, model: str | Path) -> Images:
 
 def preparation(model: Path) -> Callable[[Path], Tensor]:
     """Resize, cut the middle out, scale and normalize, as ``preprocessor_config.json`` asks."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise InputError("images are read with Pillow, which is not installed; install mopeq[vision]") from error
+    from PIL import Image, UnidentifiedImageError
+
     file = model / "preprocessor_config.json"
     if not file.is_file():
         raise ModelError(f"{model} has no preprocessor_config.json, which says how images are prepared; add it")
