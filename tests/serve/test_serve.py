@@ -197,8 +197,8 @@ def test_a_key_is_asked_for_under_v1(pair: tuple[Any, Any]) -> None:
 def slow(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """A model that takes 50 ms a token, and never ends by itself."""
 
-    def slowly(model: Any, prompt: Any, most: int, stops: Any, sampling: Any) -> Iterator[int]:
-        for token in decode(model, prompt, most, frozenset(), sampling):
+    def slowly(model: Any, prompt: Any, most: int, stops: Any, *more: Any, **named: Any) -> Iterator[int]:
+        for token in decode(model, prompt, most, frozenset(), *more, **named):
             time.sleep(0.05)
             yield token
 
