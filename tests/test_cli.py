@@ -26,7 +26,8 @@ from mopeq.stats import Stats, read_json
 from tiny import edit_config, rewrite, tensors
 
 Make = Callable[..., Path]
-SMALL = ["--samples", "4", "--length", "32", "--group-size", "32"]
+FEW = ["--samples", "4", "--length", "32"]
+SMALL = [*FEW, "--group-size", "32"]
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_analyze_allocate_quantize_by_hand(
     made = json.loads(edited.read_text())
     made["experts"]["down"]["0"][3] = "8g64s"
     edited.write_text(json.dumps(made))
-    code, shown, _ = run(capsys, "quantize", folder, "-o", out, "--map", edited, "--data", text, *SMALL)
+    code, shown, _ = run(capsys, "quantize", folder, "-o", out, "--map", edited, "--data", text, *FEW)
     assert code == 0
     assert "times smaller" in shown
     assert verify(out).precisions.of(0, 3, "down").bits == 8
@@ -258,7 +259,7 @@ def test_map_for_another_model(
     assert run(capsys, "analyze", tiny_model("mixtral"), "--metrics", "inverse_norm", "-o", stats)[0] == 0
     flags = ("--method", "kmeans", "--score", "inverse_norm", "--group-size", 32, "--levels", "2,3")
     assert run(capsys, "allocate", stats, *flags, "-o", made)[0] == 0
-    code, said = fails(capsys, "quantize", folder, "-o", out, "--map", made, "--data", text, *SMALL)
+    code, said = fails(capsys, "quantize", folder, "-o", out, "--map", made, "--data", text, *FEW)
     assert code == 2
     assert "for another model" in said
     assert not out.exists()
@@ -376,7 +377,11 @@ def test_run_and_eval_refuse(folder: Path, packed: Path, tiny_model: Make, capsy
         (("eval", packed, "--length", "513"), "takes at most 512"),
         (("eval", packed, "--against", other), "is not the original of"),
         (("eval", packed, "-o", packed / "no" / "evaluation.json"), "no folder"),
-        (("allocate", packed / "mopeq" / "precision.json", "--symmetric", "--budget", "3"), "apply to --levels"),
+        (("allocate", packed / "mopeq" / "precision.json", "--symmetric", "--budget", "3"), "belongs to --levels"),
+        (("allocate", "stats.json", "--budget", "3", "--score", "fisher"), "belongs to --method kmeans"),
+        (("quantize", other, "-o", "x", "--uniform", "4", "--cost", "output_error"), "belongs to --budget"),
+        (("quantize", other, "-o", "x", "--map", "p.json", "--group-size", "64"), "belongs to --budget"),
+        (("quantize", other, "-o", "x", "--budget", "3bpw", "--context", "64"), "belongs to --fit"),
     ):
         code, said = fails(capsys, *arguments)
         assert code == 2

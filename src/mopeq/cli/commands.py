@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mopeq.cli import show
+from mopeq.cli.applies import check_allocate, check_quantize
 from mopeq.cli.fit import fitted
 from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
 from mopeq.errors import InputError, OutputError
@@ -124,9 +125,8 @@ def do_allocate(options: argparse.Namespace) -> None:
     """Give every expert a precision."""
     from mopeq.allocate import allocate
 
+    check_allocate(options)
     out = _new_file(options.out)
-    if not options.levels and (options.group_size is not None or options.symmetric):
-        raise InputError("--group-size and --symmetric apply to --levels; give --levels too, such as 2,3,4")
     stats = Stats.from_json(read_json(options.stats))
     made = allocate(
         stats,
@@ -153,6 +153,7 @@ def do_quantize(options: argparse.Namespace) -> None:
     from mopeq.measure import open_model
     from mopeq.quantize import quantize, require_new
 
+    check_quantize(options)
     if not options.resume:
         require_new(Path(options.out))  # before a model is downloaded
     model = open_model(options.model).inventory

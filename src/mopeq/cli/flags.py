@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=text, description=text)
         if json:
             made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, default_of=made.get_default)
         return made
 
     p = verb("quickstart", commands.do_quickstart, "run the main job on the bundled model")

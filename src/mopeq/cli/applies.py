@@ -1,0 +1,40 @@
+"""Flags that say nothing in the way chosen are refused, so that nobody believes they were heard."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from mopeq.errors import InputError
+
+__all__ = ["check_allocate", "check_quantize"]
+
+
+def check_allocate(options: argparse.Namespace) -> None:
+    """Raise :class:`InputError` for flags of another ``--method``."""
+    if options.method != "kmeans":
+        _refuse(options, ("score", "scope"), "--method kmeans")
+    if options.method not in ("knapsack", "random"):
+        _refuse(options, ("granularity",), "--method knapsack and random")
+    if options.method != "random":
+        _refuse(options, ("seed",), "--method random")
+    if not options.levels:
+        _refuse(options, ("group_size", "symmetric"), "--levels, such as 2,3,4")
+
+
+def check_quantize(options: argparse.Namespace) -> None:
+    """Raise :class:`InputError` for flags that choose precisions where a map or ``--uniform`` has them."""
+    if not options.fit:
+        _refuse(options, ("context", "batch"), "--fit")
+    if options.map or options.uniform:
+        _refuse(options, ("levels", "cost", "granularity"), "--budget and --fit")
+    if options.map:
+        _refuse(options, ("group_size", "symmetric"), "--budget, --fit and --uniform")
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], owner: str) -> None:
+    for name in names:
+        if getattr(options, name) != options.default_of(name):
+            raise InputError(
+                f"--{name.replace('_', '-')} does not apply here, it belongs to {owner}; leave it out, or give that"
+            )
