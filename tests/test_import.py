@@ -133,7 +133,7 @@ try:
 except KeyError:
     pass
 assert "mopeq.integrations.transformers" not in sys.modules
-assert not any(type(f).__module__.startswith("mopeq") for f in sys.meta_path)
+assert not any(getattr(f, "watched", None) == "transformers.quantizers.auto" for f in sys.meta_path)
 print({LOADED.format(packed)})
 assert auto.AUTO_QUANTIZER_MAPPING["mopeq"].__name__ == "MopeqHfQuantizer"
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["mopeq"].__name__ == "MopeqConfig"
