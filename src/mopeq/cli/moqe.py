@@ -196,10 +196,12 @@ def do_run(options: argparse.Namespace) -> None:
     if len(made) > 1:
         for prompt, name, generation in zip(options.prompt, routes, made, strict=True):
             print(f"[{name}] {prompt}{generation.text}\n")
+    else:
+        print(flush=True)
     counts = ", ".join(f"{name} {routes.count(name)}" for name in dict.fromkeys(routes))
     pool = _pool(opened)
     print(
-        f"\n[{counts}; {pool['loads']} loads in {pool['load_seconds']:.2f} s, "
+        f"[{counts}; {pool['loads']} loads in {pool['load_seconds']:.2f} s, "
         f"{show.megabytes(pool['resident_bytes'])} MB resident]",
         file=sys.stderr,
     )

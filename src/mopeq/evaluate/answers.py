@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopeq.analyze.forward import inputs_of, logits_of
 from mopeq.data.text import Window, fingerprint
 from mopeq.errors import DataError, ModelError
 from mopeq.evaluate import Evaluation
@@ -23,9 +24,6 @@ from mopeq.evaluate.speed import resident_bytes
 from mopeq.progress import Track, silent
 
 __all__ = ["Answers", "answer_logits", "evaluate_answers", "judge_answers"]
-
-OURS = ("modality", "labels")
-"""Entries of a batch that the model does not get."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,8 @@ def answer_logits(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], tra
     device = next(model.parameters()).device
     made = []
     for batch in track(batches, "questions", len(batches)):
-        inputs = {name: value.to(device) for name, value in batch.items() if name not in OURS}
         with torch.inference_mode():
-            logits: Tensor = model(**inputs, use_cache=False).logits.cpu()
+            logits = logits_of(model, inputs_of(batch, device)).cpu()
         asked = batch["labels"][:, 1:] != -100
         made += [row[:-1][keep] for row, keep in zip(logits, asked, strict=True)]
     if not all(bool(torch.isfinite(row).all()) for row in made):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -30,7 +31,7 @@ class Row:
         self.answer += [answer] * len(ids)
 
 
-class VisionProcessor(ProcessorMixin):
+class VisionProcessor(ProcessorMixin, ABC):
     """Texts or conversations with images to batches; subclasses lay out one sequence and put images together."""
 
     image_token: str
@@ -39,17 +40,17 @@ class VisionProcessor(ProcessorMixin):
     tensors: ClassVar[tuple[str, ...]] = ()
     """Names of the image tensors."""
 
+    @abstractmethod
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
         """Texts that are tokenized each on its own, and whether they are answers, which an end token follows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _row(self, pieces: Sequence[tuple[str, bool]], images: Sequence[Any]) -> Row:
         """One sequence, begin token first, with its images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _image_tensors(self, rows: Sequence[Row], ids: Tensor) -> dict[str, Tensor]:
         """The tensors that images become; ``ids`` (sequences, length) are filled up on the left."""
-        raise NotImplementedError
 
     def __call__(
         self,
