@@ -21,7 +21,7 @@ from mopeq.moqe.language import prompted_windows, prompts_of
 from mopeq.moqe.vision import build_images, judge_images, load_images, train_images
 from mopeq.quantize import quantize
 
-sys.path.insert(0, str(ROOT / "tests" / "moqe"))
+sys.path.insert(0, str(ROOT / "scripts"))
 PIECE = 3000
 """Characters of a document that a long text is cut into."""
 SHARES = {"calibrate": 0.4, "learn": 0.3, "judge": 0.3}
@@ -168,7 +168,7 @@ def residency(opened: moqe.Moqe, text: Text, folder: Path) -> list[dict[str, Any
 
 def images(asked: Any, text: Text, work: Path) -> Any:
     """A ResNet on scikit-learn's digits as they are, as negatives and with noise."""
-    from digits import DOMAINS, digits, save_digits, shown, train_resnet
+    from reference_digits import DOMAINS, digits, save_digits, shown, train_resnet
 
     pixels, labels = digits()
     ends = {"base": (0, 800), "calibrate": (800, 1000), "learn": (1000, 1300), "judge": (1300, len(labels))}

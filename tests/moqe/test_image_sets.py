@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from digits import DOMAINS, digits, save_digits, shown, train_resnet
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,6 +30,7 @@ from mopeq.moqe.vision import (
 from mopeq.precision import Precision
 from mopeq.qtensor import dequantize
 from mopeq.quantizers import rtn
+from reference_digits import DOMAINS, digits, save_digits, shown, train_resnet
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from digits import digits, save_digits, train_resnet
 from sets import CODE, PROSE, write_texts
 
 from mopeq.cli import main
+from reference_digits import digits, save_digits, train_resnet
 
 Make = Callable[..., Path]
 WINDOWS = ("--prompt-tokens", 8, "--length", 32)

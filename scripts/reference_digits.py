@@ -1,4 +1,4 @@
-"""A small ResNet trained on the digits of scikit-learn, and image folders of them. The benchmark uses it too."""
+"""A small ResNet trained on the digits of scikit-learn, and image folders of them: for tests and benchmarks."""
 
 from __future__ import annotations
 
