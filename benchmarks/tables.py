@@ -179,6 +179,59 @@ def correlated(run: Mapping[str, Any]) -> list[str]:
     return [str(run["seed"]), str(len(rows)), *(f"{value:.3f}" for value in found)]
 
 
+def vlm(results: Mapping[str, Any]) -> dict[str, str]:
+    """MoPEQ's comparison on questions about images: all maps, pairs at equal bytes, and what calibration is worth."""
+    runs = [run for run in results["runs"] if run["arm"] == "images"]
+    named = by_name(runs)
+    ordered = sorted(named, key=lambda name: mean(named[name], "bytes"))
+    tasks = list(results["original"]["by_task"])
+    head = ["map", "bits per expert weight", "MB", "KL", "95 % interval", "over seeds", "KL / uniform at these bytes",
+            "right %", *tasks]  # fmt: skip
+    whole = results["original"]
+    shares = [whole["right"], *whole["by_task"].values()]
+    last = ["original", "16", f"{results['original_bytes'] / 1e6:.2f}", "0", "", "", "", *_percent(shares)]
+    pairs = [compared(named, *pair) for pair in COMPARISONS if set(pair) <= set(named)]
+    versus = ["first", "second, equal bytes", "KL of first", "KL of second", "first - second, 95 %", "ratio",
+              "seeds won"]  # fmt: skip
+    return {
+        "vlm maps": table(head, [*(_answered(name, named[name], tasks) for name in ordered), last]),
+        "vlm comparisons": table(versus, pairs),
+        "vlm ranks": table(["seed", "maps", "fisher_error", "output_error"], [correlated(run) for run in runs]),
+        "vlm calibration": _calibrations(results["runs"]),
+    }
+
+
+def _answered(name: str, columns: Sequence[Sequence[Row]], tasks: Sequence[str]) -> list[str]:
+    rows = [row for column in columns for row in column]
+    kl = estimate(pooled(columns))
+    shares = [[row["right"], *(row["by_task"][task] for task in tasks)] for row in rows]
+    return [
+        name, f"{mean(columns, 'expert_bits'):.3f}", f"{mean(columns, 'bytes') / 1e6:.2f}", f"{kl.value:.4f}",
+        f"{kl.low:.4f} to {kl.high:.4f}", spread(columns, "kl", 4), f"{mean(columns, 'by_uniform'):.2f}",
+        *_percent([sum(values) / len(values) for values in zip(*shares, strict=True)]),
+    ]  # fmt: skip
+
+
+def _percent(shares: Iterable[float]) -> list[str]:
+    return [f"{100 * share:.0f}" if i else f"{100 * share:.1f}" for i, share in enumerate(shares)]
+
+
+def _calibrations(runs: Sequence[Mapping[str, Any]]) -> str:
+    """KL of the maps that every calibration makes; in parentheses the interval of the difference from images."""
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    named = {arm: by_name(run for run in runs if run["arm"] == arm) for arm in arms}
+    rows = []
+    for name in dict.fromkeys(name for arm in arms[1:] for name in named[arm]):
+        own = pooled(named[arms[0]][name.partition(",")[0]])
+        cells = [f"{estimate(own).value:.4f}"]
+        for arm in arms[1:]:
+            other = pooled(named[arm][name])
+            gap = estimate([x - y for x, y in zip(other, own, strict=True)])
+            cells.append(f"{estimate(other).value:.4f} ({gap.low:+.4f} to {gap.high:+.4f})")
+        rows.append([name, *cells])
+    return table(["map", *arms], rows)
+
+
 def choices(results: Mapping[str, Any]) -> dict[str, str]:
     """Group sizes at equal bits per weight, and quantizers at uniform bits."""
     rows = {row["name"]: row for run in results["runs"] for row in run["rows"]}
@@ -384,6 +437,7 @@ PRINTED = {
     "solver": solver,
     "streaming": streaming,
     "economy": economy,
+    "vlm_study": vlm,
 }
 
 if __name__ == "__main__":

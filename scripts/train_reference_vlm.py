@@ -2,14 +2,14 @@
 
 The model is mopeq's own ``DeepseekVL2ForConditionalGeneration`` with a published-style configuration, its inputs come
 from the package's processor, and its lessons from ``reference_images.py``: every step draws new scenes, with up to
-four questions each, and learns the answers alone. The learning rate follows a trapezoid, so that a run can be resumed
-with another ``--steps`` while it is in its constant part.
+four questions each, or of questions without an image, and learns the answers alone.
 
     python scripts/reference_images.py --out src/mopeq/assets/vlm
     python scripts/train_reference_vlm.py --work build/reference-vlm --data src/mopeq/assets/vlm \
         --out src/mopeq/assets/deepseek-vl2-tiny
 
-The checkpoint in the ``--work`` folder is replaced atomically; ``--resume`` goes on from it.
+The checkpoint in the ``--work`` folder is replaced atomically; ``--resume`` goes on from it, with the same settings.
+Every random choice depends on the seed and the step alone, so that a resumed run is the run that was not stopped.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -43,7 +43,7 @@ from mopeq.models.processing_deepseek_vl2 import DeepseekVLV2Processor, tiles_of
 BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 TILE, PATCH, WIDTH, LAYERS, EXPERTS, TOP_K = images.SIDE, 12, 128, 5, 16, 2
 SCALE = EXPERTS / TOP_K
-"""Factor of the routing weights, which are not renormalised: evenly routed, a token's experts then weigh one."""
+"""Factor of the routing weights, which are not renormalised: evenly routed, a token's experts then weigh one each."""
 RESOLUTIONS = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
 WIDE = "word"
 """The kind of scene whose images are two tiles wide."""
@@ -54,20 +54,22 @@ class Settings:
     """Hyper-parameters of the training run."""
 
     tower_steps: int = 400
-    tower_scenes: int = 96
+    tower_scenes: int = 64
     tower_learning_rate: float = 3e-3
-    steps: int = 960
-    scaled_from: int = 300
+    steps: int = 1600
     shared_dropout: float = 0.5
+    quiz_share: float = 0.5
     scenes: int = 32
     questions: int = 4
+    quizzes: int = 16
+    quiz_questions: int = 6
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     decay_fraction: float = 0.3
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
-    balance: float = 0.01
+    balance: float = 0.003
     seed: int = 0
 
 
@@ -86,7 +88,8 @@ def build_tokenizer(most: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     asked = [q for kind in images.KINDS for seed in range(400) for q in images.scene(seed, kind, most=99).questions]
-    tokenizer.train_from_iterator([q.text for q in asked] + [q.answer.lower() for q in asked], trainer=trainer)
+    texts = [f"{q.text}\n\n" for q in asked] + [q.answer.lower() for q in asked]
+    tokenizer.train_from_iterator(texts, trainer=trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
@@ -100,7 +103,7 @@ def build_tokenizer(most: int) -> PreTrainedTokenizerFast:
 def build_processor(work: Path) -> DeepseekVLV2Processor:
     """The processor, which completes the tokenizer; made on first use and kept in ``work``."""
     if not (work / "processor_config.json").exists():
-        tokenizer = build_tokenizer(384)
+        tokenizer = build_tokenizer(640)
         DeepseekVLV2Processor(tokenizer, candidate_resolutions=RESOLUTIONS, patch_size=PATCH).save_pretrained(work)
     return DeepseekVLV2Processor.from_pretrained(work)
 
@@ -118,8 +121,8 @@ def configuration(vocabulary: int) -> dict[str, Any]:
             "architectures": ["DeepseekV2ForCausalLM"],
             "vocab_size": vocabulary,
             "hidden_size": WIDTH,
-            "intermediate_size": 3 * WIDTH,
-            "moe_intermediate_size": 128,
+            "intermediate_size": WIDTH,
+            "moe_intermediate_size": WIDTH,
             "num_hidden_layers": LAYERS,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
@@ -209,17 +212,21 @@ class Lessons:
     def batch(self, step: int) -> dict[str, Tensor]:
         """The lesson of a step."""
         rng = random.Random(f"{self.settings.seed} {step}")
-        wide = rng.random() < self.shares[WIDE]
-        kinds = [WIDE] if wide else [kind for kind in self.shares if kind != WIDE]
-        drawn = rng.choices(kinds, [self.shares[kind] for kind in kinds], k=self.settings.scenes)
         first = (self.settings.seed * 10_000_000) + step * self.settings.scenes + 3_000_017
+        if rng.random() < self.settings.quiz_share:
+            seeds = range(first, first + self.settings.quizzes)
+            asked = [images.quiz(seed, self.settings.quiz_questions) for seed in seeds]
+            return inputs_of(self.processor, [images.conversation(questions) for questions in asked])
+        wide = rng.random() < self.shares[WIDE]
+        kinds = [kind for kind in self.shares if (kind == WIDE) == wide]
+        drawn = rng.choices(kinds, [self.shares[kind] for kind in kinds], k=self.settings.scenes)
         scenes = [images.scene(first + number, kind, most=self.settings.questions) for number, kind in enumerate(drawn)]
         return inputs_of(self.processor, [conversation(made) for made in scenes])
 
 
 def conversation(made: images.Scene) -> list[dict[str, Any]]:
     """A scene as messages, with its image in them."""
-    messages: list[dict[str, Any]] = list(images.conversation(made))
+    messages: list[dict[str, Any]] = list(images.conversation(made.questions, "<image>\n"))
     messages[0] = {**messages[0], "images": [made.image]}
     return messages
 
@@ -256,7 +263,7 @@ class SharedDropout:
     """Leaves a layer's shared expert out of some steps, so that the routed ones learn to do without it."""
 
     def __init__(self, model: nn.Module, share: float) -> None:
-        self.share = share
+        self.share, self.rng = share, random.Random()
         for name, module in model.named_modules():
             if name.endswith("mlp.shared_experts"):
                 module.register_forward_hook(self._drop)
@@ -264,7 +271,7 @@ class SharedDropout:
     def _drop(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         if not module.training:
             return output
-        return output * (0.0 if random.random() < self.share else 1 / (1 - self.share))
+        return output * (0.0 if self.rng.random() < self.share else 1 / (1 - self.share))
 
 
 class Routers:
@@ -272,14 +279,9 @@ class Routers:
 
     def __init__(self, model: nn.Module) -> None:
         self.logits: list[Tensor] = []
-        self.modules: list[Any] = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-        for module in self.modules:
-            module.register_forward_hook(lambda _m, _a, output: self.logits.append(output[0]))
-
-    def scale(self, factor: float) -> None:
-        """Set the factor of the routing weights."""
-        for module in self.modules:
-            module.routed_scaling_factor = factor
+        for name, module in model.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(lambda _m, _a, output: self.logits.append(output[0]))
 
     def balance(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """The balance loss, 1 where even, and the load (layers, experts); the logits are let go."""
@@ -458,13 +460,14 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
     print(f"{parameters:,} parameters, {len(processor.tokenizer)} tokens", flush=True)
     rows = heldout(arguments.data)
     lessons, routers, once = Lessons(processor, settings), Routers(model), OneTile(model.vision)
-    SharedDropout(model, settings.shared_dropout)
-    random.seed(settings.seed)
+    dropout = SharedDropout(model, settings.shared_dropout)
     checkpoint = work / "checkpoint.pt"
     step, curve, tower, seconds = 0, [], [], 0.0
     tick = time.process_time()
     if arguments.resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
+        if state["settings"] != asdict(settings):
+            raise SystemExit(f"{checkpoint} is of a run with other settings; give the same ones, or leave out --resume")
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
@@ -472,13 +475,23 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
         print(f"resumed at step {step}", flush=True)
     else:
         tower = train_tower(model, processor, settings)
+        now = time.process_time()
+        seconds, tick = now - tick, now
     losses: list[float] = []
     loads = torch.zeros(LAYERS - 1, EXPERTS)
+
+    def save() -> None:
+        parts = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        logged = {"step": step, "curve": curve, "tower": tower, "seconds": seconds, "settings": asdict(settings)}
+        save_atomically({**parts, **logged}, checkpoint)
+
+    if step == 0:
+        save()
     while step < settings.steps:
         inputs = lessons.batch(step)
+        dropout.rng.seed(f"shared {settings.seed} {step}")
         labels = inputs.pop("labels")[:, 1:]
-        once.on = inputs["images"].shape[1] == 2
-        routers.scale(SCALE if step >= settings.scaled_from else 1.0)
+        once.on = "images" in inputs and inputs["images"].shape[1] == 2
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         asked = labels != -100
         loss = F.cross_entropy(logits[asked], labels[asked])
@@ -508,15 +521,13 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
             print(f"step {step} held-out { ({k: round(v, 2) for k, v in scores.items()}) }", flush=True)
             model.train()
             routers.logits.clear()
-            kept = [optimizer.state_dict() for optimizer in optimizers]
-            state = {"step": step, "curve": curve, "tower": tower, "seconds": seconds}
-            save_atomically({**state, "model": model.state_dict(), "optimizers": kept}, checkpoint)
             tick = time.process_time()
+        if step % arguments.save_every == 0 or step == settings.steps:
+            save()
     log = {
         "command": "python scripts/train_reference_vlm.py --work WORK --data DATA --out OUT",
         "settings": asdict(settings),
         "parameters": parameters,
-        "scenes_seen": step * settings.scenes,
         "training_cpu_seconds": round(seconds),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "loss_curve_columns": ["step", "mean loss of the answers in nats a token since the last entry"],
@@ -539,7 +550,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--eval-every", type=int, default=200)
+    parser.add_argument("--eval-every", type=int, default=400)
+    parser.add_argument("--save-every", type=int, default=50, help="a multiple of --log-every")
     parser.add_argument("--eval-every-row", type=int, default=4, help="judge by every so-manieth held-out question")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the work folder")
     arguments = parser.parse_args()
