@@ -98,6 +98,9 @@ class Shell:
         from accelerate import init_empty_weights
 
         config = model_config(source.path)
+        for part in (config, config.get_text_config()):
+            if getattr(part, "output_router_logits", False):
+                part.output_router_logits = False  # a balance loss over all layers' routers, which are never together
         self.source, self.spec, self._ahead = source, spec, Ahead(source)
         self.dtype = dtype or config.dtype or stored_dtype(source)
         with init_empty_weights(include_buffers=False):
