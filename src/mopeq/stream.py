@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mopeq.ahead import Ahead
 from mopeq.analyze.forward import Batch, check_batches, experts_module, inputs_of, logits_of, sampled_loss, token_mask
-from mopeq.analyze.observe import Routed, Tap, check_logits, vision_of
+from mopeq.analyze.observe import Routed, Tap, check_logits, marks_of
 from mopeq.checkpoint import write_tensors
 from mopeq.errors import ModelError
 from mopeq.journal import Journal
@@ -223,7 +223,7 @@ def forward(
         del outputs
         if tap is not None and number >= start:
             shell.release_experts(tap.module)
-            yield tap.layer, tap.module, tap.finish(vision_of(batches))
+            yield tap.layer, tap.module, tap.finish(*marks_of(batches))
         shell.release(number)
         store.drop(f"hidden {number}")
     store.drop(f"hidden {last + 1}")
@@ -267,7 +267,7 @@ def backward(
         if tap is not None:
             shell.release_experts(tap.module)
             if until is None or number < until:
-                yield tap.layer, tap.module, tap.finish(vision_of(batches))
+                yield tap.layer, tap.module, tap.finish(*marks_of(batches))
         shell.release(number)
         store.drop(f"hidden {number + 1}")
         store.drop(f"gradient {number + 1}")
