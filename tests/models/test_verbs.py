@@ -119,8 +119,8 @@ def test_layer_by_layer_with_images(name: str) -> None:
     """A model of which one layer at a time is in memory sees what the whole one sees; its tower runs once a batch."""
     source = open_source(FOLDER / name)
     data = []
-    for cases in (("one_wide", "text_only"), ("one_tall",)):
-        inputs, _ = batch(name, *cases)
+    for names in (("one_wide", "text_only"), ("one_tall",)):
+        inputs, _ = batch(name, *names)
         data.append({**inputs, "modality": images_of(name, inputs)})
     spec = describe(source)
     whole = observe(loaded(name), spec, data, gradients=True, seed=1)
