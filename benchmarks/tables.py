@@ -313,7 +313,8 @@ def streaming(results: Mapping[str, Any]) -> dict[str, str]:
     ]  # fmt: skip
     head = ["model and flags", "original GB", "packed GB", "experts of a layer, GB", "peak resident GB",
             "processor s", "wall s"]  # fmt: skip
-    return {"streaming": table(head, rows)}
+    commands = "\n".join(r["command"] for r in results.values() if "command" in r)
+    return {"streaming": table(head, rows), "streaming commands": f"```\n{commands}\n```\n"}
 
 
 def economy(results: Mapping[str, Any]) -> dict[str, str]:

@@ -143,6 +143,8 @@ def quantize(
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
             raise DataError(f"of the tenth of the data kept apart for comparing, {error}, or use --no-eval") from error
+    if calibration.modality_weight != 1 and budget is None and method in DATA_FREE:
+        raise InputError(f"a modality weight does not enter {method} with a map; use gptq or a budget, or leave it out")
     if budget is not None or method not in DATA_FREE:
         opened = calibrated(opened, calibration, texts=training)
     plan = _Plan(

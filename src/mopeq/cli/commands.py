@@ -427,7 +427,8 @@ def _calibration_of(options: argparse.Namespace) -> Any:
 
     if options.data == "":
         raise InputError("--data is empty; expected a text or JSONL file; leave it out for the bundled text")
-    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed)
+    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed,
+                       options.modality_weight)  # fmt: skip
 
 
 def _dtype(options: argparse.Namespace) -> Any:

@@ -130,6 +130,10 @@ def _calibration(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=4)
+    p.add_argument(
+        "--modality-weight", type=float, default=1.0, metavar="W",
+        help="what a text token counts in moments and costs, an image token being 1 (default: 1)",
+    )  # fmt: skip
     _seed(p)
 
 
