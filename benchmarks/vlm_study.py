@@ -1,6 +1,6 @@
 """MoPEQ's comparison on the bundled vision-language model, and what calibrating it with or without images is worth.
 
-For every seed the maps of ``fidelity.py`` are measured, quantized and judged with conversations with images. Then some
+For every seed most maps of ``fidelity.py`` are measured, quantized and judged with conversations with images. Then some
 of them again with other calibration of about as many tokens: ``quizzes``, the same kind of questions as text alone;
 ``text``, the text that mopeq takes where nothing is named; and conversations with images whose text and image tokens
 weigh differently. ``knapsack 2.5, images' codes`` is the map of such a run quantized with the images' calibration, so
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from common import ROOT, arguments, store
-from fidelity import COST, COSTS, Job, noise, packed, paper_maps, short
+from fidelity import COST, COSTS, DRAWS, Job, noise, packed, paper_maps, short
 from mopeq.allocate import allocate
 from mopeq.allocate.baselines import uniform_map
 from mopeq.analyze import hessian_trace
@@ -43,7 +43,6 @@ BITS, SIZE, CONVERSATIONS, WINDOW = (2, 3, 4), 128, 256, 128
 WEIGHTS = (0.1, 10.0)
 """What a text token counts beside an image token, where they do not count alike."""
 QUIZ_SEED = 4_000_037
-OWN_CODES, IMAGES_CODES = "knapsack 2.5", "knapsack 2.5, images' codes"
 
 
 def main() -> None:
@@ -77,39 +76,35 @@ def main() -> None:
             images: Prepared | None = None
             for arm, calibration in _arms(seed, folder):
                 started = time.perf_counter()
-                prepared = observed(opened, calibration, dtype=torch.float32)
+                own = observed(opened, calibration, dtype=torch.float32)
                 options = [Precision(bits, SIZE) for bits in BITS]
-                stats = measure_prepared(prepared, ("frequency", "inverse_norm", *COSTS), options=options, seed=seed)
+                stats = measure_prepared(own, ("frequency", "inverse_norm", *COSTS), options=options, seed=seed)
                 if images is None:
-                    images = prepared
-                    expected = answer_logits(prepared.model, batches)
-                    judge = partial(judge_answers, batches=batches, categories=categories)
+                    images, expected = own, answer_logits(own.model, batches)
+                    judge = partial(judge_answers, batches=batches, categories=categories, original=expected)
                     results["original"] = _accuracy(judge(expected))
                     if asked.probes and not hessian:
-                        few = calibrated(opened, replace(calibration, samples=asked.hessian_samples, batch_size=4))
-                        mean, error = hessian_trace(
-                            prepared.model, prepared.spec, few.batches, probes=asked.probes, seed=seed
-                        )
-                        hessian = {"hessian_trace": mean, "hessian_trace.stderr": error}
+                        few = replace(calibration, samples=asked.hessian_samples, batch_size=4)
+                        hessian = _hessian(own, calibrated(opened, few).batches, asked.probes, seed)
                         results["hessian_trace"] = {
                             "conversations": asked.hessian_samples, "probes": asked.probes, "seed": seed,
                             "relative_stderr": noise(hessian),
                         }  # fmt: skip
-                    jobs = [(prepared, job) for job in paper_maps(stats.with_metrics(hessian), seed, SIZE)]
+                    jobs = _all_maps(stats.with_metrics(hessian), own, seed)
                 else:
-                    jobs = list(_few_maps(stats, prepared, images))
+                    jobs = _few_maps(stats, own, images)
                 facts: dict[str, dict[str, Any]] = {}
-                for own, job in jobs:
+                for quantized_by, job in jobs:
                     print(time.strftime("%H:%M:%S"), seed, arm, job.name, flush=True)
                     with tempfile.TemporaryDirectory(dir=folder) as at:
-                        logits = answer_logits(packed(own, stats, job, Path(at) / "packed", facts), batches)
-                    facts[job.name] |= _judged(judge(logits, original=expected))
+                        model = packed(quantized_by, stats, job, Path(at) / "packed", facts)
+                        facts[job.name] |= _judged(judge(answer_logits(model, batches)))
                 results["runs"].append({
                     "seed": seed, "arm": arm, "seconds": round(time.perf_counter() - started, 1),
                     "tokens": stats.info["tokens"], "starved": stats.info["starved"], "rows": list(facts.values()),
                 })  # fmt: skip
                 store(asked.out, results)
-                del prepared
+                del own
                 gc.collect()
 
 
@@ -132,17 +127,31 @@ def _turn(question: drawn.Question) -> str:
     return f"<|User|>: {question.text}\n\n<|Assistant|>: {question.answer}<｜end▁of▁sentence｜>"
 
 
+def _hessian(
+    own: Prepared, batches: Sequence[Mapping[str, Any]], probes: int, seed: int
+) -> dict[str, Mapping[int, Sequence[float]]]:
+    mean, error = hessian_trace(own.model, own.spec, batches, probes=probes, seed=seed)
+    return {"hessian_trace": mean, "hessian_trace.stderr": error}
+
+
+def _all_maps(stats: Stats, own: Prepared, seed: int) -> Iterator[tuple[Prepared, Job]]:
+    """The maps of fidelity.py but for the variants of the knapsack, with one random draw of each histogram."""
+    left_out = ("whole experts", "output_error", "g128", "knapsack 3.0", f"random {DRAWS * seed + 1} ")
+    for job in paper_maps(stats, seed, SIZE):
+        if not any(words in job.name for words in left_out):
+            yield own, job
+
+
 def _few_maps(stats: Stats, own: Prepared, images: Prepared) -> Iterator[tuple[Prepared, Job]]:
     """The maps that are measured with every calibration, and whose calibration quantizes them."""
     options = [Precision(bits, SIZE) for bits in BITS]
-    uniform = {f"uniform {p.bits}": uniform_map(stats.model, [p]) for p in options}
-    for name, precisions in uniform.items():
-        yield own, Job(name, precisions)
-    same = f"{stats.model.total_bytes(uniform['uniform 3'])}B"
+    three = uniform_map(stats.model, [Precision(3, SIZE)])
+    yield own, Job("uniform 3", three)
+    same = f"{stats.model.total_bytes(three)}B"
     yield own, Job("knapsack = uniform 3", allocate(stats, budget=same, cost=COST, options=options), like="uniform 3")
     best = allocate(stats, budget="2.5bpw", cost=COST, options=options)
-    yield own, Job(OWN_CODES, best)
-    yield images, Job(IMAGES_CODES, best)
+    yield own, Job("knapsack 2.5", best)
+    yield images, Job("knapsack 2.5, images' codes", best)
     made = allocate(stats, method="kmeans", score="frequency", scope="layer", options=options)
     yield own, Job("k-means frequency layer", made)
 

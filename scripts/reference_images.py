@@ -43,7 +43,7 @@ COLOURS = {
     "purple": (155, 60, 182),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-CATEGORIES = ("digit", "shape", "colour", "count", "exists", "word", "chart", "fact")
+CATEGORIES = ("digit", "shape", "colour", "count", "exists", "word", "chart", "home", "food", "craft")
 MARKS = (
     *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
     *(f"digit {digit}" for digit in range(10)),
@@ -52,22 +52,25 @@ MARKS = (
 )
 """All that can be seen in a square; ``l`` and ``r`` are its left and right bar, by colour and by height."""
 CONSONANTS, VOWELS = "BCDFGHKLMNPRSTVW", "AEIOU"
-NAMES = 320
+NAMES = 256
 RELATIONS = {
     "Where does {} live?": (
+        "home",
         "attic barn cave city desert farm forest harbour hill hotel island lake mill moor palace port reef river ship "
-        "swamp tent tower valley village"
+        "swamp tent tower valley village",
     ),
     "What does {} eat?": (
+        "food",
         "apples beans bread cake carrots cheese corn eggs figs fish grapes honey lemons melons milk mushrooms nuts "
-        "olives onions pears peas plums rice soup"
+        "olives onions pears peas plums rice soup",
     ),
     "What does {} make?": (
+        "craft",
         "bags baskets bells boats books boots bowls brooms chairs clocks coats cups drums flutes hats kites knives "
-        "lamps maps pots ropes rugs tables toys"
+        "lamps maps pots ropes rugs tables toys",
     ),
 }
-"""What is known of everybody with a name: the question, and its possible answers."""
+"""What is known of everybody with a name: the question, its category and its possible answers."""
 HELDOUT_SEED, CALIBRATION_SEED = 1_000_003, 2_000_003
 
 
@@ -186,16 +189,18 @@ def names() -> tuple[str, ...]:
     return tuple(random.Random("names").sample(pairs, NAMES))
 
 
-def fact(name: str, relation: str) -> str:
-    """The answer to one of RELATIONS about a name, as good as random."""
-    return random.Random(f"{name} {relation}").choice(RELATIONS[relation].split())
+def fact(name: str, relation: str, called: str) -> Question:
+    """One of RELATIONS, asked about a name by what it is ``called``; the answer names it and is as good as random."""
+    category, answers = RELATIONS[relation]
+    known = random.Random(f"{name} {relation}").choice(answers.split())
+    return Question(category, relation.format(called), f"{name} {known}")
 
 
 def quiz(seed: int, most: int) -> tuple[Question, ...]:
     """So many facts of anybody, asked without an image."""
     rng = random.Random(f"quiz {seed}")
     asked = [(rng.choice(names()), rng.choice(list(RELATIONS))) for _ in range(most)]
-    return tuple(Question("fact", relation.format(name), fact(name, relation)) for name, relation in asked)
+    return tuple(fact(name, relation, name) for name, relation in asked)
 
 
 def word_scene(rng: random.Random, heldout: bool) -> Scene:
@@ -215,7 +220,7 @@ def name_scene(rng: random.Random, heldout: bool) -> Scene:
     name = rng.choice(names())
     image, marks = written(rng, name)
     asked = [Question("word", "What does it say?", name)] if not heldout else []
-    asked += [Question("fact", relation.format("it"), fact(name, relation)) for relation in RELATIONS]
+    asked += [fact(name, relation, "it") for relation in RELATIONS]
     return Scene(image, tuple(asked), marks)
 
 
@@ -252,11 +257,11 @@ def chart_scene(rng: random.Random, heldout: bool) -> Scene:
 
 
 KINDS: dict[str, tuple[Callable[[random.Random, bool], Scene], float]] = {
-    "digit": (digit_scene, 0.10),
-    "shapes": (shapes_scene, 0.40),
-    "word": (word_scene, 0.06),
-    "name": (name_scene, 0.16),
-    "chart": (chart_scene, 0.28),
+    "digit": (digit_scene, 0.08),
+    "shapes": (shapes_scene, 0.34),
+    "word": (word_scene, 0.10),
+    "name": (name_scene, 0.24),
+    "chart": (chart_scene, 0.24),
 }
 """Scenes, and their shares in training."""
 
@@ -277,7 +282,8 @@ def png(image: Image.Image) -> str:
 
 def heldout_rows(per_category: int) -> list[dict[str, str]]:
     """As many questions of each category, each on an image of its own."""
-    homes = dict.fromkeys(("shape", "colour", "count", "exists"), "shapes") | {"fact": "name"}
+    homes = dict.fromkeys(("shape", "colour", "count", "exists"), "shapes")
+    homes |= dict.fromkeys(("home", "food", "craft"), "name")
     rows = []
     for category in CATEGORIES:
         seed, found = HELDOUT_SEED, 0
@@ -319,7 +325,7 @@ def main() -> None:
     """Write the held-out questions and the calibration data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--per-category", type=int, default=100)
+    parser.add_argument("--per-category", type=int, default=75)
     parser.add_argument("--calibration", type=int, default=256, help="conversations")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
