@@ -82,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--granularity", default="group", choices=("group", "expert"))
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
+    p.add_argument(
+        "--guard",
+        action=argparse.BooleanOptionalAction,
+        help="pack a uniform map where the allocated one is not better on text kept apart (default, unless --no-eval)",
+    )
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
