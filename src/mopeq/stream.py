@@ -98,6 +98,7 @@ class Shell:
         from accelerate import init_empty_weights
 
         config = model_config(source.path)
+        config.get_text_config().output_router_logits = False  # a loss over all routers, of which one is there
         self.source, self.spec, self._ahead = source, spec, Ahead(source)
         self.dtype = dtype or config.dtype or stored_dtype(source)
         with init_empty_weights(include_buffers=False):
