@@ -127,9 +127,9 @@ def quantize(
         require_new(Path(out))
     calibration = calibration or Calibration()
     clock = _Clock()
-    training, heldout = split_texts(calibration)
     rest = {**DEFAULT_REST, **(rest or {})}
     opened = open_model(model)
+    training, heldout = split_texts(calibration, opened.source.path)
     options = options or opened.inventory.precisions()
     if budget is not None:
         sizes = (opened.inventory.expert_bytes(uniform_map(opened.inventory, [p], None, rest)) for p in options)
