@@ -31,6 +31,7 @@ from mopeq.analyze import (
 )
 from mopeq.candidates import Candidates
 from mopeq.data.conversations import conversation_batches, has_images, read_conversations
+from mopeq.data.mixture import SELF, read_data, written
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
 from mopeq.errors import DataError, InputError
@@ -59,13 +60,17 @@ __all__ = [
     "token_weights",
 ]
 
+WRITTEN_APART = 48
+"""Texts that a model writes to be judged by: enough to try maps on and to compare."""
+WRITTEN_TOGETHER = 32
+"""Texts that it writes at a time."""
 WHOLE = ("fisher", "hessian_trace")
 """Metrics for which the model must be in memory whole."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text is run through the model. ``data`` None is the text that comes with mopeq.
+    """Which text is run through the model. ``data`` None is the text that comes with mopeq (:mod:`mopeq.data.mixture`).
 
     Of JSONL with images (data/conversations.py), ``samples`` conversations are taken whole and ``length`` says nothing.
 
@@ -122,7 +127,7 @@ def calibrated(opened: Prepared, calibration: Calibration, *, texts: Sequence[An
         length = max(batch["input_ids"].shape[1] for batch in batches)
     else:
         tokenizer, length = load_tokenizer(path), calibration.length
-        texts = texts or read_texts(calibration.data or bundled_text("calibration.jsonl"))
+        texts = texts or _texts(calibration, path)
         batches = token_batches(texts, tokenizer, length=length, **sizes)
     check_length(model_config(path), length)
     info: dict[str, Any] = {
@@ -322,10 +327,27 @@ def measure_prepared(
     return replace(stats, info={**prepared.info, **stats.info})
 
 
-def split_texts(calibration: Calibration) -> tuple[list[Any], list[Any]]:
+def _texts(calibration: Calibration, model: str | Path, more: int = 0) -> list[str]:
+    """All calibration texts; where the model writes them, ``more`` than are asked for."""
+    if calibration.data is None:
+        return read_texts(bundled_text("calibration.jsonl"))
+    if calibration.data != SELF:
+        return read_data(calibration.data)
+    return written(
+        load_original(model),
+        load_tokenizer(model),
+        samples=calibration.samples + more,
+        length=calibration.length,
+        batch_size=WRITTEN_TOGETHER,
+        seed=calibration.seed,
+    )
+
+
+def split_texts(calibration: Calibration, model: str | Path) -> tuple[list[Any], list[Any]]:
     """What to calibrate on, and what is kept apart to judge by (a tenth; the bundled held-out text for bundled data).
 
-    Texts, or conversations where the data has images; of fewer than ten texts the last tenth of all is cut off.
+    Texts, or conversations where the data has images; of fewer than ten texts the last tenth of all is cut off. Where
+    the model writes them itself, it writes ``WRITTEN_APART`` more to judge by.
     """
     if has_pictures(calibration):
         conversations = read_conversations(str(calibration.data))
@@ -335,10 +357,14 @@ def split_texts(calibration: Calibration) -> tuple[list[Any], list[Any]]:
                 "kept apart for comparing; give more"
             )
         return [c for i, c in enumerate(conversations) if i % 10 != 9], conversations[9::10]
-    texts = read_texts(calibration.data or bundled_text("calibration.jsonl"))
     if calibration.data is None:
         names = ("heldout_code.txt", "heldout_docs.txt")
-        return texts, [text for name in names for text in read_texts(bundled_text(name))]
+        judging = [text for name in names for text in read_texts(bundled_text(name))]
+        return _texts(calibration, model), judging
+    if calibration.data == SELF:
+        texts = _texts(calibration, model, WRITTEN_APART)
+        return texts[WRITTEN_APART:], texts[:WRITTEN_APART]
+    texts = _texts(calibration, model)
     if len(texts) >= 10:
         return [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
     whole = "\n\n".join(texts)

@@ -175,6 +175,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             rest=_rest_map(options.rest),
             dtype=_dtype(options),
             evaluated=not options.no_eval,
+            guard=options.guard,
             resume=options.resume,
             max_memory=_size(options.max_memory),
             command=options.command_line,
@@ -185,6 +186,7 @@ def do_quantize(options: argparse.Namespace) -> None:
         kl = judged.divergence.kl.value if judged and judged.divergence else None
         found = {"out": str(packed.path), "bytes": packed.bytes, "original_bytes": packed.original_bytes, "kl": kl}
         found |= {"note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks), "skipped": packed.note}
+        found["guard"] = packed.guard
         return show.print_json(found)
     show.map_table(packed.precisions, packed.inventory)
     smaller = packed.original_bytes / packed.bytes
@@ -194,6 +196,8 @@ def do_quantize(options: argparse.Namespace) -> None:
     if packed.fallbacks:
         some = ", ".join(packed.fallbacks[:8]) + (" ..." if len(packed.fallbacks) > 8 else "")
         print(f"{len(packed.fallbacks)} units saw few calibration tokens and used their layer's moments too: {some}")
+    if packed.guard:
+        print(packed.guard)
     if judged:
         show.evaluation_table(judged)
     if packed.note:

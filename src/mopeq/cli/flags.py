@@ -82,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--granularity", default="group", choices=("group", "expert"))
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
+    p.add_argument(
+        "--guard",
+        action=argparse.BooleanOptionalAction,
+        help="pack a uniform map where the allocated one is not better on text kept apart (default, unless --no-eval)",
+    )
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
@@ -126,7 +131,11 @@ def _model(p: argparse.ArgumentParser) -> None:
 
 
 def _calibration(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--data", help="text or JSONL to calibrate on (default: the bundled text)")
+    p.add_argument(
+        "--data",
+        help="to calibrate on: .txt, .jsonl, .parquet, a folder, hf:OWNER/NAME; a mix such as a.jsonl:2,b.txt; or self, "
+        "which the model writes itself (default: the bundled text)",
+    )
     p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=4)
