@@ -24,7 +24,7 @@ LEVELS = [
     {"measure"},
     {"pack"},
     {"quantize"},
-    {"quickstart", "serve", "moqe"},
+    {"quickstart", "serve", "moqe", "export"},
     {"quickstart_vlm"},
     {"cli"},
 ]
