@@ -79,6 +79,7 @@ def quantize(
     options: Sequence[Precision] | None = None,
     cost: str = "fisher_error",
     granularity: str = "group",
+    uniform_layers: bool = False,
     rest: Mapping[str, Precision] | None = None,
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
@@ -105,6 +106,7 @@ def quantize(
         options: precisions that the allocator may choose from; None for ``Inventory.precisions()``.
         cost: cost metric that it reads.
         granularity: ``group`` or ``expert``.
+        uniform_layers: allocate one precision for all experts of a layer, as other runtimes need (mopeq export).
         rest: precisions of the groups outside the experts, over the defaults.
         dtype: compute type of the original model.
         evaluated: compare the result with the original, if both fit in memory together; ``Packed.note`` says if not.
@@ -154,8 +156,8 @@ def quantize(
     if budget is not None or method not in DATA_FREE:
         opened = calibrated(opened, calibration, texts=training)
     plan = _Plan(
-        opened, method, budget, precisions, tuple(options), cost, granularity, rest, calibration, dtype, max_memory,
-        heldout if guard else None,
+        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, rest, calibration,
+        dtype, max_memory, heldout if guard else None,
     )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
@@ -195,6 +197,7 @@ class _Plan:
     options: tuple[Precision, ...]
     cost: str
     granularity: str
+    uniform_layers: bool
     rest: Mapping[str, Precision]
     calibration: Calibration
     dtype: torch.dtype | None
@@ -261,6 +264,7 @@ class _Plan:
                 cost=self.cost,
                 options=self.options,
                 granularity=self.granularity,
+                uniform_layers=self.uniform_layers,
                 rest=self.rest,
             )
             known = {"map": made.to_json()}
@@ -335,6 +339,7 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
         "method": plan.method,
         **({"options": [str(p) for p in plan.options], "cost": plan.cost} if plan.budget is not None else {}),
         **({"granularity": plan.granularity, "guard": plan.heldout is not None} if plan.budget is not None else {}),
+        **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
         "dtype": None if plan.dtype is None else str(plan.dtype),

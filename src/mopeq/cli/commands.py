@@ -137,6 +137,7 @@ def do_allocate(options: argparse.Namespace) -> None:
         scope=options.scope,
         options=_precisions(options, stats.model) if options.levels else None,
         granularity=options.granularity,
+        uniform_layers=options.uniform_layers,
         rest={**DEFAULT_REST, **_rest_map(options.rest)},
         seed=options.seed,
     )
@@ -172,6 +173,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             options=_precisions(options, model),
             cost=options.cost,
             granularity=options.granularity,
+            uniform_layers=options.uniform_layers,
             rest=_rest_map(options.rest),
             dtype=_dtype(options),
             evaluated=not options.no_eval,

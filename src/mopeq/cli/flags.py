@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from mopeq.cli import commands
+from mopeq.cli.export import add_export, do_export
 from mopeq.cli.fit import add_fit
 from mopeq.cli.moqe import add_moqe
 from mopeq.cli.serve import add_serve, do_serve
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--granularity", default="group", choices=("group", "expert"), help="down may differ from gate and up, or not"
     )
+    _uniform_layers(p)
     p.add_argument("--group-size", type=int, help=f"inputs per scale of --levels {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points in --levels")
     _rest(p)
@@ -80,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     _options(p)
     p.add_argument("--cost", default="fisher_error", help="cost metric of the allocation (default: %(default)s)")
     p.add_argument("--granularity", default="group", choices=("group", "expert"))
+    _uniform_layers(p)
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
     p.add_argument(
@@ -89,6 +92,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
+
+    add_export(verb("export", do_export, "write a packed model for other runtimes"))
 
     p = verb("run", commands.do_run, "generate text from a prompt")
     _model(p)
@@ -152,6 +157,12 @@ def _options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--levels", default=usual, help="bits or precisions to choose from (default: %(default)s)")
     p.add_argument("--group-size", type=int, help=f"inputs per scale {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points")
+
+
+def _uniform_layers(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--uniform-layers", action="store_true", help="one precision for all experts of a layer, for mopeq export"
+    )
 
 
 def _rest(p: argparse.ArgumentParser) -> None:
