@@ -79,7 +79,7 @@ REFUSED: list[tuple[Form, dict[str, Any], int, str]] = [
     ("completions", {"temperature": float("nan")}, 400, "from 0 to 2"),
     ("completions", {"top_p": 0}, 400, "above 0"),
     ("completions", {"seed": 2**64}, 400, "64 bits"),
-    ("completions", {"stop": ["a"] * 5}, 400, "up to 4"),
+    ("completions", {"stop": ["a"] * 17}, 400, "up to 16"),
     ("completions", {"stop": [""]}, 400, "none empty"),
     ("completions", {"stream": "yes"}, 400, "true or false"),
     ("completions", {"stream_options": {"include_usage": True}}, 400, "with stream true"),

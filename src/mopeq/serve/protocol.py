@@ -31,7 +31,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Parameters that are taken only where they ask for nothing, besides null."""
 ROLES = ("system", "developer", "user", "assistant")
-MOST_STOPS = 4
+MOST_STOPS = 16
 MOST_LOGPROBS = 20
 DETAILS = ("auto", "low", "high")
 
