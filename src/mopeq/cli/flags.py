@@ -138,8 +138,8 @@ def _model(p: argparse.ArgumentParser) -> None:
 def _calibration(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--data",
-        help="to calibrate on: .txt, .jsonl, .parquet, a folder, hf:OWNER/NAME; a mix such as a.jsonl:2,b.txt; or self, "
-        "which the model writes itself (default: the bundled text)",
+        help="to calibrate on: .txt, .jsonl, .parquet, a folder, hf:OWNER/NAME; a mix such as a.jsonl:2,b.txt; or "
+        "self, which the model writes itself (default: the bundled text)",
     )
     p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
