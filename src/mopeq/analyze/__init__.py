@@ -6,7 +6,8 @@ import difflib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,22 +20,23 @@ from mopeq.analyze.forward import Batch, check_batches, experts_module, token_ma
 from mopeq.analyze.hessian import hessian_trace
 from mopeq.analyze.moments import Moments, moments
 from mopeq.analyze.observe import Routed, expert_rows, observe
-from mopeq.analyze.slab import Slab, slabs
+from mopeq.analyze.slab import Layer, Map, Slab, here, mapped, on, slabs
 from mopeq.analyze.weight_norm import hutchinson_norm_trace, inverse_norm, norm_trace
 from mopeq.errors import DataError, MapError
 from mopeq.memory import MOST
-from mopeq.precision import GROUPS, Precision
-from mopeq.progress import Track, silent
+from mopeq.precision import GROUPS, Precision, ProjectionGroup
+from mopeq.progress import Track, note, silent
 from mopeq.quantizers import QUANTIZERS
 from mopeq.source import Source
 from mopeq.spec import ExpertId, Inventory, MoELayer, MoESpec
-from mopeq.stats import Stats
+from mopeq.stats import Stats, cost_metric
 
 __all__ = [
     "COSTS",
     "METRICS",
     "Batch",
     "Keep",
+    "Map",
     "Moments",
     "Routed",
     "Slab",
@@ -46,6 +48,7 @@ __all__ = [
     "fisher",
     "frequency",
     "gate_mass",
+    "here",
     "hessian_trace",
     "hutchinson_norm_trace",
     "inverse_norm",
@@ -56,6 +59,8 @@ __all__ = [
     "observe",
     "slabs",
 ]
+
+T = TypeVar("T")
 
 METRICS = {
     "frequency": "share of the layer's routed slots; also tokens, the counts; apart for image and text tokens",
@@ -145,7 +150,7 @@ def analyze(
                 device = next(module.parameters()).device
                 rows, _ = layer_metrics(
                     source, layer, routed[layer.index], module, names,
-                    options=options, quantizer=quantizer, minimum_tokens=minimum_tokens, device=device,
+                    options=options, quantizer=quantizer, minimum_tokens=minimum_tokens, across=on(device), track=track,
                 )  # fmt: skip
                 for name, row in rows.items():
                     found.setdefault(name, {})[layer.index] = row
@@ -189,9 +194,11 @@ def layer_metrics(
     options: Sequence[Precision] = (),
     quantizer: str = "gptq",
     minimum_tokens: int | None = None,
-    device: torch.device | str = "cpu",
     memory: int = MOST,
-    keep: Keep | None = None,
+    keep: Keep[T] | None = None,
+    take: Callable[[T], None] | None = None,
+    across: Map = here,
+    track: Track = silent,
 ) -> tuple[dict[str, list[float]], list[str]]:
     """What one layer saw, and what each option would cost it, a few experts at a time.
 
@@ -206,42 +213,79 @@ def layer_metrics(
         quantizer: name of the quantizer they are measured with.
         minimum_tokens: experts with fewer are quantized with moments filled up from their layer's mean; None for a
             quarter of a matrix's inputs.
-        device: where to compute.
         memory: bytes of weights and moments, and of dequantized weights, at a time.
-        keep: as for :func:`layer_costs`.
+        keep: as for :func:`layer_costs`, called where the work is done.
+        take: is given, here and in order, what ``keep`` made.
+        across: does the work.
+        track: is told what is done.
 
     Returns:
         ``{metric: [one value per expert]}``, and the units whose moments were filled up, such as ``3.17.down``.
     """
-    experts = {layer.index: len(layer.experts)}
-    used = usage({layer.index: seen}, experts, tuple(n for n in ("tokens", "frequency", "gate_mass") if n in metrics))
+    count = len(layer.experts)
+    names = tuple(n for n in ("tokens", "frequency", "gate_mass") if n in metrics)
+    used = usage({layer.index: seen}, {layer.index: count}, names)
     found = {name: rows[layer.index] for name, rows in used.items()}
     costs = [name for name in COSTS if name in metrics]
     if not costs:
         return found, []
     short: list[str] = []
-    with_moments = None if quantizer in WITHOUT_MOMENTS else seen
-    parts = slabs(source, layer, with_moments, module, minimum_tokens=minimum_tokens, memory=memory, device=device)
-    for slab in parts:
-        short += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
-        values = layer_costs(
-            seen,
-            module,
-            slab.weights,
-            slab.moments,
-            options,
-            QUANTIZERS[quantizer],
-            costs=costs,
-            minimum_tokens=0,
-            memory=memory,
-            experts=slab.experts,
-            keep=keep,
-        )
+    done = 0
+    shown = min(options, key=lambda p: abs(p.bits - 3))
+    given = None if quantizer in WITHOUT_MOMENTS else seen
+    slab_costs = partial(
+        _slab_costs,
+        seen=seen,
+        module=module,
+        options=options,
+        quantizer=quantizer,
+        costs=costs,
+        memory=memory,
+        keep=keep,
+    )
+    parts = mapped(across, Layer(source, layer, given, module, minimum_tokens, memory), slab_costs)
+    for experts, filled, values, made in parts:
+        short += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in filled[group]]
+        for one in made:
+            if take is not None:
+                take(one)
         for name, row in values.items():
-            whole = found.setdefault(name, [0.0] * len(layer.experts))
-            for expert, value in zip(slab.experts, row, strict=True):
+            whole = found.setdefault(name, [0.0] * count)
+            for expert, value in zip(experts, row, strict=True):
                 whole[expert] = value
+        done += len(experts)
+        lost = sum(sum(values[cost_metric(costs[-1], group, shown)]) for group in GROUPS)
+        note(track, layer=layer.index, expert=done, experts=count, lost=lost, error_of=f"{costs[-1]} at {shown}")
     return found, short
+
+
+def _slab_costs(
+    slab: Slab,
+    *,
+    seen: Routed,
+    module: nn.Module,
+    options: Sequence[Precision],
+    quantizer: str,
+    costs: Sequence[str],
+    memory: int,
+    keep: Keep[T] | None,
+) -> tuple[tuple[int, ...], Mapping[ProjectionGroup, tuple[int, ...]], dict[str, list[float]], list[T]]:
+    """Experts, those filled up, their costs, and what ``keep`` made of each unit at each option."""
+    made: list[T] = []
+    values = layer_costs(
+        seen,
+        module,
+        slab.weights,
+        slab.moments,
+        options,
+        QUANTIZERS[quantizer],
+        costs=costs,
+        minimum_tokens=0,
+        memory=memory,
+        experts=slab.experts,
+        keep=None if keep is None else lambda *unit: made.append(keep(*unit)),
+    )
+    return slab.experts, slab.short, values, made
 
 
 def data_facts(
