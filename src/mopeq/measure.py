@@ -22,14 +22,16 @@ from mopeq.analyze import (
     COSTS,
     GRADIENTS,
     WEIGHTED,
+    Map,
     Routed,
     analyze,
     check_request,
     data_facts,
+    here,
     layer_metrics,
     observe,
 )
-from mopeq.candidates import Candidates
+from mopeq.candidates import Candidates, packed_codes
 from mopeq.data.conversations import conversation_batches, has_images, read_conversations
 from mopeq.data.mixture import SELF, read_data, written
 from mopeq.data.samples import bundled_text
@@ -200,9 +202,13 @@ def measure(
     options: Sequence[Precision] | None = None,
     quantizer: str = "gptq",
     dtype: torch.dtype | None = None,
+    across: Map = here,
     track: Track = silent,
 ) -> Stats:
-    """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``."""
+    """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``.
+
+    across: works on the experts of a layer, here or on a cluster; not for metrics that take the whole model.
+    """
     calibration = calibration or Calibration()
     opened = open_model(model)
     options = options or opened.inventory.precisions()
@@ -225,8 +231,9 @@ def measure(
     if streamed:
         ready, started = calibrated(opened, calibration), time.perf_counter()
         found, _ = measure_streamed(
-            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype, track=track
-        )
+            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype,
+            across=across, track=track,
+        )  # fmt: skip
         seconds = {**stats.info.get("seconds", {}), ", ".join(streamed): round(time.perf_counter() - started, 3)}
         stats = found.with_metrics(stats.metrics, seconds=seconds)
     return stats
@@ -242,6 +249,7 @@ def measure_streamed(
     dtype: torch.dtype | None = None,
     journal: Journal | None = None,
     memory: int = MOST,
+    across: Map = here,
     track: Track = silent,
 ) -> tuple[Stats, tuple[str, ...]]:
     """Metrics of a model of which one decoder layer at a time is in memory, and the units that fell back.
@@ -256,6 +264,7 @@ def measure_streamed(
         journal: of the folder that activations are spilled to; what the run that it tells of has measured is taken
             over, and every unit at every option is left there packed (``mopeq.candidates``), :func:`measured_step`.
         memory: bytes of experts at a time (:func:`~mopeq.memory.slab_bytes`).
+        across: works on them.
         track: progress.
     """
     spec, source = ready.spec, ready.source
@@ -277,8 +286,9 @@ def measure_streamed(
                 continue
             kept = None if journal is None else Candidates(journal.folder, store.scratch, layer)
             rows, short = layer_metrics(
-                source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory, keep=kept
-            )
+                source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory,
+                keep=None if kept is None else packed_codes, take=kept, across=across, track=track,
+            )  # fmt: skip
             facts = {"metrics": rows, "fallbacks": short}
             if journal is not None and kept is not None:
                 journal.record(measured_step(layer), facts, kept.finish())

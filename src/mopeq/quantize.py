@@ -24,7 +24,7 @@ from torch import nn
 
 from mopeq.allocate import COSTS, allocate, parse_budget, uniform_map
 from mopeq.allocate.budget import check_budget, expert_budget
-from mopeq.analyze import Routed, check_request
+from mopeq.analyze import Map, Routed, check_request, here
 from mopeq.autoload import callable_module
 from mopeq.candidates import Stock, candidate_bytes, chosen
 from mopeq.checkpoint import PackedWriter, Stored, read_manifest
@@ -87,6 +87,7 @@ def quantize(
     resume: bool = False,
     max_memory: int | None = None,
     command: str = "",
+    across: Map = here,
     track: Track = silent,
 ) -> Packed:
     """The ``quantize`` verb: with a map, quantize and pack; with a budget, measure and allocate first.
@@ -116,6 +117,7 @@ def quantize(
         max_memory: bytes that this process may have resident; None for what the machine has. Less than the least
             possible is an :class:`InputError` with the number needed.
         command: command line to record.
+        across: works on the experts of a layer: here, or on a cluster (``mopeq.integrations.ray``).
         track: progress.
     """
     if sum(way is not None for way in (precisions, uniform, budget)) != 1:
@@ -164,7 +166,7 @@ def quantize(
     packed = _finished(Path(out), plan, job) if resume else None
     if packed is None:
         with PackedWriter(out, needed_bytes=plan.disk_bytes, job=job, resume=resume) as writer, writer.disk():
-            packed = plan.carry_out(writer, clock, track)
+            packed = plan.carry_out(writer, clock, across, track)
         clock("quantize")
     run = packed.path / "mopeq" / "run.json"
     if not run.exists():
@@ -236,12 +238,12 @@ class _Plan:
         fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
         return most + fixed + candidate_bytes(inventory, self.options) + (layers + 2) * stored
 
-    def carry_out(self, writer: PackedWriter, clock: _Clock, track: Track) -> Packed:
+    def carry_out(self, writer: PackedWriter, clock: _Clock, across: Map, track: Track) -> Packed:
         """All steps that are not done yet."""
         opened, journal = self.opened, writer.journal
         assert journal is not None
         if self.precisions is not None:
-            tensors = self._tensors(self.precisions, journal, track)
+            tensors = self._tensors(self.precisions, journal, across, track)
             return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track)
         stats, fallbacks = measure_streamed(
             opened,
@@ -252,6 +254,7 @@ class _Plan:
             dtype=self.dtype,
             journal=journal,
             memory=slab_bytes(self.max_memory, self.footprint),
+            across=across,
             track=track,
         )
         clock("measure")
@@ -304,7 +307,7 @@ class _Plan:
         need = PROCESS + self.itemsize * self.opened.inventory.parameters + packed_bytes
         return "" if need <= have else f"both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB"
 
-    def _tensors(self, precisions: PrecisionMap, journal: Journal, track: Track) -> LayerTensors:
+    def _tensors(self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track) -> LayerTensors:
         """Packs a layer with a map, running the model up to it where the quantizer needs what it saw."""
         sweep: Iterator[tuple[MoELayer, nn.Module, Routed]] | None = None
 
@@ -317,7 +320,10 @@ class _Plan:
                     sweep = forward(shell, self.opened.batches, Store(journal), until=layer.index, track=track)
                 seen, module = next((routed, experts) for at, experts, routed in sweep if at.index == layer.index)
             memory = slab_bytes(self.max_memory, self.footprint)
-            return pack_experts(self.opened, layer, precisions, self.method, short, seen, module, memory=memory)
+            return pack_experts(
+                self.opened, layer, precisions, self.method, short, seen, module,
+                memory=memory, across=across, track=track,
+            )  # fmt: skip
 
         return tensors
 

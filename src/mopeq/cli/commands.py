@@ -97,7 +97,7 @@ def do_analyze(options: argparse.Namespace) -> None:
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     out = _new_file(options.out)
     model = open_model(options.model).inventory
-    with drawn() as track:
+    with show.following(options) as track:
         stats = measure(
             options.model,
             metrics,
@@ -110,7 +110,7 @@ def do_analyze(options: argparse.Namespace) -> None:
     info = {**stats.info, "command": options.command_line}
     write_json(out, {**stats.to_json(), "info": info})
     if options.json:
-        return show.print_json({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
+        return show.print_result({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
     rows = []
     for name, values in stats.metrics.items():
         flat = sorted(value for row in values.values() for value in row)
@@ -161,7 +161,7 @@ def do_quantize(options: argparse.Namespace) -> None:
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
     if options.fit:
         options.budget = fitted(options, model)
-    with drawn() as track:
+    with show.following(options) as track:
         packed = quantize(
             options.model,
             options.out,
@@ -189,7 +189,7 @@ def do_quantize(options: argparse.Namespace) -> None:
         found = {"out": str(packed.path), "bytes": packed.bytes, "original_bytes": packed.original_bytes, "kl": kl}
         found |= {"note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks), "skipped": packed.note}
         found["guard"] = packed.guard
-        return show.print_json(found)
+        return show.print_result(found)
     show.map_table(packed.precisions, packed.inventory)
     smaller = packed.original_bytes / packed.bytes
     print(

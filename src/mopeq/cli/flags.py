@@ -28,11 +28,12 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def verb(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, *, json: bool = True
+        name: str, run: Callable[[argparse.Namespace], None], text: str, *, json: bool = True, events: bool = False
     ) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=text, description=text)
         if json:
-            made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+            what = "progress and result, a JSON object a line," if events else "one JSON object"
+            made.add_argument("--json", action="store_true", help=f"print {what} instead of a table")
         made.set_defaults(run=run, default_of=made.get_default)
         return made
 
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p = verb("describe", commands.do_describe, "show what mopeq understands of a model")
     _model(p)
 
-    p = verb("analyze", commands.do_analyze, "measure every expert")
+    p = verb("analyze", commands.do_analyze, "measure every expert", events=True)
     _model(p)
     _calibration(p)
     p.add_argument(
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     _seed(p)
     p.add_argument("-o", "--out", default="precision.json", help="file to write (default: %(default)s)")
 
-    p = verb("quantize", commands.do_quantize, "quantize and pack a model, with a map or to a budget")
+    p = verb("quantize", commands.do_quantize, "quantize and pack a model, with a map or to a budget", events=True)
     _model(p)
     p.add_argument("-o", "--out", required=True, help="folder to make")
     how = p.add_mutually_exclusive_group(required=True)
