@@ -22,7 +22,7 @@ from mopeq.candidates import Candidates, packed_codes
 from mopeq.data.conversations import conversation_batches, has_images, read_conversations
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
-from mopeq.errors import DataError
+from mopeq.errors import DataError, InputError
 from mopeq.journal import Journal
 from mopeq.load import load_original, load_processor, load_tokenizer, model_config
 from mopeq.memory import MOST
@@ -164,7 +164,11 @@ def measure(
     opened = open_model(model)
     options = options or opened.inventory.precisions()
     check_request(opened.inventory, metrics, options, quantizer)
-    if set(metrics) & set(WHOLE):
+    if whole := sorted(set(metrics) & set(WHOLE)):
+        if across is not here:
+            raise InputError(
+                f"{whole[0]} takes the whole model in one process; leave it out, or measure it without --ray"
+            )
         prepared = observed(opened, calibration, gradients="fisher_error" in metrics, dtype=dtype, track=track)
         seed = calibration.seed
         return measure_prepared(prepared, metrics, options=options, quantizer=quantizer, seed=seed, track=track)

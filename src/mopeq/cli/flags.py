@@ -9,6 +9,7 @@ from importlib.metadata import version
 from mopeq.cli import commands
 from mopeq.cli.fit import add_fit
 from mopeq.cli.moqe import add_moqe
+from mopeq.cli.ray import add_ray
 from mopeq.cli.serve import add_serve, do_serve
 from mopeq.precision import DEFAULT_BITS
 
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--metrics", default="frequency,gate_mass,fisher_error", help="names, comma-separated (default: %(default)s)"
     )
     _options(p)
+    add_ray(p)
     p.add_argument("-o", "--out", default="stats.json", help="file to write (default: %(default)s)")
 
     p = verb("allocate", commands.do_allocate, "give every expert a precision")
@@ -84,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
+    add_ray(p)
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
     p = verb("run", commands.do_run, "generate text from a prompt")
