@@ -272,6 +272,27 @@ def economy(results: Mapping[str, Any]) -> dict[str, str]:
     return {"economy": table(["matrices", "apart, s", "shared, s", "times"], rows)}
 
 
+def rows(results: Mapping[str, Any]) -> dict[str, str]:
+    names = list(next(iter(results["rows"].values())))
+    cells = [[count, *(f"{row[name]:.0f}" for name in names)] for count, row in results["rows"].items()]
+    return {"rows": table(["rows", *names], cells)}
+
+
+def runtime(results: Mapping[str, Any]) -> dict[str, str]:
+    cells = []
+    for bits, found in results.items():
+        for threads, made in found.items():
+            if not threads.endswith("threads"):
+                continue
+            read = made["rows"]["read"]
+            for name, row in made["rows"].items():
+                cells.append([bits, threads.split()[0], name, f"{made['active bytes'] / 1e6:.0f}", f"{row['ms']:.1f}",
+                              f"{read['ms'] / row['ms']:.0%}", f"{row['processor ms']:.1f}",
+                              f"{read['processor ms'] / row['processor ms']:.0%}"])  # fmt: skip
+    head = ["experts' bits", "threads", "what", "MB a token", "ms", "of the read", "processor ms", "of the read's"]
+    return {"runtime": table(head, cells)}
+
+
 def solver(results: Mapping[str, Any]) -> dict[str, str]:
     rows = [
         [f"{r['units']:,} ({r['like']})", r["solver"], f"{1000 * r['seconds_median']:.1f}",
@@ -385,6 +406,8 @@ PRINTED = {
     "solver": solver,
     "streaming": streaming,
     "economy": economy,
+    "cpu_rows": rows,
+    "cpu_runtime": runtime,
 }
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ class Packed:
     evaluation: Evaluation | None = None
     note: str = ""
     """Why it was not compared with the original although that was asked for."""
+    guard: str = ""
+    """What a comparison of the allocated map with a uniform one found, and so which of them this is."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mopeq.ahead import Ahead
 from mopeq.analyze.forward import Batch, check_batches, experts_module, inputs_of, logits_of, sampled_loss, token_mask
-from mopeq.analyze.observe import Routed, Tap, check_logits, vision_of
+from mopeq.analyze.observe import Routed, Tap, check_logits, marks_of
 from mopeq.checkpoint import write_tensors
 from mopeq.errors import ModelError
 from mopeq.journal import Journal
@@ -99,6 +99,9 @@ class Shell:
         from accelerate import init_empty_weights
 
         config = model_config(source.path)
+        for part in (config, config.get_text_config()):
+            if getattr(part, "output_router_logits", False):
+                part.output_router_logits = False  # a balance loss over all layers' routers, which are never together
         self.source, self.spec, self._ahead = source, spec, Ahead(source)
         self.dtype = dtype or config.dtype or stored_dtype(source)
         with init_empty_weights(include_buffers=False):
@@ -242,7 +245,7 @@ def forward(
         del outputs
         if tap is not None and number >= start:
             shell.release_experts(tap.module)
-            yield tap.layer, tap.module, tap.finish(vision_of(batches))
+            yield tap.layer, tap.module, tap.finish(*marks_of(batches))
         shell.release(number)
         store.drop(f"hidden {number}")
     store.drop(f"hidden {last + 1}")
@@ -286,7 +289,7 @@ def backward(
         if tap is not None:
             shell.release_experts(tap.module)
             if until is None or number < until:
-                yield tap.layer, tap.module, tap.finish(vision_of(batches))
+                yield tap.layer, tap.module, tap.finish(*marks_of(batches))
         shell.release(number)
         store.drop(f"hidden {number + 1}")
         store.drop(f"gradient {number + 1}")

@@ -139,6 +139,7 @@ def do_allocate(options: argparse.Namespace) -> None:
         scope=options.scope,
         options=_precisions(options, stats.model) if options.levels else None,
         granularity=options.granularity,
+        uniform_layers=options.uniform_layers,
         rest={**DEFAULT_REST, **_rest_map(options.rest)},
         seed=options.seed,
     )
@@ -174,9 +175,11 @@ def do_quantize(options: argparse.Namespace) -> None:
             options=_precisions(options, model),
             cost=options.cost,
             granularity=options.granularity,
+            uniform_layers=options.uniform_layers,
             rest=_rest_map(options.rest),
             dtype=_dtype(options),
             evaluated=not options.no_eval,
+            guard=options.guard,
             resume=options.resume,
             max_memory=_size(options.max_memory),
             command=options.command_line,
@@ -188,6 +191,7 @@ def do_quantize(options: argparse.Namespace) -> None:
         kl = judged.divergence.kl.value if judged and judged.divergence else None
         found = {"out": str(packed.path), "bytes": packed.bytes, "original_bytes": packed.original_bytes, "kl": kl}
         found |= {"note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks), "skipped": packed.note}
+        found["guard"] = packed.guard
         return show.print_result(found)
     show.map_table(packed.precisions, packed.inventory)
     smaller = packed.original_bytes / packed.bytes
@@ -197,6 +201,8 @@ def do_quantize(options: argparse.Namespace) -> None:
     if packed.fallbacks:
         some = ", ".join(packed.fallbacks[:8]) + (" ..." if len(packed.fallbacks) > 8 else "")
         print(f"{len(packed.fallbacks)} units saw few calibration tokens and used their layer's moments too: {some}")
+    if packed.guard:
+        print(packed.guard)
     if judged:
         show.evaluation_table(judged)
     if packed.note:
@@ -430,7 +436,8 @@ def _calibration_of(options: argparse.Namespace) -> Any:
 
     if options.data == "":
         raise InputError("--data is empty; expected a text or JSONL file; leave it out for the bundled text")
-    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed)
+    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed,
+                       options.modality_weight)  # fmt: skip
 
 
 def _dtype(options: argparse.Namespace) -> Any:
