@@ -218,7 +218,11 @@ def measure(
             f"a modality weight enters {', '.join(WEIGHTED)}, and none of them is asked for; ask for one, or leave it "
             "out"
         )
-    if set(metrics) & set(WHOLE):
+    if whole := sorted(set(metrics) & set(WHOLE)):
+        if across is not here:
+            raise InputError(
+                f"{whole[0]} takes the whole model in one process; leave it out, or measure it without --ray"
+            )
         prepared = observed(
             opened, calibration, gradients=bool(set(GRADIENTS) & set(metrics)), dtype=dtype, track=track
         )

@@ -12,6 +12,7 @@ from mopeq.cli import show
 from mopeq.cli.applies import check_allocate, check_quantize
 from mopeq.cli.fit import fitted
 from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
+from mopeq.cli.ray import spread
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
@@ -97,7 +98,7 @@ def do_analyze(options: argparse.Namespace) -> None:
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     out = _new_file(options.out)
     model = open_model(options.model).inventory
-    with show.following(options) as track:
+    with show.following(options) as track, spread(options) as across:
         stats = measure(
             options.model,
             metrics,
@@ -105,6 +106,7 @@ def do_analyze(options: argparse.Namespace) -> None:
             options=_precisions(options, model),
             quantizer=options.method,
             dtype=_dtype(options),
+            across=across,
             track=track,
         )
     info = {**stats.info, "command": options.command_line}
@@ -161,7 +163,7 @@ def do_quantize(options: argparse.Namespace) -> None:
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
     if options.fit:
         options.budget = fitted(options, model)
-    with show.following(options) as track:
+    with show.following(options) as track, spread(options) as across:
         packed = quantize(
             options.model,
             options.out,
@@ -181,6 +183,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             resume=options.resume,
             max_memory=_size(options.max_memory),
             command=options.command_line,
+            across=across,
             track=track,
         )
     judged = packed.evaluation
