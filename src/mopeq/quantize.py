@@ -44,7 +44,6 @@ from mopeq.measure import (
 )
 from mopeq.memory import PROCESS, Footprint, available_bytes, footprint, slab_bytes
 from mopeq.pack import (
-    DATA_FREE,
     LayerTensors,
     Packed,
     check_method,
@@ -55,6 +54,7 @@ from mopeq.pack import (
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
 from mopeq.progress import Track, silent
+from mopeq.quantizers import DATA_FREE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
 from mopeq.stats import write_json

@@ -69,7 +69,7 @@ METRICS = {
 """What :func:`analyze` can measure."""
 
 DATA_FREE = ("inverse_norm",)
-WITHOUT_MOMENTS = ("rtn",)
+WITHOUT_MOMENTS = ("rtn", "hqq")
 """Quantizers that take no calibration inputs."""
 
 

@@ -133,8 +133,8 @@ def _model(p: argparse.ArgumentParser) -> None:
 def _calibration(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--data",
-        help="to calibrate on: .txt, .jsonl, .parquet, a folder, hf:OWNER/NAME; a mix such as a.jsonl:2,b.txt; or self, "
-        "which the model writes itself (default: the bundled text)",
+        help="calibrate on .txt, .jsonl, .parquet, a folder of them, hf:OWNER/NAME, a mix such as a.jsonl:2,b.txt, "
+        "or self, which the model writes itself (default: the bundled text)",
     )
     p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
@@ -143,7 +143,9 @@ def _calibration(p: argparse.ArgumentParser) -> None:
 
 
 def _options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--method", default="gptq", help="quantizer: gptq, rtn-mse or rtn (default: %(default)s)")
+    p.add_argument(
+        "--method", "--quantizer", default="gptq", help="gptq, signround, rtn, rtn-mse or hqq (default: %(default)s)"
+    )
     usual = ",".join(map(str, DEFAULT_BITS))
     p.add_argument("--levels", default=usual, help="bits or precisions to choose from (default: %(default)s)")
     p.add_argument("--group-size", type=int, help=f"inputs per scale {FITS}")
