@@ -86,6 +86,7 @@ def quantize(
     resume: bool = False,
     max_memory: int | None = None,
     command: str = "",
+    recipe: str = "",
     track: Track = silent,
 ) -> Packed:
     """The ``quantize`` verb: with a map, quantize and pack; with a budget, measure and allocate first.
@@ -114,6 +115,7 @@ def quantize(
         max_memory: bytes that this process may have resident; None for what the machine has. Less than the least
             possible is an :class:`InputError` with the number needed.
         command: command line to record.
+        recipe: named set of choices to record.
         track: progress.
     """
     if sum(way is not None for way in (precisions, uniform, budget)) != 1:
@@ -164,7 +166,7 @@ def quantize(
         clock("quantize")
     run = packed.path / "mopeq" / "run.json"
     if not run.exists():
-        write_json(run, run_record(opened, packed, method, [command], clock.seconds))
+        write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
     if evaluated and not (packed.path / "mopeq" / "evaluation.json").exists():
         if why := plan.too_large(packed.bytes):
             again = f"where there is more, mopeq eval {packed.path} --against {model} compares them"
@@ -178,7 +180,7 @@ def quantize(
         clock("evaluate")
         write_json(packed.path / "mopeq" / "evaluation.json", judged.to_json())
         packed = replace(packed, evaluation=judged)
-        write_json(run, run_record(opened, packed, method, [command], clock.seconds))
+        write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
     return packed
 
 
@@ -381,7 +383,12 @@ class _Clock:
 
 
 def run_record(
-    prepared: Prepared, packed: Packed, method: str, commands: Sequence[str], seconds: Mapping[str, float]
+    prepared: Prepared,
+    packed: Packed,
+    method: str,
+    commands: Sequence[str],
+    seconds: Mapping[str, float],
+    recipe: str = "",
 ) -> dict[str, Any]:
     """What ``run.json`` says: how the folder was made, with which versions, and which experts fell back."""
     names = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
@@ -399,7 +406,7 @@ def run_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "fallbacks": list(packed.fallbacks),
-        **({"guard": packed.guard} if packed.guard else {}),
+        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
         "seconds": dict(seconds),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
     }

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from mopeq.cli import commands
 from mopeq.cli.fit import add_fit
 from mopeq.cli.moqe import add_moqe
+from mopeq.cli.recipes import add_recipe
 from mopeq.cli.serve import add_serve, do_serve
 from mopeq.precision import DEFAULT_BITS
 
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add_fit(p, how)
     how.add_argument("--map", help="precision.json from mopeq allocate")
     how.add_argument("--uniform", help="one precision for every expert, such as 3 or 4g128s")
+    add_recipe(p)
     _calibration(p)
     _options(p)
     p.add_argument("--cost", default="fisher_error", help="cost metric of the allocation (default: %(default)s)")
