@@ -13,6 +13,7 @@ from mopeq.cli.applies import check_allocate, check_quantize
 from mopeq.cli.fit import fitted
 from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
 from mopeq.cli.ray import spread
+from mopeq.cli.recipes import recipe_line
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
@@ -163,6 +164,8 @@ def do_quantize(options: argparse.Namespace) -> None:
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
     if options.fit:
         options.budget = fitted(options, model)
+    if options.recipe and not options.json:
+        print(f"recipe {recipe_line(options)}")
     with show.following(options) as track, spread(options) as across:
         packed = quantize(
             options.model,
@@ -182,6 +185,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             guard=options.guard,
             resume=options.resume,
             max_memory=_size(options.max_memory),
+            recipe=recipe_line(options),
             command=options.command_line,
             across=across,
             track=track,

@@ -11,6 +11,7 @@ from mopeq.cli.export import add_export, do_export
 from mopeq.cli.fit import add_fit
 from mopeq.cli.moqe import add_moqe
 from mopeq.cli.ray import add_ray
+from mopeq.cli.recipes import add_recipe
 from mopeq.cli.serve import add_serve, do_serve
 from mopeq.precision import DEFAULT_BITS
 
@@ -81,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     add_fit(p, how)
     how.add_argument("--map", help="precision.json from mopeq allocate")
     how.add_argument("--uniform", help="one precision for every expert, such as 3 or 4g128s")
+    add_recipe(p)
     _calibration(p)
     _options(p)
     p.add_argument("--cost", default="fisher_error", help="cost metric of the allocation (default: %(default)s)")
@@ -142,8 +144,8 @@ def _model(p: argparse.ArgumentParser) -> None:
 def _calibration(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--data",
-        help="to calibrate on: .txt, .jsonl, .parquet, a folder, hf:OWNER/NAME; a mix such as a.jsonl:2,b.txt; or "
-        "self, which the model writes itself (default: the bundled text)",
+        help="calibrate on .txt, .jsonl, .parquet, a folder of them, hf:OWNER/NAME, a mix such as a.jsonl:2,b.txt, "
+        "or self, which the model writes itself (default: the bundled text)",
     )
     p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
@@ -156,7 +158,9 @@ def _calibration(p: argparse.ArgumentParser) -> None:
 
 
 def _options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--method", default="gptq", help="quantizer: gptq, rtn-mse or rtn (default: %(default)s)")
+    p.add_argument(
+        "--method", "--quantizer", default="gptq", help="gptq, signround, rtn, rtn-mse or hqq (default: %(default)s)"
+    )
     usual = ",".join(map(str, DEFAULT_BITS))
     p.add_argument("--levels", default=usual, help="bits or precisions to choose from (default: %(default)s)")
     p.add_argument("--group-size", type=int, help=f"inputs per scale {FITS}")
