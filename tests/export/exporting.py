@@ -34,9 +34,11 @@ def with_merges(folder: Path) -> Path:
     """Give the byte-level tokenizer of a tiny model a few merges, which llama.cpp wants."""
     file = folder / "tokenizer.json"
     data = json.loads(file.read_text())
-    first = max(data["model"]["vocab"].values()) + 4
+    first = max(data["model"]["vocab"].values()) + 1
     for number, (left, right) in enumerate([("t", "h"), ("th", "e"), ("Ġ", "a")]):
         data["model"]["merges"].append([left, right])
         data["model"]["vocab"][left + right] = first + number
+    for entry in data["added_tokens"]:
+        entry["id"] += 3
     file.write_text(json.dumps(data))
     return folder
