@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from exporting import packed
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,28 +18,12 @@ from mopeq.checkpoint import read_manifest, read_packed
 from mopeq.cli import main
 from mopeq.export import auto_round, compressed_tensors, plan_export, write_export
 from mopeq.export.fields import Field, common, signed_bits
-from mopeq.measure import open_model
-from mopeq.precision import DEFAULT_REST, FULL, GROUPS, Precision, PrecisionMap
+from mopeq.precision import FULL, Precision
 from mopeq.qtensor import Codes, dequantize, pack
-from packing import pack_model
 from tiny import tensors
 
 Make = Callable[..., Path]
-REST = dict.fromkeys(DEFAULT_REST, Precision(8, 32, True))
 TOKENS = torch.arange(48).view(2, 24) * 5 % 250
-
-
-def packed(make: Make, tmp_path: Path, family: str, *row: str, rest: dict[str, Precision] | None = None) -> Path:
-    """A tiny model whose experts get the precisions of ``row`` in turn."""
-    from mopeq.precision import parse_precision
-
-    folder = make(family, dtype=torch.bfloat16)
-    kinds = [parse_precision(text) for text in row]
-    layers = open_model(folder).inventory.experts
-    experts = {g: {k: tuple(kinds[(e + i) % len(kinds)] for e in range(n)) for k, n in layers.items()}
-               for i, g in enumerate(GROUPS)}  # fmt: skip
-    pack_model(folder, tmp_path / "packed", PrecisionMap(experts, REST if rest is None else rest, {}))
-    return tmp_path / "packed"
 
 
 def logits(model: torch.nn.Module) -> Tensor:

@@ -16,6 +16,10 @@ def check_allocate(options: argparse.Namespace) -> None:
         _refuse(options, ("score", "scope"), "--method kmeans")
     if options.method not in ("knapsack", "random"):
         _refuse(options, ("granularity",), "--method knapsack and random")
+    if not options.fit:
+        _refuse(options, ("context", "batch", "model", "dtype"), "--fit")
+    elif options.model is None:
+        raise InputError("--fit needs the model's configuration, found no --model; give the model that was measured")
     if options.method != "knapsack":
         _refuse(options, ("uniform_layers",), "--method knapsack")
     if options.method != "random":

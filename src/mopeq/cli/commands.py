@@ -134,7 +134,7 @@ def do_allocate(options: argparse.Namespace) -> None:
     made = allocate(
         stats,
         method=options.method,
-        budget=options.budget,
+        budget=fitted(options, stats.model) if options.fit else options.budget,
         cost=options.cost,
         score=options.score,
         scope=options.scope,

@@ -10,14 +10,14 @@ from mopeq.progress import drawn
 
 __all__ = ["add_export", "do_export"]
 
-FORMATS = ("compressed-tensors", "auto-round", "dequantized")
+FORMATS = ("compressed-tensors", "auto-round", "gguf", "dequantized")
 
 
 def add_export(p: argparse.ArgumentParser) -> None:
     """Its flags."""
     p.add_argument("folder", metavar="DIR", help="a packed folder")
     p.add_argument("--format", required=True, choices=FORMATS, help="of the export")
-    p.add_argument("-o", "--out", help="folder to make (default: only say what it would cost)")
+    p.add_argument("-o", "--out", help="folder to make, for gguf a file (default: only say what it would cost)")
     p.add_argument("--uniform", default="layer", choices=("layer", "model"),
                    help="how far experts share a width in compressed-tensors: layer for vLLM, model for transformers "
                    "(default: %(default)s)")  # fmt: skip

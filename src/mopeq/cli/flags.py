@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from mopeq.cli import commands
 from mopeq.cli.export import add_export, do_export
-from mopeq.cli.fit import add_fit
+from mopeq.cli.fit import add_fit, add_fit_to_allocate
 from mopeq.cli.moqe import add_moqe
 from mopeq.cli.ray import add_ray
 from mopeq.cli.recipes import add_recipe
@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     p = verb("allocate", commands.do_allocate, "give every expert a precision")
     p.add_argument("stats", help="stats.json from mopeq analyze")
     p.add_argument("--method", default="knapsack", choices=("knapsack", "kmeans", "uniform", "random"))
-    p.add_argument("--budget", help="3.0bpw (bits per routed-expert weight) or 1.4GB (the whole checkpoint)")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--budget", help="3.0bpw (bits per routed-expert weight) or 1.4GB (the whole checkpoint)")
+    add_fit_to_allocate(p, how)
     p.add_argument("--cost", help="cost metric of the knapsack (default: fisher_error, else output_error)")
     p.add_argument("--score", default="hessian_trace", help="metric, or product such as frequency*fisher, of kmeans")
     p.add_argument("--scope", default="model", choices=("layer", "model"), help="k-means per layer or over the model")
