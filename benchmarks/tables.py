@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 
 from common import RESULTS, table
 from mopeq.evaluate.bootstrap import Estimate, ratio_estimate
+from moqe_tables import moqe
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"random \d+ =")
@@ -325,6 +326,45 @@ def economy(results: Mapping[str, Any]) -> dict[str, str]:
     return {"economy": table(["matrices", "apart, s", "shared, s", "times"], rows)}
 
 
+def rows(results: Mapping[str, Any]) -> dict[str, str]:
+    names = list(next(iter(results["rows"].values())))
+    cells = [[count, *(f"{row[name]:.0f}" for name in names)] for count, row in results["rows"].items()]
+    return {"rows": table(["rows", *names], cells)}
+
+
+def runtime(results: Mapping[str, Any]) -> dict[str, str]:
+    cells = []
+    for bits, found in results.items():
+        for threads, made in found.items():
+            if not threads.endswith("threads"):
+                continue
+            read = made["rows"]["read"]
+            for name, row in made["rows"].items():
+                cells.append([bits, threads.split()[0], name, f"{made['active bytes'] / 1e6:.0f}", f"{row['ms']:.1f}",
+                              f"{read['ms'] / row['ms']:.0%}", f"{row['processor ms']:.1f}",
+                              f"{read['processor ms'] / row['processor ms']:.0%}"])  # fmt: skip
+    head = ["experts' bits", "threads", "what", "MB a token", "ms", "of the read", "processor ms", "of the read's"]
+    return {"runtime": table(head, cells)}
+
+
+def llama_cpp(results: Mapping[str, Any]) -> dict[str, str]:
+    cells = [
+        [bits, name, f"{row['bytes'] / 1e6:.0f}", f"{row['decode']:.1f}",
+         f"{row['decode'] * row['bytes'] / (found['plain read']['decode'] * found['plain read']['bytes']):.0%}",
+         f"{row['prefill']:.0f}" if "prefill" in row else ""]
+        for bits, found in results["runs"].items() for name, row in found.items()
+    ]  # fmt: skip
+    head = [
+        "experts' bits of mopeq",
+        "",
+        "MB a token",
+        "decode, tokens/s",
+        "bytes/s of the read's",
+        "prefill, tokens/s",
+    ]
+    return {"llama.cpp": table(head, cells)}
+
+
 def solver(results: Mapping[str, Any]) -> dict[str, str]:
     rows = [
         [f"{r['units']:,} ({r['like']})", r["solver"], f"{1000 * r['seconds_median']:.1f}",
@@ -353,76 +393,6 @@ def scores(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def moqe(results: Mapping[str, Any]) -> dict[str, str]:
-    """Of each set: all ways of choosing on all text, differences by domain; what sets and routers cost."""
-    studies = results["studies"]
-    made = {f"moqe {name}": _ways(found) for name, found in studies.items()}
-    made["moqe domains"] = table(
-        [
-            "set",
-            "domain",
-            "best single",
-            "routed - best single, nats",
-            "oracle - best single, nats",
-            "sent to each variant, %",
-        ],
-        [row for name, found in studies.items() for row in _by_domain(name, found)],
-    )
-    text = {name: found for name, found in studies.items() if found["judged"]["latency"]}
-    costs = [
-        [name, len(found["variants"]), f"{found['bytes_once'] / 1e6:.2f}", f"{found['bytes_apart'] / 1e6:.2f}",
-         f"{found['router']['parameters']:,} ({100 * found['router']['share']:.2f})", f"{found['train_seconds']:.0f}"]
-        + [f"{1000 * t['router_seconds']:.2f} of {1000 * t['alone_seconds']:.1f} ({100 * t['overhead']:+.1f})"
-           for t in found["judged"]["latency"]]
-        for name, found in text.items()
-    ]  # fmt: skip
-    tokens = [f"{t['prompt_tokens']} in, {t['new_tokens']} out" for t in next(iter(text.values()))["judged"]["latency"]]
-    head = ["set", "variants", "MB", "MB apart", "router's parameters (% of the model's)", "training s",
-            *(f"router ms of ms, {n} (overhead %)" for n in tokens)]  # fmt: skip
-    made["moqe costs"] = table(head, costs)
-    rows = [
-        [name, row["resident"], f"{row['bytes'] / 1e6:.1f}", row["loads"], f"{row['load_seconds']:.2f}",
-         f"{row['seconds']:.2f}"]
-        for name, found in text.items() for row in found["residency"]
-    ]  # fmt: skip
-    made["moqe residency"] = table(["set", "resident variants", "most MB", "loads", "loading s", "all s"], rows)
-    return made
-
-
-def _ways(found: Mapping[str, Any]) -> str:
-    judged, wrong = found["judged"], found.get("wrong")
-    domains = list(judged["rows"])
-    rows = []
-    for number, row in enumerate(judged["rows"]["all"]):
-        name = row["name"]
-        gap = judged["differences"]["all"].get(f"{name} - best single")
-        values = [judged["rows"][d][number]["perplexity" if wrong is None else "loss"] for d in domains]
-        cells = [f"{values[0]['value']:.3f} ({values[0]['low']:.3f} to {values[0]['high']:.3f})"]
-        if wrong is None:
-            cells += [f"{value['value']:.2f}" for value in values[1:]]
-        else:
-            cells += [f"{100 - 100 * wrong['rows'][d][number]['loss']['value']:.1f}" for d in domains]
-        between = "best single" if name == judged["best"]["all"] else "" if gap is None else _signed(gap)
-        rows.append([name, f"{judged['bytes'][name] / 1e6:.3g}", cells[0], between, *cells[1:]])
-    measure = "perplexity" if wrong is None else "nats"
-    others = domains[1:] if wrong is None else [f"{d}, % right" for d in domains]
-    return table(["", "MB", f"{measure}, 95 %", "nats - best single, 95 %", *others], rows)
-
-
-def _by_domain(name: str, found: Mapping[str, Any]) -> list[list[str]]:
-    judged, rows = found["judged"], []
-    for domain, gaps in judged["differences"].items():
-        asked = ("routed - best single", "oracle - best single", "routed - one calibrated on all")
-        cells = [_signed(gaps[gap]) if gap in gaps else "" for gap in asked]
-        shares = ", ".join(f"{100 * share:.0f}" for share in judged["usage"][domain])
-        rows.append([name, domain, judged["best"][domain], *cells, shares])
-    return rows
-
-
-def _signed(gap: Mapping[str, float]) -> str:
-    return f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
-
-
 PRINTED = {
     "fidelity": maps,
     "choices": choices,
@@ -439,6 +409,9 @@ PRINTED = {
     "streaming": streaming,
     "economy": economy,
     "vlm_study": vlm,
+    "cpu_rows": rows,
+    "cpu_runtime": runtime,
+    "llama_cpp": llama_cpp,
 }
 
 if __name__ == "__main__":
