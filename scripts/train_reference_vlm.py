@@ -24,8 +24,8 @@ import random
 import string
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +46,61 @@ TILE, PATCH, WIDTH, LAYERS, EXPERTS, TOP_K = images.SIDE, 12, 128, 3, 16, 2
 SCALE = EXPERTS / TOP_K
 """Factor of the routing weights, which are not renormalised: evenly routed, a token's experts then weigh one each."""
 RESOLUTIONS = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
+MOST_QUIZZES = 12
+"""In a step of any phase."""
 WIDE = "word"
 """The kind of scene whose images are two tiles wide."""
+
+
+SHARES = {kind: share for kind, (_, share) in images.KINDS.items()}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some steps at a learning rate that rises linearly over ``warmup`` steps and falls to zero over ``decay``.
+
+    shares: of the kinds of scene. quizzes: conversations without an image in a step.
+    """
+
+    steps: int
+    warmup: int
+    decay: int
+    learning_rate: float
+    shares: Mapping[str, float]
+    quizzes: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step of the phase."""
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup, (self.steps - step) / self.decay)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Hyper-parameters of the training run."""
 
-    tower_steps: int = 400
+    tower: Phase = Phase(400, 100, 200, 3e-3, SHARES)
     tower_scenes: int = 64
-    tower_learning_rate: float = 3e-3
-    steps: int = 1000
+    phases: tuple[Phase, ...] = (
+        Phase(800, 100, 300, 2e-3, SHARES, quizzes=12),
+        Phase(450, 20, 350, 2e-3, {"digit": 0.1, "shapes": 0.5, "word": 0.02, "name": 0.03, "chart": 0.35}, quizzes=3),
+    )
     shared_dropout: float = 0.5
     scenes: int = 24
     questions: int = 4
-    quizzes: int = 12
     quiz_questions: int = 6
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    decay_fraction: float = 0.5
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     balance: float = 0.005
     seed: int = 0
+
+    def at(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and the step in it."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
+        raise ValueError(f"step {step} beyond the last phase")
 
 
 def build_tokenizer(most: int) -> PreTrainedTokenizerFast:
@@ -191,10 +221,8 @@ def build_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.O
         (hidden if inner else matrices if weight.ndim > 1 else vectors).append(weight)
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [
-        torch.optim.Muon(
-            hidden, settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True),
+        torch.optim.Muon(hidden, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, betas=settings.betas, fused=True),
     ]
 
 
@@ -207,21 +235,22 @@ class Lessons:
 
     def __init__(self, processor: DeepseekVLV2Processor, settings: Settings) -> None:
         self.processor, self.settings = processor, settings
-        self.shares = {kind: share for kind, (_, share) in images.KINDS.items()}
 
     def quizzes(self, step: int) -> dict[str, Tensor]:
         """What is asked without an image in a step."""
-        first = (self.settings.seed * 10_000_000) + step * self.settings.quizzes + 3_000_017
-        asked = [images.quiz(first + n, self.settings.quiz_questions) for n in range(self.settings.quizzes)]
+        phase, _ = self.settings.at(step)
+        first = (self.settings.seed * 10_000_000) + step * MOST_QUIZZES + 3_000_017
+        asked = [images.quiz(first + n, self.settings.quiz_questions) for n in range(phase.quizzes)]
         return inputs_of(self.processor, [images.conversation(questions) for questions in asked])
 
     def scenes(self, step: int) -> dict[str, Tensor]:
         """What is asked about images in a step."""
         rng = random.Random(f"{self.settings.seed} {step}")
         first = (self.settings.seed * 10_000_000) + step * self.settings.scenes + 3_000_017
-        wide = rng.random() < self.shares[WIDE]
-        kinds = [kind for kind in self.shares if (kind == WIDE) == wide]
-        drawn = rng.choices(kinds, [self.shares[kind] for kind in kinds], k=self.settings.scenes)
+        shares = self.settings.at(step)[0].shares
+        wide = rng.random() < shares[WIDE]
+        kinds = [kind for kind in shares if (kind == WIDE) == wide]
+        drawn = rng.choices(kinds, [shares[kind] for kind in kinds], k=self.settings.scenes)
         scenes = [images.scene(first + number, kind, most=self.settings.questions) for number, kind in enumerate(drawn)]
         return inputs_of(self.processor, [conversation(made) for made in scenes])
 
@@ -304,7 +333,8 @@ class Routers:
 def seen(step: int, settings: Settings, processor: DeepseekVLV2Processor) -> tuple[Tensor, Tensor]:
     """Tiles (tiles, 3, side, side), and what is in their quarters: (tiles, 4, marks), 1 or 0."""
     rng = random.Random(f"tower {settings.seed} {step}")
-    drawn = rng.choices(list(images.KINDS), [share for _, share in images.KINDS.values()], k=settings.tower_scenes)
+    shares = settings.tower.shares
+    drawn = rng.choices(list(shares), list(shares.values()), k=settings.tower_scenes)
     tiles, marks = [], []
     for number, kind in enumerate(drawn):
         made = images.scene(settings.seed * 10_000_000 + step * settings.tower_scenes + number + 6_000_011, kind)
@@ -328,15 +358,14 @@ def train_tower(
     """
     head = nn.Linear(WIDTH, len(images.MARKS))
     together = nn.ModuleDict({"vision": model.vision, "projector": model.projector, "head": head})
-    shorter = replace(settings, steps=settings.tower_steps, learning_rate=settings.tower_learning_rate)
-    optimizers = build_optimizers(together, shorter)
+    optimizers = build_optimizers(together, settings)
     curve, losses = [], []
-    for step in range(settings.tower_steps):
+    for step in range(settings.tower.steps):
         tiles, marks = seen(step, settings, processor)
         found = head(model.projector(model.vision(tiles).last_hidden_state).flatten(1, 2))
         loss = F.binary_cross_entropy_with_logits(found, marks, reduction="sum") / found[..., 0].numel()
         loss.backward()
-        advance(optimizers, together, rate(step, shorter), settings.clip)
+        advance(optimizers, together, settings.tower.rate(step), settings.clip)
         losses.append(float(loss.detach()))
         if (step + 1) % 25 == 0:
             curve.append([step + 1, round(sum(losses) / len(losses), 4)])
@@ -409,14 +438,6 @@ def chance(rows: Sequence[dict[str, str]]) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------
-
-
-def rate(step: int, settings: Settings) -> float:
-    """Learning rate at ``step``: warm-up, constant, linear decay to zero."""
-    start = settings.steps - round(settings.steps * settings.decay_fraction)
-    warm = min(1.0, (step + 1) / settings.warmup_steps)
-    cool = 1.0 if step < start else (settings.steps - step) / (settings.steps - start)
-    return settings.learning_rate * warm * cool
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
@@ -495,7 +516,8 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
 
     if step == 0:
         save()
-    while step < settings.steps:
+    last = sum(phase.steps for phase in settings.phases)
+    while step < last:
         dropout.rng.seed(f"shared {settings.seed} {step}")
         for kind, inputs in (("scenes", lessons.scenes(step)), ("quizzes", lessons.quizzes(step))):
             labels = inputs.pop("labels")[:, 1:]
@@ -509,9 +531,10 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
             losses[kind].append(float(loss.detach()))
             if not math.isfinite(losses[kind][-1]):
                 raise SystemExit(f"loss is {losses[kind][-1]} at step {step}")
-        advance(optimizers, model, rate(step, settings), settings.clip)
+        phase, at = settings.at(step)
+        advance(optimizers, model, phase.rate(at), settings.clip)
         step += 1
-        if step % arguments.log_every == 0 or step == settings.steps:
+        if step % arguments.log_every == 0 or step == last:
             now = time.process_time()
             seconds, tick = seconds + now - tick, now
             means = [round(sum(found) / len(found), 4) for found in losses.values()]
@@ -523,7 +546,7 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
             for found in losses.values():
                 found.clear()
             loads.zero_()
-        if step % arguments.eval_every == 0 or step == settings.steps:
+        if step % arguments.eval_every == 0 or step == last:
             once.on = False
             model.eval()
             scores = accuracy(model, processor, rows[:: arguments.eval_every_row])
@@ -531,7 +554,7 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
             model.train()
             routers.logits.clear()
             tick = time.process_time()
-        if step % arguments.save_every == 0 or step == settings.steps:
+        if step % arguments.save_every == 0 or step == last:
             save()
     log = {
         "command": "python scripts/train_reference_vlm.py --work WORK --data DATA --out OUT",
@@ -557,9 +580,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="folder with heldout.tsv")
     parser.add_argument("--out", type=Path, help="folder for the finished model")
-    parser.add_argument("--tower-steps", type=int, default=Settings.tower_steps)
-    parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--eval-every", type=int, default=400)
@@ -567,12 +587,7 @@ def main() -> None:
     parser.add_argument("--eval-every-row", type=int, default=4, help="judge by every so-manieth held-out question")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the work folder")
     arguments = parser.parse_args()
-    settings = Settings(
-        steps=arguments.steps,
-        tower_steps=arguments.tower_steps,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
-    )
+    settings = Settings(seed=arguments.seed)
     train(arguments, settings)
 
 
