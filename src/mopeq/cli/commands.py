@@ -23,7 +23,6 @@ __all__ = [
     "do_analyze",
     "do_chat",
     "do_describe",
-    "do_eval",
     "do_quantize",
     "do_quickstart",
     "do_report",
@@ -254,52 +253,6 @@ def _converse(reader: Any, answer: Callable[[list[dict[str, Any]]], str], images
         messages.append({"role": "assistant", "content": text})
 
 
-def do_eval(options: argparse.Namespace) -> None:
-    """Judge a model."""
-    from mopeq.data.samples import bundled_text
-    from mopeq.evaluate import evaluate
-    from mopeq.load import is_packed
-
-    tasks = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
-    out = _new_file(options.out) if options.out else None
-    if options.against:
-        _check_original(options.model, options.against)
-    model, tokenizer = _loaded(options)
-    if out is None and is_packed(options.model) and Path(options.model).is_dir():
-        out = Path(options.model) / "mopeq" / "evaluation.json"
-    against = _load_any(options.against, options) if options.against else None
-    scored: Any = None
-    if options.perplexity:
-        scored = Path(options.perplexity)
-    elif against is not None or not (tasks or options.speed):
-        scored = [bundled_text(name).read_text(encoding="utf-8") for name in ("heldout_code.txt", "heldout_docs.txt")]
-    with drawn() as track:
-        found = evaluate(
-            model,
-            tokenizer,
-            reference=against,
-            text=scored,
-            tasks=tasks,
-            task_folder=options.task_path,
-            speed=options.speed,
-            length=options.length,
-            limit=options.windows,
-            seed=options.seed,
-            track=track,
-        )
-    record = found.to_json()
-    record["info"] = {**record["info"], "command": options.command_line}
-    if out is not None:
-        out.parent.mkdir(exist_ok=True)  # DIR/mopeq, which a packed folder may lack
-        write_json(out, _with_earlier(out, record))
-    if options.json:
-        return show.print_json(record)
-    show.evaluation_table(found)
-    if out is not None:
-        print(f"wrote {out}")
-    return None
-
-
 def do_report(options: argparse.Namespace) -> None:
     """Make the HTML page."""
     from mopeq.report import render
@@ -310,12 +263,6 @@ def do_report(options: argparse.Namespace) -> None:
         return show.print_json({"out": str(page)})
     print(f"wrote {page}")
     return None
-
-
-def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
-    from mopeq.load import load_tokenizer
-
-    return _load_any(options.model, options), load_tokenizer(options.model)
 
 
 def _load_any(model: str, options: argparse.Namespace) -> Any:
@@ -342,39 +289,9 @@ def _device(options: argparse.Namespace) -> str | None:
     return name
 
 
-def _check_original(model: str, against: str) -> None:
-    """Raise :class:`InputError` where a packed folder is compared with a model of other shapes."""
-    from mopeq.adapters import describe, inventory_of
-    from mopeq.checkpoint import read_manifest
-    from mopeq.load import is_packed
-    from mopeq.source import open_source
-
-    if not (Path(model).is_dir() and is_packed(model)) or is_packed(against):
-        return
-    source = open_source(against)
-    found, expected = inventory_of(source, describe(source)), read_manifest(model).inventory
-    if found.fingerprint != expected.fingerprint:
-        raise InputError(
-            f"{against} ({found.model_type}, {found.parameters:,} weights) is not the original of {model} "
-            f"({expected.model_type}, {expected.parameters:,} weights): their shapes differ; "
-            "give the model that was quantized"
-        )
-
-
 def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     return {name: getattr(options, name) for name in names}
-
-
-def _with_earlier(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The record, and what an evaluation that is there already has beyond it: measuring speed keeps the divergence."""
-    from mopeq.evaluate import Evaluation
-
-    if not path.is_file():
-        return record
-    earlier = Evaluation.from_json(read_json(path)).to_json()
-    kept = {name: value for name, value in earlier.items() if value and not record.get(name)}
-    return {**record, **kept, "info": {**earlier["info"], **record["info"]}}
 
 
 def _new_file(path: str) -> Path:
