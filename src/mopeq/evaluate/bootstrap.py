@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from mopeq.errors import DataError
 
-__all__ = ["RESAMPLES", "Estimate", "difference_estimate", "ratio_estimate"]
+__all__ = ["RESAMPLES", "Estimate", "Ratio", "difference_estimate", "ratio_estimate", "ratios_estimate"]
 
 RESAMPLES = 1000
 COVERAGE = 0.95
+Ratio = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Totals and counts of every unit, float64 (units,)."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,27 @@ def difference_estimate(
     _check(first, counts)
     _check(second, counts)
     return ratio_estimate([a - b for a, b in zip(first, second, strict=True)], counts, seed=seed, resamples=resamples)
+
+
+def ratios_estimate(
+    parts: Sequence[Ratio], minus: Sequence[Ratio] = (), *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """A sum of ratios ``sum(totals) / sum(counts)`` over the same units, less another: the units are drawn together.
+
+    A ratio whose counts are all 0, as a category of which none was drawn, is 0.
+    """
+    units = len(parts[0][0])
+
+    def value(drawn: NDArray[np.float64]) -> NDArray[np.float64]:
+        def ratio(totals: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+            above, below = drawn @ totals, drawn @ counts
+            return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+        nothing = np.zeros(len(drawn))
+        return sum((ratio(*r) for r in parts), nothing) - sum((ratio(*r) for r in minus), nothing)
+
+    found = float(value(np.ones((1, units)))[0])
+    return Estimate(found, *_interval(value(_draws(units, seed, resamples)))) if units > 1 else Estimate(found)
 
 
 def _check(totals: Sequence[float], counts: Sequence[int]) -> None:
