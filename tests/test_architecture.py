@@ -22,9 +22,9 @@ LEVELS = [
     {"load"},
     {"evaluate", "fit", "report", "stream"},
     {"measure"},
-    {"pack"},
+    {"pack", "trial"},
     {"quantize"},
-    {"quickstart", "serve", "moqe"},
+    {"quickstart", "serve", "moqe", "export"},
     {"quickstart_vlm"},
     {"cli"},
 ]

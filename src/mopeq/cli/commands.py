@@ -12,6 +12,7 @@ from mopeq.cli import show
 from mopeq.cli.applies import check_allocate, check_quantize
 from mopeq.cli.fit import fitted
 from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
+from mopeq.cli.ray import spread
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
@@ -97,7 +98,7 @@ def do_analyze(options: argparse.Namespace) -> None:
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     out = _new_file(options.out)
     model = open_model(options.model).inventory
-    with drawn() as track:
+    with show.following(options) as track, spread(options) as across:
         stats = measure(
             options.model,
             metrics,
@@ -105,12 +106,13 @@ def do_analyze(options: argparse.Namespace) -> None:
             options=_precisions(options, model),
             quantizer=options.method,
             dtype=_dtype(options),
+            across=across,
             track=track,
         )
     info = {**stats.info, "command": options.command_line}
     write_json(out, {**stats.to_json(), "info": info})
     if options.json:
-        return show.print_json({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
+        return show.print_result({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
     rows = []
     for name, values in stats.metrics.items():
         flat = sorted(value for row in values.values() for value in row)
@@ -137,6 +139,7 @@ def do_allocate(options: argparse.Namespace) -> None:
         scope=options.scope,
         options=_precisions(options, stats.model) if options.levels else None,
         granularity=options.granularity,
+        uniform_layers=options.uniform_layers,
         rest={**DEFAULT_REST, **_rest_map(options.rest)},
         seed=options.seed,
     )
@@ -160,7 +163,7 @@ def do_quantize(options: argparse.Namespace) -> None:
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
     if options.fit:
         options.budget = fitted(options, model)
-    with drawn() as track:
+    with show.following(options) as track, spread(options) as across:
         packed = quantize(
             options.model,
             options.out,
@@ -172,12 +175,15 @@ def do_quantize(options: argparse.Namespace) -> None:
             options=_precisions(options, model),
             cost=options.cost,
             granularity=options.granularity,
+            uniform_layers=options.uniform_layers,
             rest=_rest_map(options.rest),
             dtype=_dtype(options),
             evaluated=not options.no_eval,
+            guard=options.guard,
             resume=options.resume,
             max_memory=_size(options.max_memory),
             command=options.command_line,
+            across=across,
             track=track,
         )
     judged = packed.evaluation
@@ -185,7 +191,8 @@ def do_quantize(options: argparse.Namespace) -> None:
         kl = judged.divergence.kl.value if judged and judged.divergence else None
         found = {"out": str(packed.path), "bytes": packed.bytes, "original_bytes": packed.original_bytes, "kl": kl}
         found |= {"note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks), "skipped": packed.note}
-        return show.print_json(found)
+        found["guard"] = packed.guard
+        return show.print_result(found)
     show.map_table(packed.precisions, packed.inventory)
     smaller = packed.original_bytes / packed.bytes
     print(
@@ -194,6 +201,8 @@ def do_quantize(options: argparse.Namespace) -> None:
     if packed.fallbacks:
         some = ", ".join(packed.fallbacks[:8]) + (" ..." if len(packed.fallbacks) > 8 else "")
         print(f"{len(packed.fallbacks)} units saw few calibration tokens and used their layer's moments too: {some}")
+    if packed.guard:
+        print(packed.guard)
     if judged:
         show.evaluation_table(judged)
     if packed.note:
@@ -427,7 +436,8 @@ def _calibration_of(options: argparse.Namespace) -> Any:
 
     if options.data == "":
         raise InputError("--data is empty; expected a text or JSONL file; leave it out for the bundled text")
-    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed)
+    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed,
+                       options.modality_weight)  # fmt: skip
 
 
 def _dtype(options: argparse.Namespace) -> Any:
