@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.models import deepseek_v2
 from vllm.model_executor.models import deepseek_vl2 as theirs
@@ -21,10 +21,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.transformers_utils.chat_templates import registry as chat_templates
 
 from mopeq.integrations.vllm.config import MopeqVllmConfig
-from mopeq.load import is_packed, load_processor
 from mopeq.models.configuration import DeepseekVL2Config
 from mopeq.models.deepseek_vl2 import DeepseekVL2VisionModel
-from mopeq.models.processing_deepseek_vl2 import best_resolution
+from mopeq.models.processing_deepseek_vl2 import DeepseekVLV2Processor, best_resolution
 from mopeq.models.published import DEEPSEEK_VL2
 
 __all__ = ["DeepseekVL2"]
@@ -41,13 +40,13 @@ TEMPLATES = chat_templates.CHAT_TEMPLATES_DIR / "template_deepseek_vl2.jinja", P
 """Conversations as text: vLLM's, which puts a space where the answer begins, and the published one."""
 
 
-def _packed(config: Any) -> bool:
-    settings = getattr(config, "quantization_config", None)
+def _packed(settings: Any) -> bool:
     return isinstance(settings, dict) and settings.get("quant_method") == "mopeq"
 
 
 def _template(folder: str) -> Path:
-    return TEMPLATES[(Path(folder) / "config.json").is_file() and is_packed(folder)]
+    config = PreTrainedConfig.get_config_dict(folder)[0]
+    return TEMPLATES[_packed(config.get("quantization_config"))]
 
 
 chat_templates.register_chat_template_fallback_path(DEEPSEEK_VL2, _template)
@@ -88,10 +87,10 @@ deepseek_v2.DeepseekAttention = _Attention
 
 class _Info(theirs.DeepseekVL2ProcessingInfo):  # type: ignore[misc]
     def get_hf_processor(self, **options: object) -> Any:
-        if not _packed(self.get_hf_config()):
+        if not _packed(getattr(self.get_hf_config(), "quantization_config", None)):
             return super().get_hf_processor(**options)
         if not hasattr(self, "made"):
-            self.made = _Processor(load_processor(self.model_id))
+            self.made = _Processor(DeepseekVLV2Processor.from_pretrained(self.model_id))
         return self.made
 
 
@@ -142,7 +141,7 @@ class DeepseekVL2(theirs.DeepseekVLV2ForCausalLM):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _init_vision_module(self, vision_config: Any, quant_config: Any, prefix: str = "") -> nn.Module:
-        if not _packed(self.config):
+        if not _packed(getattr(self.config, "quantization_config", None)):
             return super()._init_vision_module(vision_config, quant_config, prefix)  # type: ignore[no-any-return]
         config = DeepseekVL2Config.from_pretrained(self.folder)
         return _Tower(DeepseekVL2VisionModel._from_config(config.vision_config))  # type: ignore[no-untyped-call]
