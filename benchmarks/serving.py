@@ -4,11 +4,11 @@
 
 One model, an OLMoE-1B-7B of random weights cut to ``--layers`` layers: packed for ``mopeq serve`` with its own runtime
 and, with ``--vllm`` (the Python of an environment with vLLM and mopeq), with vLLM; in bfloat16 for vLLM; in Q4_0 for a
-server of llama.cpp, if its command is given. Random weights say nothing about answers. The servers run one after the
-other, each in a process of its own, with the same requests: ``--requests`` for every client, streamed completions of
-``--new`` tokens, greedy, after 64 words that no other request has. A server's memory is that of all its processes,
-shared pages divided among them, after the last request. ``busy`` is the processor time of the server over the time that
-passed: far below its threads, others took the machine, and the times say little.
+server of llama.cpp, if its command is given. vLLM runs eager. Random weights say nothing about answers. The servers run
+one after the other, each in a process of its own, with the same requests: ``--requests`` for every client, streamed
+completions of ``--new`` tokens, greedy, after 64 words that no other request has. A server's memory is that of all its
+processes, shared pages divided among them, after the last request. ``busy`` is the processor time of the server over
+the time that passed: far below its threads, others took the machine, and the times say little.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _servers(scratch: Path, asked: Any) -> dict[str, tuple[list[str], dict[str, 
     if asked.vllm:
         cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{asked.threads - 1}", "VLLM_CPU_KVCACHE_SPACE": "1",
                  "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}  # fmt: skip
-        flags = ["--engine", "vllm", "--vllm=--max-model-len 1024 --max-num-seqs 16"]
+        flags = ["--engine", "vllm", "--vllm=--enforce-eager --max-model-len 1024 --max-num-seqs 16"]
         import torch
 
         write(original, config, torch.bfloat16)
