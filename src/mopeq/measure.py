@@ -24,7 +24,7 @@ from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
 from mopeq.errors import DataError
 from mopeq.journal import Journal
-from mopeq.load import load_original, load_processor, load_tokenizer, model_config
+from mopeq.load import load_processor, load_source, load_tokenizer, model_config
 from mopeq.memory import MOST
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
@@ -138,7 +138,7 @@ def observed(
         track: progress.
     """
     ready = calibrated(opened, calibration, texts=texts)
-    loaded = load_original(opened.source.path, dtype=dtype)
+    loaded = load_source(opened.source, dtype)
     started = time.perf_counter()
     routed = observe(loaded, opened.spec, ready.batches, gradients=gradients, seed=calibration.seed, track=track)
     info = {**ready.info, "observe_seconds": round(time.perf_counter() - started, 2)}

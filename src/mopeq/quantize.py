@@ -34,7 +34,7 @@ from mopeq.errors import DataError, InputError, OutputError
 from mopeq.evaluate import Evaluation, evaluate
 from mopeq.evaluate.answers import evaluate_answers
 from mopeq.journal import Journal, read_journal
-from mopeq.load import load, load_original, load_processor, load_tokenizer
+from mopeq.load import load, load_processor, load_source, load_tokenizer
 from mopeq.measure import (
     Calibration,
     Prepared,
@@ -358,7 +358,7 @@ def _judge(
 ) -> Evaluation:
     """The packed model, as a user will load it, beside the original on text that neither was calibrated on."""
     path = prepared.source.path
-    original = prepared.model if prepared.model is not None else load_original(path, dtype=dtype)
+    original = prepared.model if prepared.model is not None else load_source(prepared.source, dtype)
     small = load(packed.path, dtype=original.dtype)
     if has_pictures(calibration):
         batches = conversation_batches(
