@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-transformers-matrix test-vllm test-export check lint types format benchmarks sanitize clean
+.PHONY: demo test test-transformers-matrix test-vllm test-ray test-export check lint types format benchmarks sanitize clean
 
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/mopeq/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ test-transformers-matrix: $(STAMP)  ## the transformers integration with 5.17, 5
 
 test-vllm:  ## the vLLM plugin with the real vLLM, in an environment of its own; slow, not in the gate
 	scripts/vllm_check.sh $(PYTHON)
+
+test-ray:  ## --ray with the real Ray on several node processes, in an environment of its own; slow, not in the gate
+	scripts/ray_check.sh $(PYTHON)
 
 test-export: $(STAMP)  ## exports read by llama.cpp, AutoRound and vLLM, in environments of their own; slow, not in the gate
 	scripts/export_check.sh $(PYTHON) $(BIN)/python

@@ -22,7 +22,7 @@ LEVELS = [
     {"load"},
     {"evaluate", "fit", "report", "stream"},
     {"measure"},
-    {"pack"},
+    {"pack", "trial"},
     {"quantize"},
     {"quickstart", "serve", "moqe", "export"},
     {"quickstart_vlm"},

@@ -89,7 +89,7 @@ def test_gptq_uses_the_calibration_text(tiny_model: Make, tmp_path: Path, calibr
     """GPTQ changes the output on calibration text less than rounding does: moments reach the right units."""
     folder, found = tiny_model("olmoe"), {}
     original = load_original(folder, dtype=torch.float32)
-    texts, _ = split_texts(calibration)
+    texts, _ = split_texts(calibration, folder)
     ids = load_tokenizer(folder)(texts[0], return_tensors="pt").input_ids[:, :256]
     for method in ("rtn-mse", "gptq"):
         packed = quantize(

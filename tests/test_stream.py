@@ -62,8 +62,10 @@ def test_every_family_equals_the_whole_model(family: str, dtype: torch.dtype, ti
         assert [layer for layer in wanted if not equal(found[layer], wanted[layer])] == []
 
 
-@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"hub_layout": False}])
-def test_tied_heads_and_fused_files(changes: dict[str, Any], tiny_model: Make) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"tie_word_embeddings": True}, {"hub_layout": False}, {"output_router_logits": True}]
+)
+def test_tied_heads_fused_files_balance_losses(changes: dict[str, Any], tiny_model: Make) -> None:
     folder = tiny_model("qwen2_moe", **changes)
     shell = opened(folder)
     found = seen(backward(shell, batches(), Store()))

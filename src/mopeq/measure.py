@@ -7,6 +7,7 @@ several maps of one observation; ``measure_prepared`` measures those. ``measure`
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +18,25 @@ import torch
 from torch import Tensor
 
 from mopeq.adapters import describe, inventory_of
-from mopeq.analyze import COSTS, Routed, analyze, check_request, data_facts, layer_metrics, observe
-from mopeq.candidates import Candidates
+from mopeq.analyze import (
+    COSTS,
+    GRADIENTS,
+    WEIGHTED,
+    Map,
+    Routed,
+    analyze,
+    check_request,
+    data_facts,
+    here,
+    layer_metrics,
+    observe,
+)
+from mopeq.candidates import Candidates, packed_codes
 from mopeq.data.conversations import conversation_batches, has_images, read_conversations
+from mopeq.data.mixture import SELF, read_data, written
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
-from mopeq.errors import DataError
+from mopeq.errors import DataError, InputError
 from mopeq.journal import Journal
 from mopeq.load import load_processor, load_source, load_tokenizer, model_config
 from mopeq.memory import MOST
@@ -45,17 +59,25 @@ __all__ = [
     "observed",
     "open_model",
     "split_texts",
+    "token_weights",
 ]
 
+WRITTEN_APART = 48
+"""Texts that a model writes to be judged by: enough to try maps on and to compare."""
+WRITTEN_TOGETHER = 32
+"""Texts that it writes at a time."""
 WHOLE = ("fisher", "hessian_trace")
 """Metrics for which the model must be in memory whole."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text is run through the model. ``data`` None is the text that comes with mopeq.
+    """Which text is run through the model. ``data`` None is the text that comes with mopeq (:mod:`mopeq.data.mixture`).
 
     Of JSONL with images (data/conversations.py), ``samples`` conversations are taken whole and ``length`` says nothing.
+
+    modality_weight: what a text token counts in moments and costs where an image token counts 1; scaled so that tokens
+    count 1 on average. ``gradient_norm`` measures how much more the loss depends on one kind.
     """
 
     data: str | None = None
@@ -63,6 +85,7 @@ class Calibration:
     length: int = 512
     batch_size: int = 4
     seed: int = 0
+    modality_weight: float = 1.0
 
 
 def has_pictures(calibration: Calibration) -> bool:
@@ -106,16 +129,42 @@ def calibrated(opened: Prepared, calibration: Calibration, *, texts: Sequence[An
         length = max(batch["input_ids"].shape[1] for batch in batches)
     else:
         tokenizer, length = load_tokenizer(path), calibration.length
-        texts = texts or read_texts(calibration.data or bundled_text("calibration.jsonl"))
+        texts = texts or _texts(calibration, path)
         batches = token_batches(texts, tokenizer, length=length, **sizes)
     check_length(model_config(path), length)
-    info = {
+    info: dict[str, Any] = {
         "data": calibration.data or "bundled calibration text",
         "samples": calibration.samples,
         "length": length,
         "seed": calibration.seed,
     }
+    if calibration.modality_weight != 1:
+        batches = token_weights(batches, calibration.modality_weight)
+        info["modality_weight"] = calibration.modality_weight
     return replace(opened, tokenizer=tokenizer, batches=batches, info=info)
+
+
+def token_weights(batches: Sequence[Mapping[str, Tensor]], text: float) -> list[dict[str, Tensor]]:
+    """The batches with ``token_weight`` (sequences, length): ``text`` to 1 between text and image tokens, 1 on average.
+
+    Raises :class:`DataError` for a weight that is not above zero, and where tokens of one kind are missing.
+    """
+    if not 0 < text < math.inf:
+        raise DataError(
+            f"modality weight {text}; expected a number above 0: what a text token counts, an image token 1"
+        )
+    kept = [torch.stack([batch.get("modality", torch.zeros_like(batch["input_ids"])), batch["attention_mask"]])
+            for batch in batches]  # fmt: skip
+    total = sum(int(mask.sum()) for _, mask in kept)
+    images = sum(int((image * mask).sum()) for image, mask in kept)
+    if not 0 < images < total:
+        raise DataError(
+            f"a modality weight weighs text against image tokens, and {images} of the {total} calibration tokens are "
+            "image tokens; give conversations with images as data, or leave it out"
+        )
+    mean = (images + text * (total - images)) / total
+    return [{**batch, "token_weight": torch.where(image.bool(), 1 / mean, text / mean)}
+            for batch, (image, _) in zip(batches, kept, strict=True)]  # fmt: skip
 
 
 def observed(
@@ -153,15 +202,30 @@ def measure(
     options: Sequence[Precision] | None = None,
     quantizer: str = "gptq",
     dtype: torch.dtype | None = None,
+    across: Map = here,
     track: Track = silent,
 ) -> Stats:
-    """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``."""
+    """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``.
+
+    across: works on the experts of a layer, here or on a cluster; not for metrics that take the whole model.
+    """
     calibration = calibration or Calibration()
     opened = open_model(model)
     options = options or opened.inventory.precisions()
     check_request(opened.inventory, metrics, options, quantizer)
-    if set(metrics) & set(WHOLE):
-        prepared = observed(opened, calibration, gradients="fisher_error" in metrics, dtype=dtype, track=track)
+    if calibration.modality_weight != 1 and not set(metrics) & set(WEIGHTED):
+        raise InputError(
+            f"a modality weight enters {', '.join(WEIGHTED)}, and none of them is asked for; ask for one, or leave it "
+            "out"
+        )
+    if whole := sorted(set(metrics) & set(WHOLE)):
+        if across is not here:
+            raise InputError(
+                f"{whole[0]} takes the whole model in one process; leave it out, or measure it without --ray"
+            )
+        prepared = observed(
+            opened, calibration, gradients=bool(set(GRADIENTS) & set(metrics)), dtype=dtype, track=track
+        )
         seed = calibration.seed
         return measure_prepared(prepared, metrics, options=options, quantizer=quantizer, seed=seed, track=track)
     streamed = [name for name in metrics if name != "inverse_norm"]
@@ -171,8 +235,9 @@ def measure(
     if streamed:
         ready, started = calibrated(opened, calibration), time.perf_counter()
         found, _ = measure_streamed(
-            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype, track=track
-        )
+            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype,
+            across=across, track=track,
+        )  # fmt: skip
         seconds = {**stats.info.get("seconds", {}), ", ".join(streamed): round(time.perf_counter() - started, 3)}
         stats = found.with_metrics(stats.metrics, seconds=seconds)
     return stats
@@ -188,6 +253,7 @@ def measure_streamed(
     dtype: torch.dtype | None = None,
     journal: Journal | None = None,
     memory: int = MOST,
+    across: Map = here,
     track: Track = silent,
 ) -> tuple[Stats, tuple[str, ...]]:
     """Metrics of a model of which one decoder layer at a time is in memory, and the units that fell back.
@@ -202,6 +268,7 @@ def measure_streamed(
         journal: of the folder that activations are spilled to; what the run that it tells of has measured is taken
             over, and every unit at every option is left there packed (``mopeq.candidates``), :func:`measured_step`.
         memory: bytes of experts at a time (:func:`~mopeq.memory.slab_bytes`).
+        across: works on them.
         track: progress.
     """
     spec, source = ready.spec, ready.source
@@ -214,7 +281,7 @@ def measure_streamed(
     left = [layer.index for layer in spec.layers if layer.index not in found]
     if left:
         shell, store = Shell(source, spec, dtype), Store(journal)
-        if "fisher_error" in names:
+        if set(GRADIENTS) & set(names):
             sweep = backward(shell, ready.batches, store, seed=seed, until=max(left) + 1, track=track)
         else:
             sweep = forward(shell, ready.batches, store, until=min(left), track=track)
@@ -223,8 +290,9 @@ def measure_streamed(
                 continue
             kept = None if journal is None else Candidates(journal.folder, store.scratch, layer)
             rows, short = layer_metrics(
-                source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory, keep=kept
-            )
+                source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory,
+                keep=None if kept is None else packed_codes, take=kept, across=across, track=track,
+            )  # fmt: skip
             facts = {"metrics": rows, "fallbacks": short}
             if journal is not None and kept is not None:
                 journal.record(measured_step(layer), facts, kept.finish())
@@ -273,10 +341,27 @@ def measure_prepared(
     return replace(stats, info={**prepared.info, **stats.info})
 
 
-def split_texts(calibration: Calibration) -> tuple[list[Any], list[Any]]:
+def _texts(calibration: Calibration, model: str | Path, more: int = 0) -> list[str]:
+    """All calibration texts; where the model writes them, ``more`` than are asked for."""
+    if calibration.data is None:
+        return read_texts(bundled_text("calibration.jsonl"))
+    if calibration.data != SELF:
+        return read_data(calibration.data)
+    return written(
+        load_source(open_source(model)),
+        load_tokenizer(model),
+        samples=calibration.samples + more,
+        length=calibration.length,
+        batch_size=WRITTEN_TOGETHER,
+        seed=calibration.seed,
+    )
+
+
+def split_texts(calibration: Calibration, model: str | Path) -> tuple[list[Any], list[Any]]:
     """What to calibrate on, and what is kept apart to judge by (a tenth; the bundled held-out text for bundled data).
 
-    Texts, or conversations where the data has images; of fewer than ten texts the last tenth of all is cut off.
+    Texts, or conversations where the data has images; of fewer than ten texts the last tenth of all is cut off. Where
+    the model writes them itself, it writes ``WRITTEN_APART`` more to judge by.
     """
     if has_pictures(calibration):
         conversations = read_conversations(str(calibration.data))
@@ -286,10 +371,14 @@ def split_texts(calibration: Calibration) -> tuple[list[Any], list[Any]]:
                 "kept apart for comparing; give more"
             )
         return [c for i, c in enumerate(conversations) if i % 10 != 9], conversations[9::10]
-    texts = read_texts(calibration.data or bundled_text("calibration.jsonl"))
     if calibration.data is None:
         names = ("heldout_code.txt", "heldout_docs.txt")
-        return texts, [text for name in names for text in read_texts(bundled_text(name))]
+        judging = [text for name in names for text in read_texts(bundled_text(name))]
+        return _texts(calibration, model), judging
+    if calibration.data == SELF:
+        texts = _texts(calibration, model, WRITTEN_APART)
+        return texts[WRITTEN_APART:], texts[:WRITTEN_APART]
+    texts = _texts(calibration, model)
     if len(texts) >= 10:
         return [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
     whole = "\n\n".join(texts)

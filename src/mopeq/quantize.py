@@ -24,17 +24,14 @@ from torch import nn
 
 from mopeq.allocate import COSTS, allocate, parse_budget, uniform_map
 from mopeq.allocate.budget import check_budget, expert_budget
-from mopeq.analyze import Routed, check_request
+from mopeq.analyze import Map, Routed, check_request, here
 from mopeq.autoload import callable_module
-from mopeq.candidates import candidate_bytes, chosen
+from mopeq.candidates import Stock, candidate_bytes, chosen
 from mopeq.checkpoint import PackedWriter, Stored, read_manifest
-from mopeq.data.conversations import conversation_batches
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
-from mopeq.evaluate import Evaluation, evaluate
-from mopeq.evaluate.answers import evaluate_answers
 from mopeq.journal import Journal, read_journal
-from mopeq.load import load, load_processor, load_source, load_tokenizer
+from mopeq.load import load_source, load_tokenizer
 from mopeq.measure import (
     Calibration,
     Prepared,
@@ -47,7 +44,6 @@ from mopeq.measure import (
 )
 from mopeq.memory import PROCESS, Footprint, available_bytes, footprint, slab_bytes
 from mopeq.pack import (
-    DATA_FREE,
     LayerTensors,
     Packed,
     check_method,
@@ -58,15 +54,17 @@ from mopeq.pack import (
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
 from mopeq.progress import Track, silent
+from mopeq.quantizers import DATA_FREE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
 from mopeq.stats import write_json
 from mopeq.stream import Shell, Store, forward, stored_dtype
+from mopeq.trial import JUDGED_WINDOWS, compared, guarded, tried
 
 __all__ = ["Packed", "pack_model", "quantize", "require_new", "run_record"]
 
-JUDGED_WINDOWS = 32
-"""Windows of held-out text on which a new checkpoint is compared with its original."""
+GUARDED = "compare with uniform"
+"""The step of the journal in which the map was compared with a uniform one."""
 
 
 def quantize(
@@ -85,9 +83,12 @@ def quantize(
     rest: Mapping[str, Precision] | None = None,
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
+    guard: bool | None = None,
     resume: bool = False,
     max_memory: int | None = None,
     command: str = "",
+    recipe: str = "",
+    across: Map = here,
     track: Track = silent,
 ) -> Packed:
     """The ``quantize`` verb: with a map, quantize and pack; with a budget, measure and allocate first.
@@ -111,24 +112,30 @@ def quantize(
         rest: precisions of the groups outside the experts, over the defaults.
         dtype: compute type of the original model.
         evaluated: compare the result with the original, if both fit in memory together; ``Packed.note`` says if not.
+        guard: with a budget, pack the uniform map instead where the allocated one is not better on held-out text; None
+            does it where the result is ``evaluated``. ``Packed.guard`` says what was found.
         resume: go on with what the same call left unfinished; the result is the same as without the interruption.
         max_memory: bytes that this process may have resident; None for what the machine has. Less than the least
             possible is an :class:`InputError` with the number needed.
         command: command line to record.
+        recipe: named set of choices to record.
+        across: works on the experts of a layer: here, or on a cluster (``mopeq.integrations.ray``).
         track: progress.
     """
     if sum(way is not None for way in (precisions, uniform, budget)) != 1:
         raise InputError("give one of a precision map, a uniform precision and a budget")
     if precisions is not None and rest:
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
+    if guard and budget is None:
+        raise InputError("the guard compares what a budget led to with a uniform map; leave it out, or give a budget")
     check_method(method)
     if not resume:
         require_new(Path(out))
     calibration = calibration or Calibration()
     clock = _Clock()
-    training, heldout = split_texts(calibration)
     rest = {**DEFAULT_REST, **(rest or {})}
     opened = open_model(model)
+    training, heldout = split_texts(calibration, opened.source.path)
     options = options or opened.inventory.precisions()
     if budget is not None:
         sizes = (opened.inventory.expert_bytes(uniform_map(opened.inventory, [p], None, rest)) for p in options)
@@ -140,32 +147,38 @@ def quantize(
         precisions = PrecisionMap.uniform(opened.inventory.experts, uniform, rest)
     if precisions is not None:
         opened.inventory.check(precisions)
-    if evaluated and not has_pictures(calibration):  # text that cannot be scored is found before hours of work
+    guard = budget is not None and (evaluated if guard is None else guard)
+    if (evaluated or guard) and not has_pictures(
+        calibration
+    ):  # text that cannot be scored is found before hours of work
         try:
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
             raise DataError(f"of the tenth of the data kept apart for comparing, {error}, or use --no-eval") from error
+    if calibration.modality_weight != 1 and budget is None and method in DATA_FREE:
+        raise InputError(f"a modality weight does not enter {method} with a map; use gptq or a budget, or leave it out")
     if budget is not None or method not in DATA_FREE:
         opened = calibrated(opened, calibration, texts=training)
     plan = _Plan(
-        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, rest, calibration.seed,
-        dtype, max_memory,
+        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, rest, calibration,
+        dtype, max_memory, heldout if guard else None,
     )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
     packed = _finished(Path(out), plan, job) if resume else None
     if packed is None:
         with PackedWriter(out, needed_bytes=plan.disk_bytes, job=job, resume=resume) as writer, writer.disk():
-            packed = plan.carry_out(writer, clock, track)
+            packed = plan.carry_out(writer, clock, across, track)
         clock("quantize")
     run = packed.path / "mopeq" / "run.json"
     if not run.exists():
-        write_json(run, run_record(opened, packed, method, [command], clock.seconds))
+        write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
     if evaluated and not (packed.path / "mopeq" / "evaluation.json").exists():
-        if note := _too_large(plan, packed, model):
-            return replace(packed, note=note)
+        if why := plan.too_large(packed.bytes):
+            again = f"where there is more, mopeq eval {packed.path} --against {model} compares them"
+            return replace(packed, note=f"not compared with the original: {why}; {again}")
         try:
-            judged = _judge(opened, packed, heldout, calibration, dtype, track)
+            judged = compared(opened, packed.path, heldout, calibration, dtype, track)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(
                 f"interrupted while comparing; {out} is complete, mopeq eval {out} --against {model} compares it"
@@ -173,7 +186,7 @@ def quantize(
         clock("evaluate")
         write_json(packed.path / "mopeq" / "evaluation.json", judged.to_json())
         packed = replace(packed, evaluation=judged)
-        write_json(run, run_record(opened, packed, method, [command], clock.seconds))
+        write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
     return packed
 
 
@@ -190,9 +203,11 @@ class _Plan:
     granularity: str
     uniform_layers: bool
     rest: Mapping[str, Precision]
-    seed: int
+    calibration: Calibration
     dtype: torch.dtype | None
     max_memory: int | None
+    heldout: Sequence[Any] | None
+    """What the map is compared with a uniform one on, if it is."""
 
     @property
     def footprint(self) -> Footprint:
@@ -225,22 +240,23 @@ class _Plan:
         fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
         return most + fixed + candidate_bytes(inventory, self.options) + (layers + 2) * stored
 
-    def carry_out(self, writer: PackedWriter, clock: _Clock, track: Track) -> Packed:
+    def carry_out(self, writer: PackedWriter, clock: _Clock, across: Map, track: Track) -> Packed:
         """All steps that are not done yet."""
         opened, journal = self.opened, writer.journal
         assert journal is not None
         if self.precisions is not None:
-            tensors = self._tensors(self.precisions, journal, track)
+            tensors = self._tensors(self.precisions, journal, across, track)
             return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track)
         stats, fallbacks = measure_streamed(
             opened,
             ("frequency", "gate_mass", self.cost),
             options=self.options,
             quantizer=self.method,
-            seed=self.seed,
+            seed=self.calibration.seed,
             dtype=self.dtype,
             journal=journal,
             memory=slab_bytes(self.max_memory, self.footprint),
+            across=across,
             track=track,
         )
         clock("measure")
@@ -259,15 +275,41 @@ class _Plan:
             known = {"map": made.to_json()}
             journal.record("allocate", known)
         clock("allocate")
+        if self.heldout is not None and (known := journal.done(GUARDED)) is None:
+            known = self._guarded(journal, PrecisionMap.from_json(journal.steps["allocate"]["facts"]["map"]), track)
+            journal.record(GUARDED, known)
+            clock("guard")
         precisions = PrecisionMap.from_json(known["map"])
 
         def taken(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
             short += [unit for unit in fallbacks if int(unit.partition(".")[0]) == layer.index]
-            return chosen(journal, measured_step(layer), opened.source, layer, precisions)
+            return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
-        return write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
+        packed = write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
+        return replace(packed, guard=known.get("sentence", ""))
 
-    def _tensors(self, precisions: PrecisionMap, journal: Journal, track: Track) -> LayerTensors:
+    def _guarded(self, journal: Journal, made: PrecisionMap, track: Track) -> dict[str, Any]:
+        """The map to pack, compared with a uniform one if there is memory and text for that, and why it is that one."""
+        if why := self.too_large(self.opened.inventory.total_bytes(made)):
+            return {"map": made.to_json(), "sentence": f"the map was not compared with uniform precision: {why}"}
+        source = self.opened.source
+        stocks = {at.index: Stock(journal, measured_step(at), source, at) for at in self.opened.spec.layers}
+        units = {index: stock.unit for index, stock in stocks.items()}
+        original = load_source(source, self.dtype)
+        try:
+            with tried(original, self.opened, units, self.heldout or (), self.calibration, track=track) as judge:
+                found = guarded(made, self.opened, self.options, self.budget or "", judge)
+        except DataError as error:
+            return {"map": made.to_json(), "sentence": f"the map was not compared with uniform precision: {error}"}
+        return {"map": found.precisions.to_json(), "sentence": found.sentence}
+
+    def too_large(self, packed_bytes: int) -> str:
+        """Why the original and a packed model of that size cannot be compared here; empty if they can."""
+        have = min(available_bytes(), self.max_memory or available_bytes())
+        need = PROCESS + self.itemsize * self.opened.inventory.parameters + packed_bytes
+        return "" if need <= have else f"both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB"
+
+    def _tensors(self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track) -> LayerTensors:
         """Packs a layer with a map, running the model up to it where the quantizer needs what it saw."""
         sweep: Iterator[tuple[MoELayer, nn.Module, Routed]] | None = None
 
@@ -280,7 +322,10 @@ class _Plan:
                     sweep = forward(shell, self.opened.batches, Store(journal), until=layer.index, track=track)
                 seen, module = next((routed, experts) for at, experts, routed in sweep if at.index == layer.index)
             memory = slab_bytes(self.max_memory, self.footprint)
-            return pack_experts(self.opened, layer, precisions, self.method, short, seen, module, memory=memory)
+            return pack_experts(
+                self.opened, layer, precisions, self.method, short, seen, module,
+                memory=memory, across=across, track=track,
+            )  # fmt: skip
 
         return tensors
 
@@ -301,7 +346,7 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
         "map": None if plan.precisions is None else _hash(plan.precisions.to_json()),
         "method": plan.method,
         **({"options": [str(p) for p in plan.options], "cost": plan.cost} if plan.budget is not None else {}),
-        **({"granularity": plan.granularity} if plan.budget is not None else {}),
+        **({"granularity": plan.granularity, "guard": plan.heldout is not None} if plan.budget is not None else {}),
         **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
@@ -316,18 +361,6 @@ def _digest(calibration: Calibration, texts: Sequence[Any]) -> str:
         return _hash(list(texts))
     return _hash([[message["role"], part.get("text") or hashlib.sha256(part["image"].tobytes()).hexdigest()]
                   for said in texts for message in said for part in message["content"]])  # fmt: skip
-
-
-def _too_large(plan: _Plan, packed: Packed, model: str | Path) -> str:
-    """Why the result cannot be compared with the original here; empty if it can."""
-    have = min(available_bytes(), plan.max_memory or available_bytes())
-    need = PROCESS + plan.itemsize * packed.inventory.parameters + packed.bytes
-    if need <= have:
-        return ""
-    return (
-        f"not compared with the original: both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB; "
-        f"where there is more, mopeq eval {packed.path} --against {model} compares them"
-    )
 
 
 def _hash(value: Any) -> str:
@@ -345,41 +378,8 @@ def _finished(out: Path, plan: _Plan, job: Mapping[str, Any]) -> Packed | None:
     original = sum(stored_bytes(source, key) for key in source.shapes)
     packed = (found[1][packed_step(layer)] for layer in plan.opened.spec.layers)
     fallbacks = tuple(unit for facts in packed for unit in facts["fallbacks"])
-    return Packed(out, manifest.precisions, size, original, 0.0, fallbacks, manifest.inventory)
-
-
-def _judge(
-    prepared: Prepared,
-    packed: Packed,
-    heldout: Sequence[Any],
-    calibration: Calibration,
-    dtype: torch.dtype | None,
-    track: Track,
-) -> Evaluation:
-    """The packed model, as a user will load it, beside the original on text that neither was calibrated on."""
-    path = prepared.source.path
-    original = prepared.model if prepared.model is not None else load_source(prepared.source, dtype)
-    small = load(packed.path, dtype=original.dtype)
-    if has_pictures(calibration):
-        batches = conversation_batches(
-            heldout[:JUDGED_WINDOWS],
-            load_processor(path),
-            samples=JUDGED_WINDOWS,
-            batch_size=calibration.batch_size,
-            seed=0,
-        )
-        return evaluate_answers(original, small, batches, track=track)
-    tokenizer = prepared.tokenizer or load_tokenizer(path)
-    return evaluate(
-        small,
-        tokenizer,
-        reference=original,
-        text=heldout,
-        length=calibration.length,
-        limit=JUDGED_WINDOWS,
-        batch_size=calibration.batch_size,
-        track=track,
-    )
+    sentence = found[1].get(GUARDED, {}).get("sentence", "")
+    return Packed(out, manifest.precisions, size, original, 0.0, fallbacks, manifest.inventory, guard=sentence)
 
 
 class _Clock:
@@ -396,7 +396,12 @@ class _Clock:
 
 
 def run_record(
-    prepared: Prepared, packed: Packed, method: str, commands: Sequence[str], seconds: Mapping[str, float]
+    prepared: Prepared,
+    packed: Packed,
+    method: str,
+    commands: Sequence[str],
+    seconds: Mapping[str, float],
+    recipe: str = "",
 ) -> dict[str, Any]:
     """What ``run.json`` says: how the folder was made, with which versions, and which experts fell back."""
     names = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
@@ -414,6 +419,7 @@ def run_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "fallbacks": list(packed.fallbacks),
+        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
         "seconds": dict(seconds),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
     }

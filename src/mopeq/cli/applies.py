@@ -33,7 +33,7 @@ def check_quantize(options: argparse.Namespace) -> None:
     if not options.fit:
         _refuse(options, ("context", "batch"), "--fit")
     if options.map or options.uniform:
-        _refuse(options, ("levels", "cost", "granularity", "uniform_layers"), "--budget and --fit")
+        _refuse(options, ("levels", "cost", "granularity", "guard", "uniform_layers"), "--budget and --fit")
     if options.map:
         _refuse(options, ("group_size", "symmetric"), "--budget, --fit and --uniform")
 

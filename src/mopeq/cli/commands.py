@@ -12,6 +12,8 @@ from mopeq.cli import show
 from mopeq.cli.applies import check_allocate, check_quantize
 from mopeq.cli.fit import fitted
 from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
+from mopeq.cli.ray import spread
+from mopeq.cli.recipes import recipe_line
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
@@ -97,7 +99,7 @@ def do_analyze(options: argparse.Namespace) -> None:
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     out = _new_file(options.out)
     model = open_model(options.model).inventory
-    with drawn() as track:
+    with show.following(options) as track, spread(options) as across:
         stats = measure(
             options.model,
             metrics,
@@ -105,12 +107,13 @@ def do_analyze(options: argparse.Namespace) -> None:
             options=_precisions(options, model),
             quantizer=options.method,
             dtype=_dtype(options),
+            across=across,
             track=track,
         )
     info = {**stats.info, "command": options.command_line}
     write_json(out, {**stats.to_json(), "info": info})
     if options.json:
-        return show.print_json({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
+        return show.print_result({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
     rows = []
     for name, values in stats.metrics.items():
         flat = sorted(value for row in values.values() for value in row)
@@ -161,7 +164,9 @@ def do_quantize(options: argparse.Namespace) -> None:
     precisions = PrecisionMap.from_json(read_json(options.map)) if options.map else None
     if options.fit:
         options.budget = fitted(options, model)
-    with drawn() as track:
+    if options.recipe and not options.json:
+        print(f"recipe {recipe_line(options)}")
+    with show.following(options) as track, spread(options) as across:
         packed = quantize(
             options.model,
             options.out,
@@ -177,9 +182,12 @@ def do_quantize(options: argparse.Namespace) -> None:
             rest=_rest_map(options.rest),
             dtype=_dtype(options),
             evaluated=not options.no_eval,
+            guard=options.guard,
             resume=options.resume,
             max_memory=_size(options.max_memory),
+            recipe=recipe_line(options),
             command=options.command_line,
+            across=across,
             track=track,
         )
     judged = packed.evaluation
@@ -187,7 +195,8 @@ def do_quantize(options: argparse.Namespace) -> None:
         kl = judged.divergence.kl.value if judged and judged.divergence else None
         found = {"out": str(packed.path), "bytes": packed.bytes, "original_bytes": packed.original_bytes, "kl": kl}
         found |= {"note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks), "skipped": packed.note}
-        return show.print_json(found)
+        found["guard"] = packed.guard
+        return show.print_result(found)
     show.map_table(packed.precisions, packed.inventory)
     smaller = packed.original_bytes / packed.bytes
     print(
@@ -196,6 +205,8 @@ def do_quantize(options: argparse.Namespace) -> None:
     if packed.fallbacks:
         some = ", ".join(packed.fallbacks[:8]) + (" ..." if len(packed.fallbacks) > 8 else "")
         print(f"{len(packed.fallbacks)} units saw few calibration tokens and used their layer's moments too: {some}")
+    if packed.guard:
+        print(packed.guard)
     if judged:
         show.evaluation_table(judged)
     if packed.note:
@@ -429,7 +440,8 @@ def _calibration_of(options: argparse.Namespace) -> Any:
 
     if options.data == "":
         raise InputError("--data is empty; expected a text or JSONL file; leave it out for the bundled text")
-    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed)
+    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed,
+                       options.modality_weight)  # fmt: skip
 
 
 def _dtype(options: argparse.Namespace) -> Any:

@@ -10,6 +10,8 @@ from mopeq.cli import commands
 from mopeq.cli.export import add_export, do_export
 from mopeq.cli.fit import add_fit, add_fit_to_allocate
 from mopeq.cli.moqe import add_moqe
+from mopeq.cli.ray import add_ray
+from mopeq.cli.recipes import add_recipe
 from mopeq.cli.serve import add_serve, do_serve
 from mopeq.precision import DEFAULT_BITS
 
@@ -28,11 +30,12 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def verb(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, *, json: bool = True
+        name: str, run: Callable[[argparse.Namespace], None], text: str, *, json: bool = True, events: bool = False
     ) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=text, description=text)
         if json:
-            made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+            what = "progress and result, a JSON object a line," if events else "one JSON object"
+            made.add_argument("--json", action="store_true", help=f"print {what} instead of a table")
         made.set_defaults(run=run, default_of=made.get_default)
         return made
 
@@ -43,13 +46,14 @@ def parser() -> argparse.ArgumentParser:
     p = verb("describe", commands.do_describe, "show what mopeq understands of a model")
     _model(p)
 
-    p = verb("analyze", commands.do_analyze, "measure every expert")
+    p = verb("analyze", commands.do_analyze, "measure every expert", events=True)
     _model(p)
     _calibration(p)
     p.add_argument(
         "--metrics", default="frequency,gate_mass,fisher_error", help="names, comma-separated (default: %(default)s)"
     )
     _options(p)
+    add_ray(p)
     p.add_argument("-o", "--out", default="stats.json", help="file to write (default: %(default)s)")
 
     p = verb("allocate", commands.do_allocate, "give every expert a precision")
@@ -72,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     _seed(p)
     p.add_argument("-o", "--out", default="precision.json", help="file to write (default: %(default)s)")
 
-    p = verb("quantize", commands.do_quantize, "quantize and pack a model, with a map or to a budget")
+    p = verb("quantize", commands.do_quantize, "quantize and pack a model, with a map or to a budget", events=True)
     _model(p)
     p.add_argument("-o", "--out", required=True, help="folder to make")
     how = p.add_mutually_exclusive_group(required=True)
@@ -80,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     add_fit(p, how)
     how.add_argument("--map", help="precision.json from mopeq allocate")
     how.add_argument("--uniform", help="one precision for every expert, such as 3 or 4g128s")
+    add_recipe(p)
     _calibration(p)
     _options(p)
     p.add_argument("--cost", default="fisher_error", help="cost metric of the allocation (default: %(default)s)")
@@ -87,7 +92,13 @@ def parser() -> argparse.ArgumentParser:
     _uniform_layers(p)
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
+    p.add_argument(
+        "--guard",
+        action=argparse.BooleanOptionalAction,
+        help="pack a uniform map where the allocated one is not better on text kept apart (default, unless --no-eval)",
+    )
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
+    add_ray(p)
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
     add_export(verb("export", do_export, "write a packed model for other runtimes"))
@@ -133,15 +144,25 @@ def _model(p: argparse.ArgumentParser) -> None:
 
 
 def _calibration(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--data", help="text or JSONL to calibrate on (default: the bundled text)")
+    p.add_argument(
+        "--data",
+        help="calibrate on .txt, .jsonl, .parquet, a folder of them, hf:OWNER/NAME, a mix such as a.jsonl:2,b.txt, "
+        "or self, which the model writes itself (default: the bundled text)",
+    )
     p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=4)
+    p.add_argument(
+        "--modality-weight", type=float, default=1.0, metavar="W",
+        help="what a text token counts in moments and costs, an image token being 1 (default: 1)",
+    )  # fmt: skip
     _seed(p)
 
 
 def _options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--method", default="gptq", help="quantizer: gptq, rtn-mse or rtn (default: %(default)s)")
+    p.add_argument(
+        "--method", "--quantizer", default="gptq", help="gptq, signround, rtn, rtn-mse or hqq (default: %(default)s)"
+    )
     usual = ",".join(map(str, DEFAULT_BITS))
     p.add_argument("--levels", default=usual, help="bits or precisions to choose from (default: %(default)s)")
     p.add_argument("--group-size", type=int, help=f"inputs per scale {FITS}")
