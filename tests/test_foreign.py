@@ -156,8 +156,10 @@ def test_quantize_starts_from_one(exported: Callable[[str], Path], tmp_path: Pat
     out = tmp_path / "out"
     few = ["--samples", "4", "--length", "32", "--levels", "2,3,4", "--group-size", "32"]
     assert main(["quantize", str(exported("auto-round")), "-o", str(out), "--budget", "3.6bpw", *few]) == 0
-    assert verify(out).precisions.note["method"] == "knapsack"
-    assert read_manifest(out).inventory == read_manifest(tmp_path / "packed").inventory
+    verify(out)
+    made = read_manifest(out)
+    assert made.inventory == read_manifest(tmp_path / "packed").inventory
+    assert 3 < made.inventory.expert_bits(made.precisions) <= 3.6
     judged = json.loads((out / "mopeq" / "evaluation.json").read_text())
     assert 0 < judged["divergence"]["kl"]["value"] < 2
 
