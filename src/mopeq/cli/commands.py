@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mopeq.cli import show
 from mopeq.cli.applies import check_allocate, check_quantize
 from mopeq.cli.fit import fitted
-from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
+from mopeq.cli.given import (
+    calibration_of,
+    dtype_of,
+    load_any,
+    one_precision,
+    precisions_of,
+    rest_of,
+    size_of,
+)
+from mopeq.cli.images import do_quickstart_vlm
 from mopeq.cli.ray import spread
 from mopeq.cli.recipes import recipe_line
 from mopeq.errors import InputError, OutputError
-from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
+from mopeq.precision import DEFAULT_REST, PrecisionMap
 from mopeq.progress import drawn
-from mopeq.spec import Inventory
 from mopeq.stats import Stats, read_json, write_json
 
 __all__ = [
     "do_allocate",
     "do_analyze",
-    "do_chat",
     "do_describe",
     "do_eval",
     "do_quantize",
     "do_quickstart",
     "do_report",
-    "do_run",
 ]
 
 
@@ -103,10 +107,10 @@ def do_analyze(options: argparse.Namespace) -> None:
         stats = measure(
             options.model,
             metrics,
-            calibration=_calibration_of(options),
-            options=_precisions(options, model),
+            calibration=calibration_of(options),
+            options=precisions_of(options, model),
             quantizer=options.method,
-            dtype=_dtype(options),
+            dtype=dtype_of(options),
             across=across,
             track=track,
         )
@@ -138,10 +142,10 @@ def do_allocate(options: argparse.Namespace) -> None:
         cost=options.cost,
         score=options.score,
         scope=options.scope,
-        options=_precisions(options, stats.model) if options.levels else None,
+        options=precisions_of(options, stats.model) if options.levels else None,
         granularity=options.granularity,
         uniform_layers=options.uniform_layers,
-        rest={**DEFAULT_REST, **_rest_map(options.rest)},
+        rest={**DEFAULT_REST, **rest_of(options.rest)},
         seed=options.seed,
     )
     write_json(out, made.to_json())
@@ -171,20 +175,20 @@ def do_quantize(options: argparse.Namespace) -> None:
             options.model,
             options.out,
             precisions=precisions,
-            uniform=_one_precision(options, model) if options.uniform is not None else None,
+            uniform=one_precision(options, model) if options.uniform is not None else None,
             budget=options.budget,
             method=options.method,
-            calibration=_calibration_of(options),
-            options=_precisions(options, model),
+            calibration=calibration_of(options),
+            options=precisions_of(options, model),
             cost=options.cost,
             granularity=options.granularity,
             uniform_layers=options.uniform_layers,
-            rest=_rest_map(options.rest),
-            dtype=_dtype(options),
+            rest=rest_of(options.rest),
+            dtype=dtype_of(options),
             evaluated=not options.no_eval,
             guard=options.guard,
             resume=options.resume,
-            max_memory=_size(options.max_memory),
+            max_memory=size_of(options.max_memory),
             recipe=recipe_line(options),
             command=options.command_line,
             across=across,
@@ -215,58 +219,6 @@ def do_quantize(options: argparse.Namespace) -> None:
     return None
 
 
-def do_run(options: argparse.Namespace) -> None:
-    """Generate text from a prompt."""
-    from mopeq.runtime.generate import generate
-
-    reader = reader_of(options)
-    prompt = (
-        [{"role": "user", "content": with_images(options.prompt, options.image)}] if options.image else options.prompt
-    )
-    stream = None if options.json else show.write
-    made = generate(_load_any(options.model, options), reader, prompt, **_sampling_of(options), stream=stream)
-    if options.json:
-        return show.print_json({"text": made.text, "tokens": len(made.tokens), "seconds": made.seconds})
-    print(flush=True)
-    print(f"[{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
-    return None
-
-
-def do_chat(options: argparse.Namespace) -> None:
-    """Talk to a model."""
-    from mopeq.runtime.generate import generate
-
-    reader = reader_of(options)
-    model = _load_any(options.model, options)
-
-    def answer(messages: list[dict[str, Any]]) -> str:
-        return generate(model, reader, messages, **_sampling_of(options), stream=show.write).text
-
-    _converse(reader, answer, options.image)
-
-
-def _converse(reader: Any, answer: Callable[[list[dict[str, Any]]], str], images: Sequence[str] = ()) -> None:
-    """Read lines and print what ``answer`` makes of the conversation so far, until an empty one.
-
-    ``reader`` is a tokenizer or processor; ``images`` go with the first words.
-    """
-    if not hasattr(reader, "tokenizer") and not getattr(reader, "chat_template", None):
-        print("this model has no chat template: it continues your text instead of answering", file=sys.stderr)
-    print("empty line or Ctrl-D ends", file=sys.stderr)
-    messages: list[dict[str, Any]] = []
-    while True:
-        try:
-            said = input("> ").strip()
-        except EOFError:
-            return None
-        if not said:
-            return None
-        messages.append({"role": "user", "content": with_images(said, [] if messages else list(images))})
-        text = answer(messages)
-        print()
-        messages.append({"role": "assistant", "content": text})
-
-
 def do_eval(options: argparse.Namespace) -> None:
     """Judge a model."""
     from mopeq.data.samples import bundled_text
@@ -280,7 +232,7 @@ def do_eval(options: argparse.Namespace) -> None:
     model, tokenizer = _loaded(options)
     if out is None and is_packed(options.model) and Path(options.model).is_dir():
         out = Path(options.model) / "mopeq" / "evaluation.json"
-    against = _load_any(options.against, options) if options.against else None
+    against = load_any(options.against, options) if options.against else None
     scored: Any = None
     if options.perplexity:
         scored = Path(options.perplexity)
@@ -328,31 +280,7 @@ def do_report(options: argparse.Namespace) -> None:
 def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
     from mopeq.load import load_tokenizer
 
-    return _load_any(options.model, options), load_tokenizer(options.model)
-
-
-def _load_any(model: str, options: argparse.Namespace) -> Any:
-    """A packed or an original model."""
-    from mopeq.load import is_packed, load, load_original
-
-    device = _device(options)
-    made = load(model, _dtype(options), device) if is_packed(model) else load_original(model, _dtype(options))
-    return made.to(device) if device else made
-
-
-def _device(options: argparse.Namespace) -> str | None:
-    """The device asked for, if this machine has it."""
-    import torch
-
-    name: str | None = getattr(options, "device", None)
-    if name is None:
-        return None
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used ({reason}); give another, such as cpu") from error
-    return name
+    return load_any(options.model, options), load_tokenizer(options.model)
 
 
 def _check_original(model: str, against: str) -> None:
@@ -374,11 +302,6 @@ def _check_original(model: str, against: str) -> None:
         )
 
 
-def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    return {name: getattr(options, name) for name in names}
-
-
 def _with_earlier(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """The record, and what an evaluation that is there already has beyond it: measuring speed keeps the divergence."""
     from mopeq.evaluate import Evaluation
@@ -397,54 +320,3 @@ def _new_file(path: str) -> Path:
     if Path(path).is_dir():
         raise OutputError(f"{Path(path)} is a folder; expected the path of a file; give one with -o")
     return Path(path)
-
-
-def _precisions(options: argparse.Namespace, model: Inventory, text: str | None = None) -> tuple[Precision, ...]:
-    (base,) = model.precisions([4], options.group_size, options.symmetric)
-    return tuple(parse_precision(part, base) for part in (text or options.levels).split(",") if part.strip())
-
-
-def _one_precision(options: argparse.Namespace, model: Inventory) -> Precision:
-    found = _precisions(options, model, options.uniform) if options.uniform else ()
-    if len(found) != 1:
-        raise InputError(f"--uniform {options.uniform!r}; expected one precision, such as 3 or 4g128s")
-    return found[0]
-
-
-def _size(text: str | None) -> int | None:
-    """Bytes of a size such as 8GB."""
-    from mopeq.allocate import parse_budget
-
-    if text is None:
-        return None
-    size = parse_budget(text)
-    if size.kind != "bytes":
-        raise InputError(f"--max-memory {text!r}; expected a size such as 8GB or 900MiB")
-    return int(size.amount)
-
-
-def _rest_map(text: str) -> dict[str, Precision]:
-    made = {}
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        name, sign, value = part.partition("=")
-        if not sign:
-            raise InputError(f"--rest {part!r}; expected GROUP=PRECISION, such as attention=4g64")
-        if name.strip() in made:
-            raise InputError(f"--rest names {name.strip()} twice; expected each group once")
-        made[name.strip()] = parse_precision(value, Precision(8, 128, True))
-    return made
-
-
-def _calibration_of(options: argparse.Namespace) -> Any:
-    from mopeq.measure import Calibration
-
-    if options.data == "":
-        raise InputError("--data is empty; expected a text or JSONL file; leave it out for the bundled text")
-    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed,
-                       options.modality_weight)  # fmt: skip
-
-
-def _dtype(options: argparse.Namespace) -> Any:
-    import torch
-
-    return getattr(torch, options.dtype) if options.dtype else None

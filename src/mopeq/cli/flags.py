@@ -13,6 +13,7 @@ from mopeq.cli.moqe import add_moqe
 from mopeq.cli.ray import add_ray
 from mopeq.cli.recipes import add_recipe
 from mopeq.cli.serve import add_serve, do_serve
+from mopeq.cli.talk import do_chat, do_run
 from mopeq.precision import DEFAULT_BITS
 
 __all__ = ["parser"]
@@ -103,13 +104,13 @@ def parser() -> argparse.ArgumentParser:
 
     add_export(verb("export", do_export, "write a packed model for other runtimes"))
 
-    p = verb("run", commands.do_run, "generate text from a prompt")
+    p = verb("run", do_run, "generate text from a prompt")
     _model(p)
     p.add_argument("--prompt", required=True)
     _images(p)
     _sampling(p)
 
-    p = verb("chat", commands.do_chat, "talk to a model in the terminal", json=False)
+    p = verb("chat", do_chat, "talk to a model in the terminal", json=False)
     _model(p)
     _images(p)
     _sampling(p)
