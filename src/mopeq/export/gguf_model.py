@@ -79,8 +79,7 @@ def _check(folder: PackedFolder) -> None:
     first, usual = min(model.layers), NORMALIZED.get(kind)
     dense = set(range(config.num_hidden_layers)) - set(model.layers)
     odd = {
-        "norm_topk_prob": kind in NORMALIZED
-        and getattr(config, "norm_topk_prob", NORMALIZED[kind]) != NORMALIZED[kind],
+        "norm_topk_prob": usual is not None and getattr(config, "norm_topk_prob", usual) != usual,
         "clip_qkv": getattr(config, "clip_qkv", None) is not None,
         "layer_types": set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"},
         "sliding_window": kind == "mixtral" and getattr(config, "sliding_window", None) is not None,
