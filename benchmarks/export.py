@@ -20,7 +20,9 @@ from mopeq.data.samples import bundled_model, bundled_text
 from mopeq.data.text import text_windows
 from mopeq.errors import InputError
 from mopeq.evaluate import evaluate_many
-from mopeq.export import plan_export
+from mopeq.export import Plan, plan_export
+from mopeq.export.folder import open_packed
+from mopeq.export.gguf_model import types
 from mopeq.load import load
 from mopeq.measure import Calibration, measure_prepared, observed, open_model
 from mopeq.quantize import pack_model
@@ -67,7 +69,11 @@ def main() -> None:
 
 
 def _bytes(folder: Path, form: str) -> int | None:
+    """About what the weights take; in GGUF although llama.cpp would compute this model's router otherwise."""
     try:
+        if form == "gguf":
+            opened = open_packed(folder)
+            return Plan(opened, form, types(opened, "bfloat16"), "bfloat16").nbytes
         return plan_export(folder, form).nbytes
     except InputError:
         return None

@@ -39,6 +39,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
     "deepseek_v2": {"q_lora_rank": 32},
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+ROTATED = {
+    "qwen3_moe": MODELS["qwen3_moe"] | {"rope_parameters": YARN},
+    "olmoe": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}},
+    "deepseek_v2": MODELS["deepseek_v2"] | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+}
 """What llama.cpp can compute of each family."""
 
 
@@ -71,11 +77,13 @@ def away(found: Tensor, wanted: Tensor) -> float:
 
 
 @runs("llama.cpp")
-@pytest.mark.parametrize("family", MODELS)
-def test_llama_cpp_computes_the_same_model(family: str, tiny_model: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "changes"), [*MODELS.items(), *ROTATED.items()])
+def test_llama_cpp_computes_the_same_model(
+    family: str, changes: dict[str, Any], tiny_model: Make, tmp_path: Path
+) -> None:
     """8-bit codes with zero points fit no block type: all is float32, and only names and settings can be wrong."""
     rest = dict.fromkeys(DEFAULT_REST, Precision(8, 32))
-    folder = with_merges(packed(tiny_model, tmp_path, family, "8g32", rest=rest, **MODELS[family]))
+    folder = with_merges(packed(tiny_model, tmp_path, family, "8g32", rest=rest, **changes))
     write_export(plan_export(folder, "gguf", dtype="float32"), tmp_path / "out.gguf")
     assert away(read("llama.cpp", tmp_path / "out.gguf", tmp_path), expected(folder)) < 1e-4
 
