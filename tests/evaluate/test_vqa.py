@@ -37,6 +37,13 @@ def row(index: Any, answer: str, question: str = "What?", **more: Any) -> dict[s
     return {"index": index, "image": picture(), "question": question, "answer": answer, **more}
 
 
+def test_a_small_category_has_its_own_interval(tmp_path: Path) -> None:
+    rows = [row(i, "red", category="one" if i == 0 else "many") for i in range(30)]
+    found = judged(read_table(written(tmp_path / "t.tsv", rows)), ["red"] * 30)
+    assert found["exact answers, one"].score.low is None
+    assert (found["exact answers, many"].score.low, found["exact answers"].score.low) == (1, 1)
+
+
 def judged(table: Table, texts: Sequence[str], original: Sequence[str] | None = None) -> dict[str, Any]:
     def answers(given: Sequence[str]) -> Answers:
         right = [score_of(q, text, table.way.metric) for q, text in zip(table.questions, given, strict=True)]
@@ -152,12 +159,19 @@ def test_pope_by_hand(tmp_path: Path) -> None:
 def test_intervals_are_over_what_is_scored_together() -> None:
     """Against a bootstrap written out: draw units, take the ratios again."""
     generator = np.random.default_rng(0)
-    parts = [(generator.random(40), np.ones(40)), (generator.random(40), generator.integers(0, 2, 40).astype(float))]
-    found = ratios_estimate(parts, parts[:1], seed=5, resamples=4000)
-    assert found.value == pytest.approx(parts[1][0].sum() / parts[1][1].sum())
-    drawn = [generator.integers(0, 40, 40) for _ in range(4000)]
-    values = [parts[1][0][d].sum() / parts[1][1][d].sum() for d in drawn]
-    assert (found.low, found.high) == pytest.approx(np.percentile(values, [2.5, 97.5]), rel=0.05)
+    parts = [(generator.random(n), generator.integers(0, 2, n).astype(float)) for n in (30, 50)]
+    other = [(generator.random(n), generator.integers(0, 2, n).astype(float)) for n in (30, 50)]
+    found = ratios_estimate(parts, other, seed=5, resamples=4000)
+
+    def value(drawn: Sequence[Any]) -> float:
+        return sum(float(a[0][d].sum() / a[1][d].sum() - b[0][d].sum() / b[1][d].sum())
+                   for a, b, d in zip(parts, other, drawn, strict=True))  # fmt: skip
+
+    assert found.value == pytest.approx(value([slice(None), slice(None)]))
+    values = [value([generator.integers(0, n, n) for n in (30, 50)]) for _ in range(4000)]
+    assert (found.low, found.high) == pytest.approx(np.percentile(values, [2.5, 97.5]), rel=0.1, abs=0.02)
+    same = ratios_estimate(parts, parts, seed=5)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
     assert ratios_estimate([(np.zeros(3), np.zeros(3))]).value == 0
     assert ratios_estimate([(np.ones(1), np.ones(1))]).low is None
 

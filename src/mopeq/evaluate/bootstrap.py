@@ -75,22 +75,25 @@ def difference_estimate(
 def ratios_estimate(
     parts: Sequence[Ratio], minus: Sequence[Ratio] = (), *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Estimate:
-    """A sum of ratios ``sum(totals) / sum(counts)`` over the same units, less another: the units are drawn together.
+    """A sum of ratios ``sum(totals) / sum(counts)``, each over units of its own, which are drawn apart.
 
-    A ratio whose counts are all 0, as a category of which none was drawn, is 0.
+    With ``minus``, ratios over the same units in the same order, less their sum: the units are drawn together. A ratio
+    whose counts add up to 0 is 0.
     """
-    units = len(parts[0][0])
+    value, drawn = 0.0, np.zeros(resamples)
+    for number, part in enumerate(parts):
+        count = len(part[0])
+        weights = _draws(count, [seed, number], resamples)
+        for sign, one in ((1, part), *((-1, other) for other in minus[number : number + 1])):
+            value += sign * float(_ratio(one, np.ones((1, count)))[0])
+            drawn += sign * _ratio(one, weights)
+    return Estimate(value, *_interval(drawn)) if any(len(totals) > 1 for totals, _ in parts) else Estimate(value)
 
-    def value(drawn: NDArray[np.float64]) -> NDArray[np.float64]:
-        def ratio(totals: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-            above, below = drawn @ totals, drawn @ counts
-            return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
-        nothing = np.zeros(len(drawn))
-        return sum((ratio(*r) for r in parts), nothing) - sum((ratio(*r) for r in minus), nothing)
-
-    found = float(value(np.ones((1, units)))[0])
-    return Estimate(found, *_interval(value(_draws(units, seed, resamples)))) if units > 1 else Estimate(found)
+def _ratio(part: Ratio, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """weights: (resamples, units), how often each is drawn; returns (resamples,)."""
+    above, below = weights @ part[0], weights @ part[1]
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
 def _check(totals: Sequence[float], counts: Sequence[int]) -> None:
@@ -100,7 +103,7 @@ def _check(totals: Sequence[float], counts: Sequence[int]) -> None:
         raise DataError("no token was scored; expected at least one; give more text")
 
 
-def _draws(n: int, seed: int, resamples: int) -> NDArray[np.float64]:
+def _draws(n: int, seed: int | Sequence[int], resamples: int) -> NDArray[np.float64]:
     """How often each of ``n`` windows is drawn in each resample: (resamples, n)."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 

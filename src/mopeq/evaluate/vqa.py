@@ -258,26 +258,25 @@ def _means(name: str, questions: Sequence[Question], values: Any) -> Iterator[Me
     for grouping in GROUPINGS:
         own = [question.more.get(grouping, "") for question in questions]
         for member in dict.fromkeys(own) if len(set(own)) > 1 else ():
-            mask = np.array([one == member for one in own], dtype=np.float64)
-            yield f"{name}, {member or 'no ' + grouping}", [(values * mask, mask)], int(mask.sum())
+            chosen = values[[one == member for one in own]]
+            yield f"{name}, {member or 'no ' + grouping}", [(chosen, np.ones(len(chosen)))], len(chosen)
 
 
 def _mme(categories: Sequence[str], pairs: Any) -> Iterator[Measure]:
     """pairs: (images, 2), whether each of the two questions of an image is answered rightly."""
     points = 100 * (pairs.mean(1) + pairs.prod(1))
-    masks = {
-        name: np.array([own == name for own in categories], dtype=np.float64) for name in dict.fromkeys(categories)
-    }
+    own = {name: points[[one == name for one in categories]] for name in dict.fromkeys(categories)}
+    parts = {name: (values, np.ones(len(values))) for name, values in own.items()}
     sums = {"perception": PERCEPTION, "reasoning": REASONING}
-    whole = {name: members for name, members in sums.items() if members <= set(masks)}
-    for name, members in (whole or {"sum over categories": set(masks)}).items():
-        parts = [(points * mask, mask) for own, mask in masks.items() if own in members]
-        yield f"MME score, {name}", parts, 2 * int(sum(mask.sum() for _, mask in parts))
+    whole = {name: members for name, members in sums.items() if members <= set(parts)}
+    for name, members in (whole or {"sum over categories": set(parts)}).items():
+        chosen = [part for one, part in parts.items() if one in members]
+        yield f"MME score, {name}", chosen, 2 * sum(len(values) for values, _ in chosen)
     ones = np.ones(len(pairs))
     yield "accuracy", [(pairs.mean(1), ones)], pairs.size
     yield "accuracy+", [(pairs.prod(1), ones)], pairs.size
-    for name, mask in masks.items():
-        yield f"MME score, {name}", [(points * mask, mask)], 2 * int(mask.sum())
+    for name, part in parts.items():
+        yield f"MME score, {name}", [part], 2 * len(part[0])
 
 
 def _yes_no(questions: Sequence[Question], answers: Answers, right: Any) -> Iterator[Measure]:
@@ -289,14 +288,15 @@ def _yes_no(questions: Sequence[Question], answers: Answers, right: Any) -> Iter
     counts = {"": np.array([len(names) for names in own], dtype=np.float64)}
     if len(members) > 1:
         counts |= {f", {m or 'no category'}": np.array([float(m in names) for names in own]) for m in members}
-    for suffix, weight in counts.items():
-        both = (given & truth) * weight
-        many = int(weight.sum())
-        yield f"accuracy{suffix}", [(right * weight, weight)], many
-        yield f"F1{suffix}", [(2 * both, given * weight + truth * weight)], many
+    for suffix, every in counts.items():
+        inside = every > 0
+        weight, yes, true = every[inside], given[inside], truth[inside]
+        both, many = (yes & true) * weight, int(weight.sum())
+        yield f"accuracy{suffix}", [(right[inside] * weight, weight)], many
+        yield f"F1{suffix}", [(2 * both, yes * weight + true * weight)], many
         if not suffix:
-            yield "precision", [(both, given * weight)], many
-            yield "recall", [(both, truth * weight)], many
+            yield "precision", [(both, yes * weight)], many
+            yield "recall", [(both, true * weight)], many
 
 
 def _groups(questions: Sequence[Question], metric: str) -> list[list[int]]:
