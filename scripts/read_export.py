@@ -1,7 +1,8 @@
 """Logits of an exported model from a stock runtime, run by that runtime's own Python (tests/export/test_consumers.py).
 
-Usage: read_export.py llama.cpp|auto-round|vllm|transformers PATH TOKENS.json OUT.json
+Usage: read_export.py llama.cpp|words|auto-round|vllm|transformers PATH TOKENS.json OUT.json
 TOKENS is a list of token numbers; OUT gets one row of logits for every token (of vLLM: log-probabilities of the last).
+With ``words`` TOKENS is a text, and OUT gets the numbers of its tokens, as llama.cpp reads it.
 """
 
 import json
@@ -20,6 +21,14 @@ def llama_cpp(path: str, tokens: list[int]) -> Logits:
     model = Llama(path, n_ctx=len(tokens), logits_all=True, n_threads=1, type_k=0, type_v=0, verbose=False)
     model.eval(tokens)
     return [[float(v) for v in row] for row in model.scores[: len(tokens)]]
+
+
+def words(path: str, text: str) -> list[int]:
+    """llama.cpp's tokenizer."""
+    from llama_cpp import Llama
+
+    found: list[int] = Llama(path, vocab_only=True, verbose=False).tokenize(text.encode(), add_bos=False, special=True)
+    return found
 
 
 def transformers(path: str, tokens: list[int], dtype: str = "float32") -> Logits:
@@ -45,8 +54,8 @@ def vllm(path: str, tokens: list[int]) -> Logits:
     return [[found[token].logprob for token in range(len(found))]]
 
 
-READERS: dict[str, Callable[[str, list[int]], Logits]] = {
-    "llama.cpp": llama_cpp, "auto-round": transformers, "transformers": transformers, "vllm": vllm,
+READERS: dict[str, Callable[[str, Any], Any]] = {
+    "llama.cpp": llama_cpp, "words": words, "auto-round": transformers, "transformers": transformers, "vllm": vllm,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from mopeq.checkpoint import PackedWriter, Stored, read_manifest
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
 from mopeq.journal import Journal, read_journal
-from mopeq.load import load_original, load_tokenizer
+from mopeq.load import load_source, load_tokenizer
 from mopeq.measure import (
     Calibration,
     Prepared,
@@ -295,7 +295,7 @@ class _Plan:
         source = self.opened.source
         stocks = {at.index: Stock(journal, measured_step(at), source, at) for at in self.opened.spec.layers}
         units = {index: stock.unit for index, stock in stocks.items()}
-        original = load_original(source.path, dtype=self.dtype)
+        original = load_source(source, self.dtype)
         try:
             with tried(original, self.opened, units, self.heldout or (), self.calibration, track=track) as judge:
                 found = guarded(made, self.opened, self.options, self.budget or "", judge)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from mopeq.measure import open_model
 from mopeq.precision import DEFAULT_REST, GROUPS, Precision, PrecisionMap, parse_precision
@@ -41,4 +43,19 @@ def with_merges(folder: Path) -> Path:
     for entry in data["added_tokens"]:
         entry["id"] += 3
     file.write_text(json.dumps(data))
+    return folder
+
+
+def with_pieces(folder: Path) -> Path:
+    """Give a tiny model a tokenizer like Mixtral's: pieces that begin with \u2581, bytes where there are none."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581thea:,"]
+    merges = [("\u2581", "t"), ("h", "e"), ("\u2581t", "he"), ("t", "h"), ("th", "a")]
+    vocabulary = {piece: number for number, piece in enumerate([*pieces, *(left + right for left, right in merges)])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
     return folder

@@ -14,17 +14,23 @@ from typing import Any
 
 import pytest
 import torch
-from exporting import packed, with_merges
+from exporting import packed, with_merges, with_pieces
 from torch import Tensor
 from torch.nn import functional
 
 from mopeq import load
 from mopeq.export import plan_export, write_export
+from mopeq.load import load_tokenizer
 from mopeq.precision import DEFAULT_REST, Precision
 
 Make = Callable[..., Path]
 SCRIPT = Path(__file__).parents[2] / "scripts" / "read_export.py"
-PYTHONS = {"llama.cpp": "MOPEQ_LLAMA_CPP", "auto-round": "MOPEQ_AUTO_ROUND", "vllm": "MOPEQ_VLLM"}
+PYTHONS = {
+    "llama.cpp": "MOPEQ_LLAMA_CPP",
+    "words": "MOPEQ_LLAMA_CPP",
+    "auto-round": "MOPEQ_AUTO_ROUND",
+    "vllm": "MOPEQ_VLLM",
+}
 TOKENS = [(7 * i * i + 3 * i) % 250 for i in range(48)]
 MODELS: dict[str, dict[str, Any]] = {
     "olmoe": {},
@@ -33,6 +39,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
     "deepseek_v2": {"q_lora_rank": 32},
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+ROTATED = {
+    "qwen3_moe": MODELS["qwen3_moe"] | {"rope_parameters": YARN},
+    "olmoe": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}},
+    "deepseek_v2": MODELS["deepseek_v2"] | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+}
 """What llama.cpp can compute of each family."""
 
 
@@ -40,10 +52,10 @@ def runs(kind: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(PYTHONS[kind] not in os.environ, reason=f"{PYTHONS[kind]} is not set: make test-export")
 
 
-def read(kind: str, path: Path, tmp_path: Path) -> Tensor:
-    """Logits (tokens, vocabulary) of the runtime."""
+def read(kind: str, path: Path, tmp_path: Path, given: object = TOKENS) -> Tensor:
+    """Logits (tokens, vocabulary) of the runtime; of ``words``, tokens."""
     asked, out = tmp_path / "tokens.json", tmp_path / "logits.json"
-    asked.write_text(json.dumps(TOKENS))
+    asked.write_text(json.dumps(given))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     command = [os.environ[PYTHONS[kind]], str(SCRIPT), kind, str(path), str(asked), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
@@ -65,11 +77,13 @@ def away(found: Tensor, wanted: Tensor) -> float:
 
 
 @runs("llama.cpp")
-@pytest.mark.parametrize("family", MODELS)
-def test_llama_cpp_computes_the_same_model(family: str, tiny_model: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "changes"), [*MODELS.items(), *ROTATED.items()])
+def test_llama_cpp_computes_the_same_model(
+    family: str, changes: dict[str, Any], tiny_model: Make, tmp_path: Path
+) -> None:
     """8-bit codes with zero points fit no block type: all is float32, and only names and settings can be wrong."""
     rest = dict.fromkeys(DEFAULT_REST, Precision(8, 32))
-    folder = with_merges(packed(tiny_model, tmp_path, family, "8g32", rest=rest, **MODELS[family]))
+    folder = with_merges(packed(tiny_model, tmp_path, family, "8g32", rest=rest, **changes))
     write_export(plan_export(folder, "gguf", dtype="float32"), tmp_path / "out.gguf")
     assert away(read("llama.cpp", tmp_path / "out.gguf", tmp_path), expected(folder)) < 1e-4
 
@@ -81,6 +95,18 @@ def test_llama_cpp_reads_the_blocks(family: str, tiny_model: Make, tmp_path: Pat
     folder = with_merges(packed(tiny_model, tmp_path, family, "3g32", "2g64", "4g-1s", **MODELS[family]))
     write_export(plan_export(folder, "gguf"), tmp_path / "out.gguf")
     assert away(read("llama.cpp", tmp_path / "out.gguf", tmp_path), expected(folder)) < 0.03
+
+
+@runs("llama.cpp")
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_llama_cpp_reads_text_alike(kind: str, tiny_model: Make, tmp_path: Path) -> None:
+    folder = packed(tiny_model, tmp_path, "mixtral", "3g32", vocab_size=320)
+    folder = with_merges(folder) if kind == "bytes" else with_pieces(folder)
+    write_export(plan_export(folder, "gguf"), tmp_path / "out.gguf")
+    text = "the other thing: the\n hat, 12 été the </s>that"
+    tokens = load_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
+    assert read("words", tmp_path / "out.gguf", tmp_path, text).tolist() == tokens
+    assert len(tokens) < len(text)
 
 
 @runs("auto-round")

@@ -70,7 +70,7 @@ def test_what_a_stack_of_floats_costs_is_said(
     assert main(["export", str(folder), "--format", "gguf", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {row["stored"] for row in found["matrices"] if row["precision"] == "3g32"} == {"16-bit floats"}
-    assert found["bytes"] > 2 * found["bytes_before"]
+    assert found["price"]["after"] > 2 * found["price"]["before"]
 
 
 def test_settings_and_words(tiny_model: Make, tmp_path: Path) -> None:

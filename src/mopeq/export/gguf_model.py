@@ -7,7 +7,9 @@ Tensor names are those of the gguf package's own table. The types are those that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -23,10 +25,10 @@ from mopeq.export.folder import PackedFolder
 from mopeq.export.gguf_blocks import BLOCK, WIDTHS, Block, blocks
 from mopeq.export.gguf_words import add_tokenizer
 from mopeq.load import model_config
-from mopeq.precision import Precision
+from mopeq.precision import GROUPS, MATRICES, Precision
 from mopeq.qtensor import dequantize
 
-__all__ = ["ARCHITECTURES", "plan", "write"]
+__all__ = ["ARCHITECTURES", "plan", "types", "write"]
 
 ARCHITECTURES = {"olmoe": "olmoe", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
                  "deepseek_v2": "deepseek2"}  # fmt: skip
@@ -37,24 +39,26 @@ FLOATS = {"bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16
 
 
 def plan(folder: PackedFolder, dtype: str) -> dict[str, Block | Field]:
-    """``{base name: block type}`` of every packed matrix; floats of ``dtype`` where no type holds it.
-
-    Raises :class:`InputError` for models that llama.cpp does not know, or would compute differently.
-    """
+    """:func:`types`, for models that llama.cpp knows and computes alike; others are an :class:`InputError`."""
     _check(folder)
+    return types(folder, dtype)
+
+
+def types(folder: PackedFolder, dtype: str) -> dict[str, Block | Field]:
+    """``{base name: block type}`` of every packed matrix; floats of ``dtype`` where no type holds it exactly."""
     floats = Field(32 if dtype == "float32" else 16)
 
     def kind(precisions: set[Precision], inputs: int) -> Block | Field:
         field = common(precisions, WIDTHS)
         return floats if field is None or field.bits == 16 or inputs % BLOCK else Block(field.bits)
 
-    shapes = {base: shape for base, shape, _ in folder.manifest.matrices()}
     made: dict[str, Block | Field] = {}
     for layer, places in folder.manifest.experts.items():
-        for matrix, group in (("gate", "gate_up"), ("up", "gate_up"), ("down", "down")):
-            row = folder.manifest.precisions.experts[group][layer]  # type: ignore[index]
-            bases = [places.base(expert, matrix) for expert in range(len(row))]
-            made |= dict.fromkeys(bases, kind(set(row), shapes[bases[0]][1]))
+        for group in GROUPS:
+            row = folder.manifest.precisions.experts[group][layer]
+            inputs = folder.manifest.inventory.layers[layer].matrices(group)[0][1]
+            bases = [places.base(expert, matrix) for matrix in MATRICES[group] for expert in range(len(row))]
+            made |= dict.fromkeys(bases, kind(set(row), inputs))
     for linear in folder.manifest.linears.values():
         if linear.precision.bits != 16:
             made[linear.tensors] = kind({linear.precision}, linear.shape[1])
@@ -72,11 +76,10 @@ def _check(folder: PackedFolder) -> None:
     config = model_config(folder.path)
     kind = model.model_type
     rope = str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
-    first = min(model.layers)
+    first, usual = min(model.layers), NORMALIZED.get(kind)
     dense = set(range(config.num_hidden_layers)) - set(model.layers)
     odd = {
-        "norm_topk_prob": getattr(config, "norm_topk_prob", NORMALIZED.get(kind)) != NORMALIZED.get(kind)
-        and kind in NORMALIZED and kind != "mixtral",
+        "norm_topk_prob": usual is not None and getattr(config, "norm_topk_prob", usual) != usual,
         "clip_qkv": getattr(config, "clip_qkv", None) is not None,
         "layer_types": set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"},
         "sliding_window": kind == "mixtral" and getattr(config, "sliding_window", None) is not None,
@@ -84,7 +87,7 @@ def _check(folder: PackedFolder) -> None:
         "topk_method": getattr(config, "topk_method", None) not in (None, "greedy"),
         "MoE layers": bool(dense) if kind != "deepseek_v2" else dense != set(range(first)),
         "hidden_act": getattr(config, "hidden_act", "silu") != "silu",
-    }  # fmt: skip
+    }
     wrong = [f"{name} = {getattr(config, name, sorted(model.layers))}" for name, bad in odd.items() if bad]
     if wrong:
         raise InputError(f"this {kind} has {', '.join(wrong)}, which llama.cpp does not compute; run it with mopeq")
@@ -118,13 +121,13 @@ def write(folder: PackedFolder, stored: Mapping[str, Any], dtype: str, path: Pat
         else:
             bytes_ = gguf.quant_shape_to_byte_shape(entry.shape, kind)
             writer.add_tensor_info(entry.name, bytes_, np.dtype(np.uint8), size, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for entry in entries:
-        writer.write_tensor_data(entry.make().contiguous().view(torch.uint8).numpy())
-        yield entry.name
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            writer.write_tensor_data(entry.make().contiguous().view(torch.uint8).numpy())
+            yield entry.name
 
 
 def _entries(folder: PackedFolder, stored: Mapping[str, Any], dtype: str, config: Any) -> list[_Entry]:
@@ -140,33 +143,32 @@ def _entries(folder: PackedFolder, stored: Mapping[str, Any], dtype: str, config
             raise InputError(f"tensor {key} has no name in llama.cpp's {architecture.name}; run this model with mopeq")
         return str(found)
 
-    def data(base: str, shape: tuple[int, int], precision: Precision) -> Tensor:
-        matrix, kind = folder.matrix(base, shape, precision), stored[base]
+    packed = {base: (shape, precision) for base, shape, precision in manifest.matrices()}
+
+    def data(base: str) -> Tensor:
+        matrix, kind = folder.matrix(base, *packed[base]), stored[base]
         rows = blocks(matrix, kind.bits) if isinstance(kind, Block) else dequantize(matrix, FLOATS[dtype][1])
         return _order(base, manifest.inventory.model_type, config)(rows)
 
     def type_of(base: str) -> str:
         return str(stored[base]) if isinstance(stored[base], Block) else FLOATS[dtype][0]
 
+    def stack(bases: list[str]) -> Tensor:
+        return torch.stack([data(base) for base in bases])
+
     made: list[_Entry] = []
-    packed = {base: (shape, precision) for base, shape, precision in manifest.matrices()}
     for layer, places in manifest.experts.items():
         count = manifest.inventory.layers[layer].experts
         for matrix in ("gate", "up", "down"):
             bases = [places.base(expert, matrix) for expert in range(count)]
             _, _, last = bases[0].rpartition(".")
-            shape = packed[bases[0]][0]
-
-            def stack(bases: list[str] = bases) -> Tensor:
-                return torch.stack([data(base, *packed.pop(base)) for base in bases])
-
-            made.append(_Entry(named(f"{places.tensors}.{last}.weight"), type_of(bases[0]), (count, *shape), stack))
+            shape = (count, *packed[bases[0]][0])
+            name = named(f"{places.tensors}.{last}.weight")
+            made.append(_Entry(name, type_of(bases[0]), shape, partial(stack, bases)))
     for linear in manifest.linears.values():
         if linear.precision.bits != 16:
             base = linear.tensors
-            made.append(
-                _Entry(named(f"{base}.weight"), type_of(base), linear.shape, lambda b=base: data(b, *packed[b]))  # type: ignore[misc]
-            )
+            made.append(_Entry(named(f"{base}.weight"), type_of(base), linear.shape, partial(data, base)))
     return made + [_kept(folder, key, named(key), config) for key in folder.others()]
 
 

@@ -65,6 +65,7 @@ def add_tokenizer(writer: Any, folder: Path, rows: int) -> None:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
+        writer.add_add_space_prefix(_prefixed(data.get("normalizer"), data.get("pre_tokenizer")))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_splitter(data.get("pre_tokenizer"), folder))
@@ -77,6 +78,15 @@ def add_tokenizer(writer: Any, folder: Path, rows: int) -> None:
 def _merge(entry: str | list[str]) -> tuple[str, str]:
     left, right = entry.split(" ") if isinstance(entry, str) else entry
     return left, right
+
+
+def _prefixed(*steps: Any) -> bool:
+    """Whether a space is put before a text."""
+    parts = [part for step in steps if step for part in step.get("normalizers", step.get("pretokenizers", [step]))]
+    return any(
+        part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never")
+        for part in parts
+    )
 
 
 def _splitter(steps: Any, folder: Path) -> str:
