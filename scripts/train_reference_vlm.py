@@ -83,6 +83,7 @@ class Settings:
     phases: tuple[Phase, ...] = (
         Phase(800, 100, 300, 2e-3, SHARES, quizzes=12),
         Phase(450, 20, 350, 2e-3, {"digit": 0.1, "shapes": 0.5, "word": 0.02, "name": 0.03, "chart": 0.35}, quizzes=3),
+        Phase(300, 20, 220, 2e-3, {"digit": 0.05, "shapes": 0.5, "word": 0.04, "name": 0.03, "chart": 0.38}, quizzes=3),
     )
     shared_dropout: float = 0.5
     scenes: int = 24
