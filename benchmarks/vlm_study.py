@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import reference_images as drawn
 
 BITS, SIZE, CONVERSATIONS, WINDOW = (2, 3, 4), 128, 256, 128
-WEIGHTS = (0.1, 10.0)
+WEIGHT = 10.0
 """What a text token counts beside an image token, where they do not count alike."""
 QUIZ_SEED = 4_000_037
 
@@ -118,8 +118,7 @@ def _arms(seed: int, folder: Path) -> Iterator[tuple[str, Calibration]]:
     quizzes.write_text("".join(lines), encoding="utf-8")
     yield "quizzes", Calibration(str(quizzes), CONVERSATIONS // 2, WINDOW, 16, seed)
     yield "text", Calibration(None, CONVERSATIONS // 2, WINDOW, 16, seed)
-    for weight in WEIGHTS:
-        yield f"images, text tokens count {weight:g}", replace(images, modality_weight=weight)
+    yield f"images, text tokens count {WEIGHT:g}", replace(images, modality_weight=WEIGHT)
 
 
 def _turn(question: drawn.Question) -> str:
@@ -135,8 +134,9 @@ def _hessian(
 
 
 def _all_maps(stats: Stats, own: Prepared, seed: int) -> Iterator[tuple[Prepared, Job]]:
-    """The maps of fidelity.py but for the variants of the knapsack, with one random draw of each histogram."""
+    """The maps of fidelity.py but for variants of the knapsack and controls of k-means, and one random draw."""
     left_out = ("whole experts", "output_error", "g128", "knapsack 3.0", f"random {DRAWS * seed + 1} ")
+    left_out += tuple(f"{control} = k-means" for control in (f"random {DRAWS * seed}", "inverted"))
     for job in paper_maps(stats, seed, SIZE):
         if not any(words in job.name for words in left_out):
             yield own, job
@@ -145,15 +145,10 @@ def _all_maps(stats: Stats, own: Prepared, seed: int) -> Iterator[tuple[Prepared
 def _few_maps(stats: Stats, own: Prepared, images: Prepared) -> Iterator[tuple[Prepared, Job]]:
     """The maps that are measured with every calibration, and whose calibration quantizes them."""
     options = [Precision(bits, SIZE) for bits in BITS]
-    three = uniform_map(stats.model, [Precision(3, SIZE)])
-    yield own, Job("uniform 3", three)
-    same = f"{stats.model.total_bytes(three)}B"
-    yield own, Job("knapsack = uniform 3", allocate(stats, budget=same, cost=COST, options=options), like="uniform 3")
+    yield own, Job("uniform 3", uniform_map(stats.model, [Precision(3, SIZE)]))
     best = allocate(stats, budget="2.5bpw", cost=COST, options=options)
     yield own, Job("knapsack 2.5", best)
     yield images, Job("knapsack 2.5, images' codes", best)
-    made = allocate(stats, method="kmeans", score="frequency", scope="layer", options=options)
-    yield own, Job("k-means frequency layer", made)
 
 
 def _judged(found: Any) -> dict[str, Any]:
