@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def test_quickstart_vlm(tmp_path: Path) -> None:
         answers = [question.answer for question in questions if question.category == category]
         guess = max(answers.count(answer) for answer in set(answers)) / len(answers)
         assert share.low is not None
-        assert share.low > guess + 0.3, f"{category} is answered by looking, not by the likeliest answer"
+        assert share.low > guess + 0.2, f"{category} is answered by looking, not by the likeliest answer"
     assert original.accuracy.value > 0.8
     assert mixed.bytes <= uniform.bytes
     kl = {name: point.kl.value for name, point in points.items() if point.kl is not None}
@@ -41,7 +42,12 @@ def test_quickstart_vlm(tmp_path: Path) -> None:
             with safe_open(path, "pt") as stored:
                 types |= {key: stored.get_slice(key).get_dtype() for key in stored.keys()}  # noqa: SIM118
         assert {types[key] for key in tower} == {"BF16"}, "tower and projector stay as they were"
-    assert found.report.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    page = found.report.read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    for unit in (f"{layer}.{expert}" for layer in range(3) for expert in range(16)):
+        assert len(re.findall(rf"<title>{re.escape(unit)}: \d bits", page)) == 2, (
+            "heat maps of gate and up, and of down"
+        )
 
 
 def test_answers_need_the_routed_experts() -> None:
