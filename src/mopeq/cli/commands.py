@@ -12,7 +12,7 @@ from mopeq.cli import show
 from mopeq.cli.applies import check_allocate, check_quantize
 from mopeq.cli.fit import fitted
 from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
-from mopeq.cli.ray import spread
+from mopeq.cli.spread import spread, usable
 from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
 from mopeq.progress import drawn
@@ -338,17 +338,8 @@ def _load_any(model: str, options: argparse.Namespace) -> Any:
 
 def _device(options: argparse.Namespace) -> str | None:
     """The device asked for, if this machine has it."""
-    import torch
-
     name: str | None = getattr(options, "device", None)
-    if name is None:
-        return None
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used ({reason}); give another, such as cpu") from error
-    return name
+    return None if name is None else usable(name)
 
 
 def _check_original(model: str, against: str) -> None:

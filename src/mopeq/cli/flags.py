@@ -10,8 +10,8 @@ from mopeq.cli import commands
 from mopeq.cli.export import add_export, do_export
 from mopeq.cli.fit import add_fit
 from mopeq.cli.moqe import add_moqe
-from mopeq.cli.ray import add_ray
 from mopeq.cli.serve import add_serve, do_serve
+from mopeq.cli.spread import add_spread
 from mopeq.precision import DEFAULT_BITS
 
 __all__ = ["parser"]
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--metrics", default="frequency,gate_mass,fisher_error", help="names, comma-separated (default: %(default)s)"
     )
     _options(p)
-    add_ray(p)
+    add_spread(p)
     p.add_argument("-o", "--out", default="stats.json", help="file to write (default: %(default)s)")
 
     p = verb("allocate", commands.do_allocate, "give every expert a precision")
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         help="pack a uniform map where the allocated one is not better on text kept apart (default, unless --no-eval)",
     )
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
-    add_ray(p)
+    add_spread(p)
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
     add_export(verb("export", do_export, "write a packed model for other runtimes"))
