@@ -320,6 +320,24 @@ def runtime(results: Mapping[str, Any]) -> dict[str, str]:
     return {"runtime": table(head, cells)}
 
 
+def llama_cpp(results: Mapping[str, Any]) -> dict[str, str]:
+    cells = [
+        [bits, name, f"{row['bytes'] / 1e6:.0f}", f"{row['decode']:.1f}",
+         f"{row['decode'] * row['bytes'] / (found['plain read']['decode'] * found['plain read']['bytes']):.0%}",
+         f"{row['prefill']:.0f}" if "prefill" in row else ""]
+        for bits, found in results["runs"].items() for name, row in found.items()
+    ]  # fmt: skip
+    head = [
+        "experts' bits of mopeq",
+        "",
+        "MB a token",
+        "decode, tokens/s",
+        "bytes/s of the read's",
+        "prefill, tokens/s",
+    ]
+    return {"llama.cpp": table(head, cells)}
+
+
 def solver(results: Mapping[str, Any]) -> dict[str, str]:
     rows = [
         [f"{r['units']:,} ({r['like']})", r["solver"], f"{1000 * r['seconds_median']:.1f}",
@@ -438,6 +456,7 @@ PRINTED = {
     "economy": economy,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
+    "llama_cpp": llama_cpp,
 }
 
 if __name__ == "__main__":

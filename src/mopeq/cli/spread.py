@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["add_spread", "spread", "usable"]
+from mopeq.cli.given import usable
+
+__all__ = ["add_spread", "spread"]
 
 
 def add_spread(p: argparse.ArgumentParser) -> None:
@@ -35,17 +37,3 @@ def spread(options: argparse.Namespace) -> Iterator[Any]:
 
     with cluster(options.ray, open_source(options.model).path) as across:
         yield across
-
-
-def usable(name: str) -> str:
-    """A device's name, if this machine has it."""
-    import torch
-
-    from mopeq.errors import InputError
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used ({reason}); give another, such as cpu") from error
-    return name
