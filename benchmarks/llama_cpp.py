@@ -32,8 +32,10 @@ PROMPT = 512
 STEP = 1 << 24
 
 
-def write_gguf(path: Path, config: dict[str, Any]) -> None:
-    """An OLMoE of random bfloat16 weights, without a vocabulary."""
+def write_gguf(
+    path: Path, config: dict[str, Any], tokenizer: dict[str, Any] | None = None, *, quantized: bool = False
+) -> None:
+    """An OLMoE of random weights, bfloat16 or Q4_0; ``tokenizer`` is a tokenizer.json, None is no vocabulary."""
     hidden, inner, experts = (config[k] for k in ("hidden_size", "intermediate_size", "num_experts"))
     words = config["vocab_size"]
     shapes = {"token_embd": (words, hidden), "output_norm": (hidden,), "output": (words, hidden)}
@@ -56,8 +58,20 @@ def write_gguf(path: Path, config: dict[str, Any]) -> None:
     made.add_expert_count(experts)
     made.add_expert_used_count(config["num_experts_per_tok"])
     made.add_vocab_size(words)
-    made.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    made.add_tokenizer_model("no_vocab")
+    made.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0 if quantized else gguf.LlamaFileType.MOSTLY_BF16)
+    kind = gguf.GGMLQuantizationType.Q4_0 if quantized else gguf.GGMLQuantizationType.BF16
+    if tokenizer is None:
+        made.add_tokenizer_model("no_vocab")
+    else:
+        known = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].__getitem__)
+        special = {token["content"] for token in tokenizer["added_tokens"]}
+        made.add_tokenizer_model("gpt2")
+        made.add_tokenizer_pre("gpt-2")
+        made.add_token_list(known)
+        made.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in known])
+        made.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+        made.add_eos_token_id(config["eos_token_id"])
+        made.add_add_bos_token(False)
     made.add_quantization_version(gguf.GGML_QUANT_VERSION)
     wide = {name: len(shape) == 1 or name.endswith("gate_inp") for name, shape in shapes.items()}
     for name, shape in shapes.items():
@@ -65,8 +79,9 @@ def write_gguf(path: Path, config: dict[str, Any]) -> None:
         if wide[name]:
             made.add_tensor_info(f"{name}.weight", shape, np.dtype(np.float32), 4 * count)
         else:
-            made.add_tensor_info(f"{name}.weight", (*shape[:-1], 2 * shape[-1]), np.dtype(np.uint8), 2 * count,
-                                 raw_dtype=gguf.GGMLQuantizationType.BF16)  # fmt: skip
+            size = shape[-1] // 32 * 18 if quantized else 2 * shape[-1]
+            made.add_tensor_info(f"{name}.weight", (*shape[:-1], size), np.dtype(np.uint8), count // shape[-1] * size,
+                                 raw_dtype=kind)  # fmt: skip
     made.write_header_to_file()
     made.write_kv_data_to_file()
     made.write_ti_data_to_file()
@@ -77,7 +92,7 @@ def write_gguf(path: Path, config: dict[str, Any]) -> None:
         elif wide[name]:
             made.write_tensor_data(draw.standard_normal(shape, dtype=np.float32) / 50)
         else:
-            made.write_tensor_data(_brain(draw, shape))
+            made.write_tensor_data(_four(draw, shape) if quantized else _brain(draw, shape))
     made.close()
 
 
@@ -88,6 +103,13 @@ def _brain(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         wide = draw.standard_normal(min(STEP, len(flat) - first), dtype=np.float32) / 50
         flat[first : first + STEP] = wide.view(np.uint32) >> 16
     return flat.reshape(shape).view(np.uint8)
+
+
+def _four(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random Q4_0 blocks of 32, the scales 1/200: numbers of deviation about 1/43, as bytes."""
+    blocks = draw.integers(0, 256, (*shape[:-1], shape[-1] // 32, 18), np.uint8)
+    blocks[..., :2] = np.frombuffer(np.float16(1 / 200).tobytes(), np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
 
 
 def quantized(tools: Path, scratch: Path, config: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from mopeq.cli import show
 from mopeq.cli.applies import check_allocate, check_quantize
@@ -12,7 +11,7 @@ from mopeq.cli.fit import fitted
 from mopeq.cli.given import (
     calibration_of,
     dtype_of,
-    load_any,
+    new_file,
     one_precision,
     precisions_of,
     rest_of,
@@ -21,7 +20,6 @@ from mopeq.cli.given import (
 from mopeq.cli.images import do_quickstart_vlm
 from mopeq.cli.ray import spread
 from mopeq.cli.recipes import recipe_line
-from mopeq.errors import InputError, OutputError
 from mopeq.precision import DEFAULT_REST, PrecisionMap
 from mopeq.progress import drawn
 from mopeq.stats import Stats, read_json, write_json
@@ -30,7 +28,6 @@ __all__ = [
     "do_allocate",
     "do_analyze",
     "do_describe",
-    "do_eval",
     "do_quantize",
     "do_quickstart",
     "do_report",
@@ -101,7 +98,7 @@ def do_analyze(options: argparse.Namespace) -> None:
     from mopeq.measure import measure, open_model
 
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
-    out = _new_file(options.out)
+    out = new_file(options.out)
     model = open_model(options.model).inventory
     with show.following(options) as track, spread(options) as across:
         stats = measure(
@@ -133,7 +130,7 @@ def do_allocate(options: argparse.Namespace) -> None:
     from mopeq.allocate import allocate
 
     check_allocate(options)
-    out = _new_file(options.out)
+    out = new_file(options.out)
     stats = Stats.from_json(read_json(options.stats))
     made = allocate(
         stats,
@@ -219,52 +216,6 @@ def do_quantize(options: argparse.Namespace) -> None:
     return None
 
 
-def do_eval(options: argparse.Namespace) -> None:
-    """Judge a model."""
-    from mopeq.data.samples import bundled_text
-    from mopeq.evaluate import evaluate
-    from mopeq.load import is_packed
-
-    tasks = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
-    out = _new_file(options.out) if options.out else None
-    if options.against:
-        _check_original(options.model, options.against)
-    model, tokenizer = _loaded(options)
-    if out is None and is_packed(options.model) and Path(options.model).is_dir():
-        out = Path(options.model) / "mopeq" / "evaluation.json"
-    against = load_any(options.against, options) if options.against else None
-    scored: Any = None
-    if options.perplexity:
-        scored = Path(options.perplexity)
-    elif against is not None or not (tasks or options.speed):
-        scored = [bundled_text(name).read_text(encoding="utf-8") for name in ("heldout_code.txt", "heldout_docs.txt")]
-    with drawn() as track:
-        found = evaluate(
-            model,
-            tokenizer,
-            reference=against,
-            text=scored,
-            tasks=tasks,
-            task_folder=options.task_path,
-            speed=options.speed,
-            length=options.length,
-            limit=options.windows,
-            seed=options.seed,
-            track=track,
-        )
-    record = found.to_json()
-    record["info"] = {**record["info"], "command": options.command_line}
-    if out is not None:
-        out.parent.mkdir(exist_ok=True)  # DIR/mopeq, which a packed folder may lack
-        write_json(out, _with_earlier(out, record))
-    if options.json:
-        return show.print_json(record)
-    show.evaluation_table(found)
-    if out is not None:
-        print(f"wrote {out}")
-    return None
-
-
 def do_report(options: argparse.Namespace) -> None:
     """Make the HTML page."""
     from mopeq.report import render
@@ -275,48 +226,3 @@ def do_report(options: argparse.Namespace) -> None:
         return show.print_json({"out": str(page)})
     print(f"wrote {page}")
     return None
-
-
-def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
-    from mopeq.load import load_tokenizer
-
-    return load_any(options.model, options), load_tokenizer(options.model)
-
-
-def _check_original(model: str, against: str) -> None:
-    """Raise :class:`InputError` where a packed folder is compared with a model of other shapes."""
-    from mopeq.adapters import describe, inventory_of
-    from mopeq.checkpoint import read_manifest
-    from mopeq.load import is_packed
-    from mopeq.source import open_source
-
-    if not (Path(model).is_dir() and is_packed(model)) or is_packed(against):
-        return
-    source = open_source(against)
-    found, expected = inventory_of(source, describe(source)), read_manifest(model).inventory
-    if found.fingerprint != expected.fingerprint:
-        raise InputError(
-            f"{against} ({found.model_type}, {found.parameters:,} weights) is not the original of {model} "
-            f"({expected.model_type}, {expected.parameters:,} weights): their shapes differ; "
-            "give the model that was quantized"
-        )
-
-
-def _with_earlier(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The record, and what an evaluation that is there already has beyond it: measuring speed keeps the divergence."""
-    from mopeq.evaluate import Evaluation
-
-    if not path.is_file():
-        return record
-    earlier = Evaluation.from_json(read_json(path)).to_json()
-    kept = {name: value for name, value in earlier.items() if value and not record.get(name)}
-    return {**record, **kept, "info": {**earlier["info"], **record["info"]}}
-
-
-def _new_file(path: str) -> Path:
-    """A file that can be written: its folder exists."""
-    if not Path(path).resolve().parent.is_dir():
-        raise OutputError(f"no folder {Path(path).parent} for {Path(path).name}; make it, or give another path with -o")
-    if Path(path).is_dir():
-        raise OutputError(f"{Path(path)} is a folder; expected the path of a file; give one with -o")
-    return Path(path)

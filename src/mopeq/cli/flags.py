@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from mopeq.cli import commands
+from mopeq.cli.evaluate import add_eval, do_eval
 from mopeq.cli.export import add_export, do_export
 from mopeq.cli.fit import add_fit, add_fit_to_allocate
 from mopeq.cli.moqe import add_moqe
@@ -117,17 +118,10 @@ def parser() -> argparse.ArgumentParser:
 
     add_serve(verb("serve", do_serve, "serve a model over HTTP, as OpenAI does", json=False))
 
-    p = verb("eval", commands.do_eval, "perplexity, divergence from the original, tasks, speed")
+    p = verb("eval", do_eval, "perplexity, divergence from the original, tasks, questions about images, speed")
     _model(p)
-    p.add_argument("--against", metavar="MODEL", help="the original: adds KL divergence and top-1 agreement")
-    p.add_argument("--perplexity", metavar="FILE", help="text to score (default: the bundled held-out text)")
-    p.add_argument("--tasks", help="lm-eval tasks, comma-separated")
-    p.add_argument("--task-path", metavar="DIR", help="folder with task YAML files")
-    p.add_argument("--speed", action="store_true", help="measure tokens per second")
-    p.add_argument("--windows", type=int, default=32, help="windows of text to score (default: %(default)s)")
-    p.add_argument("--length", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    add_eval(p)
     _seed(p)
-    p.add_argument("-o", "--out", help="file to write; for a packed folder default DIR/mopeq/evaluation.json")
 
     p = verb("report", commands.do_report, "make one HTML page from the files in DIR/mopeq")
     p.add_argument("folder", metavar="DIR")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from mopeq.errors import InputError
+from mopeq.errors import InputError, OutputError
 from mopeq.precision import Precision, parse_precision
 from mopeq.spec import Inventory
 
@@ -14,6 +15,7 @@ __all__ = [
     "device_of",
     "dtype_of",
     "load_any",
+    "new_file",
     "one_precision",
     "precisions_of",
     "rest_of",
@@ -106,3 +108,12 @@ def dtype_of(options: argparse.Namespace) -> Any:
     import torch
 
     return getattr(torch, options.dtype) if options.dtype else None
+
+
+def new_file(path: str) -> Path:
+    """A file that can be written: its folder exists."""
+    if not Path(path).resolve().parent.is_dir():
+        raise OutputError(f"no folder {Path(path).parent} for {Path(path).name}; make it, or give another path with -o")
+    if Path(path).is_dir():
+        raise OutputError(f"{Path(path)} is a folder; expected the path of a file; give one with -o")
+    return Path(path)
