@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-transformers-matrix test-vllm test-ray check lint types format benchmarks sanitize sanitize-threads wheel clean
+.PHONY: demo test test-transformers-matrix test-vllm test-ray test-export test-vlmeval check lint types format benchmarks sanitize sanitize-threads wheel clean
 
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/mopeq/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,12 @@ test-vllm:  ## the vLLM plugin with the real vLLM, in an environment of its own;
 
 test-ray:  ## --ray with the real Ray on several node processes, in an environment of its own; slow, not in the gate
 	scripts/ray_check.sh $(PYTHON)
+
+test-export: $(STAMP)  ## exports read by llama.cpp, AutoRound and vLLM, in environments of their own; slow, not in the gate
+	scripts/export_check.sh $(PYTHON) $(BIN)/python
+
+test-vlmeval: $(STAMP)  ## mopeq in the real VLMEvalKit, in an environment of its own; not in the gate
+	scripts/vlmeval_check.sh $(BIN)/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,12 +27,11 @@ from mopeq.memory import MOST
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Noting, Track, note, silent
 from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
-from mopeq.quantizers import QUANTIZERS, once
+from mopeq.quantizers import DATA_FREE, QUANTIZERS, once
 from mopeq.source import Source, close_files, read_kept, read_matrix, stored_bytes
 from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 
 __all__ = [
-    "DATA_FREE",
     "LayerTensors",
     "Linears",
     "Packed",
@@ -43,8 +42,6 @@ __all__ = [
     "write_packed",
 ]
 
-DATA_FREE = ("rtn", "rtn-mse")
-"""Quantizers that run without calibration inputs."""
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "generation_config.json", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",

@@ -31,7 +31,7 @@ from mopeq.checkpoint import PackedWriter, Stored, read_manifest
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
 from mopeq.journal import Journal, read_journal
-from mopeq.load import load_original, load_tokenizer
+from mopeq.load import load_source, load_tokenizer
 from mopeq.measure import (
     Calibration,
     Prepared,
@@ -44,7 +44,6 @@ from mopeq.measure import (
 )
 from mopeq.memory import PROCESS, Footprint, available_bytes, footprint, slab_bytes
 from mopeq.pack import (
-    DATA_FREE,
     LayerTensors,
     Packed,
     check_method,
@@ -55,6 +54,7 @@ from mopeq.pack import (
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
 from mopeq.progress import Track, silent
+from mopeq.quantizers import DATA_FREE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
 from mopeq.stats import write_json
@@ -87,6 +87,7 @@ def quantize(
     resume: bool = False,
     max_memory: int | None = None,
     command: str = "",
+    recipe: str = "",
     across: Map = here,
     track: Track = silent,
 ) -> Packed:
@@ -117,6 +118,7 @@ def quantize(
         max_memory: bytes that this process may have resident; None for what the machine has. Less than the least
             possible is an :class:`InputError` with the number needed.
         command: command line to record.
+        recipe: named set of choices to record.
         across: works on the experts of a layer: here, or on a cluster (``mopeq.integrations.ray``).
         track: progress.
     """
@@ -170,7 +172,7 @@ def quantize(
         clock("quantize")
     run = packed.path / "mopeq" / "run.json"
     if not run.exists():
-        write_json(run, run_record(opened, packed, method, [command], clock.seconds))
+        write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
     if evaluated and not (packed.path / "mopeq" / "evaluation.json").exists():
         if why := plan.too_large(packed.bytes):
             again = f"where there is more, mopeq eval {packed.path} --against {model} compares them"
@@ -184,7 +186,7 @@ def quantize(
         clock("evaluate")
         write_json(packed.path / "mopeq" / "evaluation.json", judged.to_json())
         packed = replace(packed, evaluation=judged)
-        write_json(run, run_record(opened, packed, method, [command], clock.seconds))
+        write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
     return packed
 
 
@@ -293,7 +295,7 @@ class _Plan:
         source = self.opened.source
         stocks = {at.index: Stock(journal, measured_step(at), source, at) for at in self.opened.spec.layers}
         units = {index: stock.unit for index, stock in stocks.items()}
-        original = load_original(source.path, dtype=self.dtype)
+        original = load_source(source, self.dtype)
         try:
             with tried(original, self.opened, units, self.heldout or (), self.calibration, track=track) as judge:
                 found = guarded(made, self.opened, self.options, self.budget or "", judge)
@@ -394,7 +396,12 @@ class _Clock:
 
 
 def run_record(
-    prepared: Prepared, packed: Packed, method: str, commands: Sequence[str], seconds: Mapping[str, float]
+    prepared: Prepared,
+    packed: Packed,
+    method: str,
+    commands: Sequence[str],
+    seconds: Mapping[str, float],
+    recipe: str = "",
 ) -> dict[str, Any]:
     """What ``run.json`` says: how the folder was made, with which versions, and which experts fell back."""
     names = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
@@ -412,7 +419,7 @@ def run_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "fallbacks": list(packed.fallbacks),
-        **({"guard": packed.guard} if packed.guard else {}),
+        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
         "seconds": dict(seconds),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
     }

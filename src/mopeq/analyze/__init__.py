@@ -85,7 +85,7 @@ GRADIENTS = ("fisher_error", "gradient_norm")
 WEIGHTED = (*COSTS, "moment_trace")
 """Metrics that a weight of tokens enters."""
 DATA_FREE = ("inverse_norm",)
-WITHOUT_MOMENTS = ("rtn",)
+WITHOUT_MOMENTS = ("rtn", "hqq")
 """Quantizers that take no calibration inputs."""
 
 

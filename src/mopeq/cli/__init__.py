@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mopeq.cli.flags import parser
+from mopeq.cli.recipes import parse
 from mopeq.errors import MopeqError
 
 __all__ = ["main"]
@@ -26,7 +27,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args(given)
+    options = parse(parser(), given)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     options.command_line = shlex.join(["mopeq", *given])
