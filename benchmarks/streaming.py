@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, arguments, store
+from common import ROOT, START, arguments, store
 
 CODE = "import sys; from mopeq.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -34,7 +34,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(asked.out.read_text())["results"] if asked.out.exists() else {}
     with tempfile.TemporaryDirectory(dir=asked.scratch) as temporary:
         row = measured(asked.model, Path(temporary) / "out", asked.flags, asked.threads)
-    results[f"{asked.label}: {' '.join(asked.flags)}"] = row
+    results[f"{asked.label}: {' '.join(asked.flags)}"] = row | {k: START[k] for k in ("commit", "command", "started")}
     print(json.dumps(row, indent=1))
     store(asked.out, results)
 

@@ -260,7 +260,8 @@ def streaming(results: Mapping[str, Any]) -> dict[str, str]:
     ]  # fmt: skip
     head = ["model and flags", "original GB", "packed GB", "experts of a layer, GB", "peak resident GB",
             "processor s", "wall s"]  # fmt: skip
-    return {"streaming": table(head, rows)}
+    commands = "\n".join(r["command"] for r in results.values() if "command" in r)
+    return {"streaming": table(head, rows), "streaming commands": f"```\n{commands}\n```\n"}
 
 
 def economy(results: Mapping[str, Any]) -> dict[str, str]:
@@ -269,6 +270,27 @@ def economy(results: Mapping[str, Any]) -> dict[str, str]:
         for r in results["rows"]
     ]
     return {"economy": table(["matrices", "apart, s", "shared, s", "times"], rows)}
+
+
+def rows(results: Mapping[str, Any]) -> dict[str, str]:
+    names = list(next(iter(results["rows"].values())))
+    cells = [[count, *(f"{row[name]:.0f}" for name in names)] for count, row in results["rows"].items()]
+    return {"rows": table(["rows", *names], cells)}
+
+
+def runtime(results: Mapping[str, Any]) -> dict[str, str]:
+    cells = []
+    for bits, found in results.items():
+        for threads, made in found.items():
+            if not threads.endswith("threads"):
+                continue
+            read = made["rows"]["read"]
+            for name, row in made["rows"].items():
+                cells.append([bits, threads.split()[0], name, f"{made['active bytes'] / 1e6:.0f}", f"{row['ms']:.1f}",
+                              f"{read['ms'] / row['ms']:.0%}", f"{row['processor ms']:.1f}",
+                              f"{read['processor ms'] / row['processor ms']:.0%}"])  # fmt: skip
+    head = ["experts' bits", "threads", "what", "MB a token", "ms", "of the read", "processor ms", "of the read's"]
+    return {"runtime": table(head, cells)}
 
 
 def solver(results: Mapping[str, Any]) -> dict[str, str]:
@@ -384,6 +406,8 @@ PRINTED = {
     "solver": solver,
     "streaming": streaming,
     "economy": economy,
+    "cpu_rows": rows,
+    "cpu_runtime": runtime,
 }
 
 if __name__ == "__main__":

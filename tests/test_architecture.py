@@ -24,7 +24,7 @@ LEVELS = [
     {"measure"},
     {"pack", "trial"},
     {"quantize"},
-    {"quickstart", "serve", "moqe"},
+    {"quickstart", "serve", "moqe", "export"},
     {"quickstart_vlm"},
     {"cli"},
 ]

@@ -63,9 +63,9 @@ def test_every_family_equals_the_whole_model(family: str, dtype: torch.dtype, ti
 
 
 @pytest.mark.parametrize(
-    "changes", [{"tie_word_embeddings": True}, {"hub_layout": False}, {"output_router_logits": True}], ids=str
+    "changes", [{"tie_word_embeddings": True}, {"hub_layout": False}, {"output_router_logits": True}]
 )
-def test_tied_heads_fused_files_and_a_loss_over_routers(changes: dict[str, Any], tiny_model: Make) -> None:
+def test_tied_heads_fused_files_balance_losses(changes: dict[str, Any], tiny_model: Make) -> None:
     folder = tiny_model("qwen2_moe", **changes)
     shell = opened(folder)
     found = seen(backward(shell, batches(), Store()))

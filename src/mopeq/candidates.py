@@ -17,11 +17,11 @@ from mopeq.checkpoint import write_tensors
 from mopeq.errors import OutputError
 from mopeq.journal import Journal
 from mopeq.precision import GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
-from mopeq.qtensor import Codes, QTensor, pack, pack_full, packed_shapes, rows_of
+from mopeq.qtensor import Codes, QTensor, on_cpu, pack, pack_full, packed_shapes, rows_of
 from mopeq.source import Source, read_matrix
 from mopeq.spec import Inventory, MoELayer, WeightRef
 
-__all__ = ["Candidates", "Stock", "candidate_bytes", "chosen"]
+__all__ = ["Candidates", "Stock", "candidate_bytes", "chosen", "packed_codes"]
 
 FILE_BYTES = 1 << 28
 """Bytes held until they are written."""
@@ -34,8 +34,20 @@ def candidate_bytes(inventory: Inventory, options: Sequence[Precision]) -> int:
     return sum(inventory.experts[layer] * inventory.unit_bytes(layer, g, p) for layer, g in units for p in below)
 
 
+def packed_codes(group: ProjectionGroup, experts: Sequence[int], codes: Codes) -> dict[str, Tensor]:
+    """The codes (experts, rows, in) of some experts packed, by the names that :class:`Candidates` stores them under."""
+    made = {}
+    codes = on_cpu(codes)
+    for i, expert in enumerate(experts):
+        for matrix, one in zip(MATRICES[group], rows_of(codes[i], len(MATRICES[group])), strict=True):
+            packed = pack(one)
+            for suffix in packed_shapes(packed.shape, packed.precision):
+                made[_key(expert, matrix, codes.precision, suffix)] = getattr(packed, suffix)
+    return made
+
+
 class Candidates:
-    """Takes the codes of one layer's units (``keep`` of :func:`~mopeq.analyze.layer_metrics`) and writes them."""
+    """Takes the packed units of one layer and writes them, some at a time."""
 
     def __init__(self, folder: Path, below: str, layer: MoELayer) -> None:
         self.folder, self.below, self.layer = folder, below, layer
@@ -43,14 +55,10 @@ class Candidates:
         self._bytes = 0
         self._files: dict[str, Mapping[str, Any]] = {}
 
-    def __call__(self, group: ProjectionGroup, experts: Sequence[int], codes: Codes) -> None:
-        """Pack and hold the codes (experts, rows, in) of some experts."""
-        for i, expert in enumerate(experts):
-            for matrix, one in zip(MATRICES[group], rows_of(codes[i], len(MATRICES[group])), strict=True):
-                packed = pack(one)
-                for suffix in packed_shapes(packed.shape, packed.precision):
-                    self._held[_key(expert, matrix, codes.precision, suffix)] = getattr(packed, suffix)
-                self._bytes += packed.nbytes
+    def __call__(self, packed: Mapping[str, Tensor]) -> None:
+        """Hold what :func:`packed_codes` made."""
+        self._held |= packed
+        self._bytes += sum(tensor.nbytes for tensor in packed.values())
         if self._bytes > FILE_BYTES:
             self._flush()
 

@@ -7,6 +7,7 @@ several maps of one observation; ``measure_prepared`` measures those. ``measure`
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,13 +18,25 @@ import torch
 from torch import Tensor
 
 from mopeq.adapters import describe, inventory_of
-from mopeq.analyze import COSTS, Routed, analyze, check_request, data_facts, layer_metrics, observe
-from mopeq.candidates import Candidates
+from mopeq.analyze import (
+    COSTS,
+    GRADIENTS,
+    WEIGHTED,
+    Map,
+    Routed,
+    analyze,
+    check_request,
+    data_facts,
+    here,
+    layer_metrics,
+    observe,
+)
+from mopeq.candidates import Candidates, packed_codes
 from mopeq.data.conversations import conversation_batches, has_images, read_conversations
 from mopeq.data.mixture import SELF, read_data, written
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
-from mopeq.errors import DataError
+from mopeq.errors import DataError, InputError
 from mopeq.journal import Journal
 from mopeq.load import load_original, load_processor, load_tokenizer, model_config
 from mopeq.memory import MOST
@@ -46,6 +59,7 @@ __all__ = [
     "observed",
     "open_model",
     "split_texts",
+    "token_weights",
 ]
 
 WRITTEN_APART = 48
@@ -61,6 +75,9 @@ class Calibration:
     """Which text is run through the model. ``data`` None is the text that comes with mopeq (:mod:`mopeq.data.mixture`).
 
     Of JSONL with images (data/conversations.py), ``samples`` conversations are taken whole and ``length`` says nothing.
+
+    modality_weight: what a text token counts in moments and costs where an image token counts 1; scaled so that tokens
+    count 1 on average. ``gradient_norm`` measures how much more the loss depends on one kind.
     """
 
     data: str | None = None
@@ -68,6 +85,7 @@ class Calibration:
     length: int = 512
     batch_size: int = 4
     seed: int = 0
+    modality_weight: float = 1.0
 
 
 def has_pictures(calibration: Calibration) -> bool:
@@ -114,13 +132,39 @@ def calibrated(opened: Prepared, calibration: Calibration, *, texts: Sequence[An
         texts = texts or _texts(calibration, path)
         batches = token_batches(texts, tokenizer, length=length, **sizes)
     check_length(model_config(path), length)
-    info = {
+    info: dict[str, Any] = {
         "data": calibration.data or "bundled calibration text",
         "samples": calibration.samples,
         "length": length,
         "seed": calibration.seed,
     }
+    if calibration.modality_weight != 1:
+        batches = token_weights(batches, calibration.modality_weight)
+        info["modality_weight"] = calibration.modality_weight
     return replace(opened, tokenizer=tokenizer, batches=batches, info=info)
+
+
+def token_weights(batches: Sequence[Mapping[str, Tensor]], text: float) -> list[dict[str, Tensor]]:
+    """The batches with ``token_weight`` (sequences, length): ``text`` to 1 between text and image tokens, 1 on average.
+
+    Raises :class:`DataError` for a weight that is not above zero, and where tokens of one kind are missing.
+    """
+    if not 0 < text < math.inf:
+        raise DataError(
+            f"modality weight {text}; expected a number above 0: what a text token counts, an image token 1"
+        )
+    kept = [torch.stack([batch.get("modality", torch.zeros_like(batch["input_ids"])), batch["attention_mask"]])
+            for batch in batches]  # fmt: skip
+    total = sum(int(mask.sum()) for _, mask in kept)
+    images = sum(int((image * mask).sum()) for image, mask in kept)
+    if not 0 < images < total:
+        raise DataError(
+            f"a modality weight weighs text against image tokens, and {images} of the {total} calibration tokens are "
+            "image tokens; give conversations with images as data, or leave it out"
+        )
+    mean = (images + text * (total - images)) / total
+    return [{**batch, "token_weight": torch.where(image.bool(), 1 / mean, text / mean)}
+            for batch, (image, _) in zip(batches, kept, strict=True)]  # fmt: skip
 
 
 def observed(
@@ -158,15 +202,26 @@ def measure(
     options: Sequence[Precision] | None = None,
     quantizer: str = "gptq",
     dtype: torch.dtype | None = None,
+    across: Map = here,
     track: Track = silent,
 ) -> Stats:
-    """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``."""
+    """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``.
+
+    across: works on the experts of a layer, here or on a cluster; not for metrics that take the whole model.
+    """
     calibration = calibration or Calibration()
     opened = open_model(model)
     options = options or opened.inventory.precisions()
     check_request(opened.inventory, metrics, options, quantizer)
+    if calibration.modality_weight != 1 and not set(metrics) & set(WEIGHTED):
+        raise InputError(
+            f"a modality weight enters {', '.join(WEIGHTED)}, and none of them is asked for; ask for one, or leave it "
+            "out"
+        )
     if set(metrics) & set(WHOLE):
-        prepared = observed(opened, calibration, gradients="fisher_error" in metrics, dtype=dtype, track=track)
+        prepared = observed(
+            opened, calibration, gradients=bool(set(GRADIENTS) & set(metrics)), dtype=dtype, track=track
+        )
         seed = calibration.seed
         return measure_prepared(prepared, metrics, options=options, quantizer=quantizer, seed=seed, track=track)
     streamed = [name for name in metrics if name != "inverse_norm"]
@@ -176,8 +231,9 @@ def measure(
     if streamed:
         ready, started = calibrated(opened, calibration), time.perf_counter()
         found, _ = measure_streamed(
-            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype, track=track
-        )
+            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype,
+            across=across, track=track,
+        )  # fmt: skip
         seconds = {**stats.info.get("seconds", {}), ", ".join(streamed): round(time.perf_counter() - started, 3)}
         stats = found.with_metrics(stats.metrics, seconds=seconds)
     return stats
@@ -193,6 +249,7 @@ def measure_streamed(
     dtype: torch.dtype | None = None,
     journal: Journal | None = None,
     memory: int = MOST,
+    across: Map = here,
     track: Track = silent,
 ) -> tuple[Stats, tuple[str, ...]]:
     """Metrics of a model of which one decoder layer at a time is in memory, and the units that fell back.
@@ -207,6 +264,7 @@ def measure_streamed(
         journal: of the folder that activations are spilled to; what the run that it tells of has measured is taken
             over, and every unit at every option is left there packed (``mopeq.candidates``), :func:`measured_step`.
         memory: bytes of experts at a time (:func:`~mopeq.memory.slab_bytes`).
+        across: works on them.
         track: progress.
     """
     spec, source = ready.spec, ready.source
@@ -219,7 +277,7 @@ def measure_streamed(
     left = [layer.index for layer in spec.layers if layer.index not in found]
     if left:
         shell, store = Shell(source, spec, dtype), Store(journal)
-        if "fisher_error" in names:
+        if set(GRADIENTS) & set(names):
             sweep = backward(shell, ready.batches, store, seed=seed, until=max(left) + 1, track=track)
         else:
             sweep = forward(shell, ready.batches, store, until=min(left), track=track)
@@ -228,8 +286,9 @@ def measure_streamed(
                 continue
             kept = None if journal is None else Candidates(journal.folder, store.scratch, layer)
             rows, short = layer_metrics(
-                source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory, keep=kept
-            )
+                source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory,
+                keep=None if kept is None else packed_codes, take=kept, across=across, track=track,
+            )  # fmt: skip
             facts = {"metrics": rows, "fallbacks": short}
             if journal is not None and kept is not None:
                 journal.record(measured_step(layer), facts, kept.finish())

@@ -70,7 +70,7 @@ def footprint(
         else:
             layers[number] = layers.get(number, 0) + itemsize * elements + stored_bytes(source, key)
     hidden, top_k = shape[1], max(layer.top_k for layer in spec.layers)
-    kept = tokens * (hidden * itemsize * (7 if gradients else 4) + 24 * top_k)  # stored, recorded, and joined
+    kept = tokens * (hidden * itemsize * (8 if gradients else 5) + 24 * top_k)  # images, stored, recorded, and joined
     width = 3 * shape[0] + 3 * hidden
     run = batch_tokens * itemsize * (16 * hidden + 2 * top_k * width)
     vocabulary = max((ref.shape[0] for ref in spec.kept if ref.group == "embedding"), default=0)

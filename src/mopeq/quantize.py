@@ -24,7 +24,7 @@ from torch import nn
 
 from mopeq.allocate import COSTS, allocate, parse_budget, uniform_map
 from mopeq.allocate.budget import check_budget, expert_budget
-from mopeq.analyze import Routed, check_request
+from mopeq.analyze import Map, Routed, check_request, here
 from mopeq.autoload import callable_module
 from mopeq.candidates import Stock, candidate_bytes, chosen
 from mopeq.checkpoint import PackedWriter, Stored, read_manifest
@@ -79,6 +79,7 @@ def quantize(
     options: Sequence[Precision] | None = None,
     cost: str = "fisher_error",
     granularity: str = "group",
+    uniform_layers: bool = False,
     rest: Mapping[str, Precision] | None = None,
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
@@ -87,6 +88,7 @@ def quantize(
     max_memory: int | None = None,
     command: str = "",
     recipe: str = "",
+    across: Map = here,
     track: Track = silent,
 ) -> Packed:
     """The ``quantize`` verb: with a map, quantize and pack; with a budget, measure and allocate first.
@@ -106,6 +108,7 @@ def quantize(
         options: precisions that the allocator may choose from; None for ``Inventory.precisions()``.
         cost: cost metric that it reads.
         granularity: ``group`` or ``expert``.
+        uniform_layers: allocate one precision for all experts of a layer, as other runtimes need (mopeq export).
         rest: precisions of the groups outside the experts, over the defaults.
         dtype: compute type of the original model.
         evaluated: compare the result with the original, if both fit in memory together; ``Packed.note`` says if not.
@@ -116,6 +119,7 @@ def quantize(
             possible is an :class:`InputError` with the number needed.
         command: command line to record.
         recipe: named set of choices to record.
+        across: works on the experts of a layer: here, or on a cluster (``mopeq.integrations.ray``).
         track: progress.
     """
     if sum(way is not None for way in (precisions, uniform, budget)) != 1:
@@ -151,18 +155,20 @@ def quantize(
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
             raise DataError(f"of the tenth of the data kept apart for comparing, {error}, or use --no-eval") from error
+    if calibration.modality_weight != 1 and budget is None and method in DATA_FREE:
+        raise InputError(f"a modality weight does not enter {method} with a map; use gptq or a budget, or leave it out")
     if budget is not None or method not in DATA_FREE:
         opened = calibrated(opened, calibration, texts=training)
     plan = _Plan(
-        opened, method, budget, precisions, tuple(options), cost, granularity, rest, calibration, dtype, max_memory,
-        heldout if guard else None,
+        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, rest, calibration,
+        dtype, max_memory, heldout if guard else None,
     )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
     packed = _finished(Path(out), plan, job) if resume else None
     if packed is None:
         with PackedWriter(out, needed_bytes=plan.disk_bytes, job=job, resume=resume) as writer, writer.disk():
-            packed = plan.carry_out(writer, clock, track)
+            packed = plan.carry_out(writer, clock, across, track)
         clock("quantize")
     run = packed.path / "mopeq" / "run.json"
     if not run.exists():
@@ -195,6 +201,7 @@ class _Plan:
     options: tuple[Precision, ...]
     cost: str
     granularity: str
+    uniform_layers: bool
     rest: Mapping[str, Precision]
     calibration: Calibration
     dtype: torch.dtype | None
@@ -233,12 +240,12 @@ class _Plan:
         fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
         return most + fixed + candidate_bytes(inventory, self.options) + (layers + 2) * stored
 
-    def carry_out(self, writer: PackedWriter, clock: _Clock, track: Track) -> Packed:
+    def carry_out(self, writer: PackedWriter, clock: _Clock, across: Map, track: Track) -> Packed:
         """All steps that are not done yet."""
         opened, journal = self.opened, writer.journal
         assert journal is not None
         if self.precisions is not None:
-            tensors = self._tensors(self.precisions, journal, track)
+            tensors = self._tensors(self.precisions, journal, across, track)
             return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track)
         stats, fallbacks = measure_streamed(
             opened,
@@ -249,6 +256,7 @@ class _Plan:
             dtype=self.dtype,
             journal=journal,
             memory=slab_bytes(self.max_memory, self.footprint),
+            across=across,
             track=track,
         )
         clock("measure")
@@ -261,6 +269,7 @@ class _Plan:
                 cost=self.cost,
                 options=self.options,
                 granularity=self.granularity,
+                uniform_layers=self.uniform_layers,
                 rest=self.rest,
             )
             known = {"map": made.to_json()}
@@ -300,7 +309,7 @@ class _Plan:
         need = PROCESS + self.itemsize * self.opened.inventory.parameters + packed_bytes
         return "" if need <= have else f"both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB"
 
-    def _tensors(self, precisions: PrecisionMap, journal: Journal, track: Track) -> LayerTensors:
+    def _tensors(self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track) -> LayerTensors:
         """Packs a layer with a map, running the model up to it where the quantizer needs what it saw."""
         sweep: Iterator[tuple[MoELayer, nn.Module, Routed]] | None = None
 
@@ -313,7 +322,10 @@ class _Plan:
                     sweep = forward(shell, self.opened.batches, Store(journal), until=layer.index, track=track)
                 seen, module = next((routed, experts) for at, experts, routed in sweep if at.index == layer.index)
             memory = slab_bytes(self.max_memory, self.footprint)
-            return pack_experts(self.opened, layer, precisions, self.method, short, seen, module, memory=memory)
+            return pack_experts(
+                self.opened, layer, precisions, self.method, short, seen, module,
+                memory=memory, across=across, track=track,
+            )  # fmt: skip
 
         return tensors
 
@@ -335,6 +347,7 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
         "method": plan.method,
         **({"options": [str(p) for p in plan.options], "cost": plan.cost} if plan.budget is not None else {}),
         **({"granularity": plan.granularity, "guard": plan.heldout is not None} if plan.budget is not None else {}),
+        **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
         "dtype": None if plan.dtype is None else str(plan.dtype),

@@ -12,6 +12,7 @@ output. The sums are those of one pass through the whole model, in the same orde
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,12 +25,12 @@ from torch import Tensor, nn
 
 from mopeq.ahead import Ahead
 from mopeq.analyze.forward import Batch, check_batches, experts_module, inputs_of, logits_of, sampled_loss, token_mask
-from mopeq.analyze.observe import Routed, Tap, check_logits, vision_of
+from mopeq.analyze.observe import Routed, Tap, check_logits, marks_of
 from mopeq.checkpoint import write_tensors
 from mopeq.errors import ModelError
 from mopeq.journal import Journal
 from mopeq.load import auto_class, model_config
-from mopeq.progress import Track, silent
+from mopeq.progress import Track, note, silent
 from mopeq.source import Source, decoder_layer
 from mopeq.spec import MoELayer, MoESpec
 
@@ -98,7 +99,9 @@ class Shell:
         from accelerate import init_empty_weights
 
         config = model_config(source.path)
-        config.get_text_config().output_router_logits = False  # a loss over all routers, of which one is there
+        for part in (config, config.get_text_config()):
+            if getattr(part, "output_router_logits", False):
+                part.output_router_logits = False  # a balance loss over all layers' routers, which are never together
         self.source, self.spec, self._ahead = source, spec, Ahead(source)
         self.dtype = dtype or config.dtype or stored_dtype(source)
         with init_empty_weights(include_buffers=False):
@@ -109,6 +112,10 @@ class Shell:
         self.layers: Any = self.model.get_submodule(self._module)
         self._turn = -1
         self._given: Tensor | None = None
+        self._images: dict[int, tuple[Batch, dict[tuple[str, int], Any]]] = {}
+        for name, module in self.model.named_modules():
+            if hasattr(module, "get_image_features"):
+                module.get_image_features = self._once_a_batch(name, module.get_image_features)
         for number, layer in enumerate(self.layers):
             layer.forward = self._passing(number, layer.forward)
         self._load(self._keys(None))
@@ -136,7 +143,7 @@ class Shell:
 
     def run(self, number: int, batch: Batch, given: Tensor | None) -> Tensor:
         """Output (sequences, length, H) of a loaded layer; ``given`` is the output of the one before it."""
-        self._turn, self._given = number, given
+        self._begin(number, batch, given)
         try:
             self.model(**inputs_of(batch, torch.device("cpu")), use_cache=False)
         except Reached as reached:
@@ -148,8 +155,25 @@ class Shell:
 
     def logits(self, batch: Batch, given: Tensor) -> Tensor:
         """Logits (sequences, length, vocabulary) from the output of the last layer."""
-        self._turn, self._given = len(self.layers), given
+        self._begin(len(self.layers), batch, given)
         return logits_of(self.model, inputs_of(batch, torch.device("cpu")))
+
+    def _begin(self, number: int, batch: Batch, given: Tensor | None) -> None:
+        self._turn, self._given = number, given
+        self._calls: Counter[str] = Counter()
+        self._made = self._images.setdefault(id(batch), (batch, {}))[1]
+
+    def _once_a_batch(self, name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """What the vision tower makes of a batch's images is kept for the passes of later layers, call by call."""
+
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            call = (name, self._calls[name])
+            self._calls[name] += 1
+            if call not in self._made:
+                self._made[call] = compute(*args, **kwargs)
+            return self._made[call]
+
+        return remembered
 
     def _passing(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -216,12 +240,12 @@ def forward(
     for number in track(range(begin, last + 1), "calibration data through the model", last + 1 - begin):
         tap = Tap(moe[number], experts_module(shell.model, moe[number]), False, None) if number in moe else None
         with torch.no_grad():
-            outputs = _layer(shell, number, batches, store, tap if number >= start else None)
+            outputs = _layer(shell, number, batches, store, tap if number >= start else None, track=track)
         store.put(f"hidden {number + 1}", outputs)
         del outputs
         if tap is not None and number >= start:
             shell.release_experts(tap.module)
-            yield tap.layer, tap.module, tap.finish(vision_of(batches))
+            yield tap.layer, tap.module, tap.finish(*marks_of(batches))
         shell.release(number)
         store.drop(f"hidden {number}")
     store.drop(f"hidden {last + 1}")
@@ -251,7 +275,7 @@ def backward(
         begin = next((k for k in range(lost[0] - 1, 0, -1) if store.has(f"hidden {k}")), 0)
         for number in track(range(begin, lost[-1]), "calibration data forward", lost[-1] - begin):
             with torch.no_grad():
-                store.put(f"hidden {number + 1}", _layer(shell, number, batches, store, None))
+                store.put(f"hidden {number + 1}", _layer(shell, number, batches, store, None, track=track))
             shell.release(number)
     if top is None:
         top = count
@@ -259,13 +283,13 @@ def backward(
     for number in track(range(top - 1, least - 1, -1), "and back", top - least):
         tap = Tap(moe[number], experts_module(shell.model, moe[number]), True, None) if number in moe else None
         with torch.enable_grad():
-            gradients = _layer(shell, number, batches, store, tap, store.get(f"gradient {number + 1}"))
+            gradients = _layer(shell, number, batches, store, tap, store.get(f"gradient {number + 1}"), track)
         store.put(f"gradient {number}", gradients)
         del gradients
         if tap is not None:
             shell.release_experts(tap.module)
             if until is None or number < until:
-                yield tap.layer, tap.module, tap.finish(vision_of(batches))
+                yield tap.layer, tap.module, tap.finish(*marks_of(batches))
         shell.release(number)
         store.drop(f"hidden {number + 1}")
         store.drop(f"gradient {number + 1}")
@@ -278,12 +302,14 @@ def _layer(
     store: Store,
     tap: Tap | None,
     gradients: Sequence[Tensor] | None = None,
+    track: Track = silent,
 ) -> list[Tensor]:
     """Run one layer over all batches: its outputs, or, given the gradients at them, the gradients at its inputs."""
     shell.layer(number, number + (1 if gradients is None else -1))
     inputs: Sequence[Tensor | None] = store.get(f"hidden {number}") if number else [None] * len(batches)
     handles = [] if tap is None else tap.attach(shell.model)
-    made = []
+    made: list[Tensor] = []
+    tokens = 0
     try:
         for at, (batch, given) in enumerate(zip(batches, inputs, strict=True)):
             if tap is not None:
@@ -295,6 +321,8 @@ def _layer(
             if tap is not None:
                 tap.check(at)
                 tap.end()
+            tokens += batch["input_ids"].numel()
+            note(track, layer=number, tokens=tokens)
     finally:
         for handle in handles:
             handle.remove()

@@ -116,13 +116,18 @@ def test_text_and_image_tokens_are_told_apart(name: str) -> None:
 
 @names
 def test_layer_by_layer_with_images(name: str) -> None:
-    """A model of which one layer at a time is in memory sees what the whole one sees."""
+    """A model of which one layer at a time is in memory sees what the whole one sees; its tower runs once a batch."""
     source = open_source(FOLDER / name)
-    inputs, _ = batch(name, "one_wide", "text_only")
-    data = [{**inputs, "modality": images_of(name, inputs)}]
+    data = []
+    for names in (("one_wide", "text_only"), ("one_tall",)):
+        inputs, _ = batch(name, *names)
+        data.append({**inputs, "modality": images_of(name, inputs)})
     spec = describe(source)
     whole = observe(loaded(name), spec, data, gradients=True, seed=1)
-    for layer, _, seen in backward(Shell(source, spec), data, Store(), seed=1):
+    shell, runs = Shell(source, spec), []
+    tower = shell.model.get_submodule("model.vision_backbone" if name == MOLMOE else "vision")
+    tower.register_forward_pre_hook(lambda module, given: runs.append(len(given[0])))
+    for layer, _, seen in backward(shell, data, Store(), seed=1):
         wanted = whole[layer.index]
         assert torch.equal(seen.index, wanted.index)
         torch.testing.assert_close(seen.hidden, wanted.hidden, rtol=1e-5, atol=1e-5)
@@ -130,6 +135,7 @@ def test_layer_by_layer_with_images(name: str) -> None:
         assert seen.vision is not None
         assert wanted.vision is not None
         assert torch.equal(seen.vision, wanted.vision)
+    assert len(runs) == len(data)
 
 
 def test_without_an_import_and_without_trust(tmp_path: Path) -> None:

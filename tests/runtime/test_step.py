@@ -127,6 +127,13 @@ def test_what_runs_by_itself(model: Any) -> None:
             assert step_of(model, cache) is None
             hook.remove()
         assert step_of(model, cache) is not None
+        block = model.model.layers[-1].mlp
+        for part in (block, block.experts, block.gate):
+            hook = part.register_forward_hook(lambda *args: None)
+            step = step_of(model, cache)
+            assert step is not None
+            assert step.layers[-1][1] is block  # as it is, so that the hook runs
+            hook.remove()
         assert step_of(model, DynamicCache(config=model.config)) is None
         dense = tiny.tiny_model("olmoe")
         assert step_of(dense, prefilled(dense)) is None

@@ -6,35 +6,40 @@ import difflib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from mopeq.adapters import inventory_of
-from mopeq.analyze.activation import expert_tokens, frequency, gate_mass, usage
+from mopeq.analyze.activation import USAGE, expert_tokens, frequency, gate_mass, gradient_norm, usage
 from mopeq.analyze.cost import COSTS, Keep, layer_costs
 from mopeq.analyze.fisher import fisher
-from mopeq.analyze.forward import Batch, check_batches, experts_module, token_mask
+from mopeq.analyze.forward import Batch, check_batches, experts_module, token_mask, vision_mask
 from mopeq.analyze.hessian import hessian_trace
-from mopeq.analyze.moments import Moments, moments
+from mopeq.analyze.moments import Moments, moment_traces, moments
 from mopeq.analyze.observe import Routed, expert_rows, observe
-from mopeq.analyze.slab import Slab, slabs
+from mopeq.analyze.slab import Layer, Map, Slab, here, mapped, on, slabs
 from mopeq.analyze.weight_norm import hutchinson_norm_trace, inverse_norm, norm_trace
 from mopeq.errors import DataError, MapError
 from mopeq.memory import MOST
-from mopeq.precision import GROUPS, Precision
-from mopeq.progress import Track, silent
+from mopeq.precision import GROUPS, Precision, ProjectionGroup
+from mopeq.progress import Track, note, silent
 from mopeq.quantizers import QUANTIZERS
 from mopeq.source import Source
 from mopeq.spec import ExpertId, Inventory, MoELayer, MoESpec
-from mopeq.stats import Stats
+from mopeq.stats import Stats, cost_metric
 
 __all__ = [
     "COSTS",
+    "GRADIENTS",
     "METRICS",
+    "WEIGHTED",
     "Batch",
     "Keep",
+    "Map",
     "Moments",
     "Routed",
     "Slab",
@@ -46,6 +51,8 @@ __all__ = [
     "fisher",
     "frequency",
     "gate_mass",
+    "gradient_norm",
+    "here",
     "hessian_trace",
     "hutchinson_norm_trace",
     "inverse_norm",
@@ -57,17 +64,26 @@ __all__ = [
     "slabs",
 ]
 
+T = TypeVar("T")
+
 METRICS = {
     "frequency": "share of the layer's routed slots; also tokens, the counts; apart for image and text tokens",
     "gate_mass": "sum of the routing weights; apart for image and text tokens",
+    "gradient_norm": "mean length of the loss gradient at the layer's output; apart for image and text tokens",
+    "moment_trace": "traces of the quantizer's second moments, per token; apart for image and text tokens",
     "inverse_norm": "MoPEQ's score from the weights alone: 1/||W||_F summed over gate, up and down",
     "hessian_trace": "trace of the Hessian of the calibration loss, by Hutchinson's estimator, with its standard error",
-    "fisher": "trace of the true Fisher information per token, labels drawn from the model, with its standard error",
-    "output_error": "squared change of the layer's output per token, for each unit and option",
+    "fisher": "trace of the true Fisher information per token, labels drawn from the model, with its standard error; "
+    "apart for image and text tokens",
+    "output_error": "squared change of the layer's output per token, for each unit and option; apart likewise",
     "fisher_error": "the same weighted by squared gradients, a diagonal estimate of the KL divergence it causes",
 }
 """What :func:`analyze` can measure."""
 
+GRADIENTS = ("fisher_error", "gradient_norm")
+"""Metrics for which the model runs backward."""
+WEIGHTED = (*COSTS, "moment_trace")
+"""Metrics that a weight of tokens enters."""
 DATA_FREE = ("inverse_norm",)
 WITHOUT_MOMENTS = ("rtn", "hqq")
 """Quantizers that take no calibration inputs."""
@@ -136,7 +152,9 @@ def analyze(
         routed = dict(routed or {})
         if _lacks(routed, spec, with_data):
             with _timed(seconds, "observe"):
-                routed = observe(model, spec, batches, gradients="fisher_error" in metrics, seed=seed, track=track)
+                routed = observe(
+                    model, spec, batches, gradients=bool(set(GRADIENTS) & set(metrics)), seed=seed, track=track
+                )
     if with_data and model is not None and routed:
         names = ("tokens", *(name for name in with_data if name not in _ESTIMATORS))
         with _timed(seconds, ", ".join(costs) or "usage"):
@@ -145,7 +163,7 @@ def analyze(
                 device = next(module.parameters()).device
                 rows, _ = layer_metrics(
                     source, layer, routed[layer.index], module, names,
-                    options=options, quantizer=quantizer, minimum_tokens=minimum_tokens, device=device,
+                    options=options, quantizer=quantizer, minimum_tokens=minimum_tokens, across=on(device), track=track,
                 )  # fmt: skip
                 for name, row in rows.items():
                     found.setdefault(name, {})[layer.index] = row
@@ -154,9 +172,13 @@ def analyze(
     for name, measure in _ESTIMATORS.items():
         if name in metrics and model is not None:
             with _timed(seconds, name):
-                extra = {"probes": probes} if name == "hessian_trace" else {}
+                extra: dict[str, Any] = {"probes": probes} if name == "hessian_trace" else {}
                 found[name], found[f"{name}.stderr"] = measure(model, spec, batches, seed=seed, track=track, **extra)
-            facts |= {f"{name}_probes": probes} if extra else {}
+                facts |= {f"{name}_probes": probes} if extra else {}
+                apart = name == "fisher" and any(vision_mask(batch) is not None for batch in batches)
+                for kind in ("vision", "text") if apart else ():
+                    part = fisher(model, spec, batches, seed=seed, kind=kind, track=track)
+                    found[f"{name}.{kind}"], found[f"{name}.{kind}.stderr"] = part
     return Stats(inventory, {}, facts).with_metrics(found, seconds=seconds)
 
 
@@ -189,9 +211,11 @@ def layer_metrics(
     options: Sequence[Precision] = (),
     quantizer: str = "gptq",
     minimum_tokens: int | None = None,
-    device: torch.device | str = "cpu",
     memory: int = MOST,
-    keep: Keep | None = None,
+    keep: Keep[T] | None = None,
+    take: Callable[[T], None] | None = None,
+    across: Map = here,
+    track: Track = silent,
 ) -> tuple[dict[str, list[float]], list[str]]:
     """What one layer saw, and what each option would cost it, a few experts at a time.
 
@@ -200,30 +224,75 @@ def layer_metrics(
         layer: which.
         seen: what it saw.
         module: its experts module, asked for the gate function.
-        metrics: of ``tokens``, ``frequency``, ``gate_mass``, ``output_error`` and ``fisher_error``; others are left to
-            :func:`analyze`.
+        metrics: of ``tokens``, ``frequency``, ``gate_mass``, ``gradient_norm``, ``moment_trace``, ``output_error`` and
+            ``fisher_error``; others are left to :func:`analyze`.
         options: precisions at which costs are measured.
         quantizer: name of the quantizer they are measured with.
         minimum_tokens: experts with fewer are quantized with moments filled up from their layer's mean; None for a
             quarter of a matrix's inputs.
-        device: where to compute.
         memory: bytes of weights and moments, and of dequantized weights, at a time.
-        keep: as for :func:`layer_costs`.
+        keep: as for :func:`layer_costs`, called where the work is done.
+        take: is given, here and in order, what ``keep`` made.
+        across: does the work.
+        track: is told what is done.
 
     Returns:
         ``{metric: [one value per expert]}``, and the units whose moments were filled up, such as ``3.17.down``.
     """
-    experts = {layer.index: len(layer.experts)}
-    used = usage({layer.index: seen}, experts, tuple(n for n in ("tokens", "frequency", "gate_mass") if n in metrics))
+    count = len(layer.experts)
+    used = usage({layer.index: seen}, {layer.index: count}, tuple(name for name in USAGE if name in metrics))
     found = {name: rows[layer.index] for name, rows in used.items()}
     costs = [name for name in COSTS if name in metrics]
-    if not costs:
+    if not costs and "moment_trace" not in metrics:
         return found, []
     short: list[str] = []
-    with_moments = None if quantizer in WITHOUT_MOMENTS else seen
-    parts = slabs(source, layer, with_moments, module, minimum_tokens=minimum_tokens, memory=memory, device=device)
-    for slab in parts:
-        short += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
+    done = 0
+    shown = min(options, key=lambda p: abs(p.bits - 3))
+    given = None if quantizer in WITHOUT_MOMENTS or not costs else seen
+    slab_costs = partial(
+        _slab_costs,
+        seen=seen,
+        module=module,
+        options=options,
+        quantizer=quantizer,
+        costs=costs,
+        traced="moment_trace" in metrics,
+        memory=memory,
+        keep=keep,
+    )
+    parts = mapped(across, Layer(source, layer, given, module, minimum_tokens, memory), slab_costs)
+    for experts, filled, values, made in parts:
+        short += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in filled[group]]
+        for one in made:
+            if take is not None:
+                take(one)
+        for name, row in values.items():
+            whole = found.setdefault(name, [0.0] * count)
+            for expert, value in zip(experts, row, strict=True):
+                whole[expert] = value
+        done += len(experts)
+        if costs:
+            lost = sum(sum(values[cost_metric(costs[-1], group, shown)]) for group in GROUPS)
+            note(track, layer=layer.index, expert=done, experts=count, lost=lost, error_of=f"{costs[-1]} at {shown}")
+    return found, short
+
+
+def _slab_costs(
+    slab: Slab,
+    *,
+    seen: Routed,
+    module: nn.Module,
+    options: Sequence[Precision],
+    quantizer: str,
+    costs: Sequence[str],
+    traced: bool,
+    memory: int,
+    keep: Keep[T] | None,
+) -> tuple[tuple[int, ...], Mapping[ProjectionGroup, tuple[int, ...]], dict[str, list[float]], list[T]]:
+    """Experts, those filled up, their costs and traces, and what ``keep`` made of each unit at each option."""
+    made: list[T] = []
+    values: dict[str, list[float]] = {}
+    if costs:
         values = layer_costs(
             seen,
             module,
@@ -235,13 +304,14 @@ def layer_metrics(
             minimum_tokens=0,
             memory=memory,
             experts=slab.experts,
-            keep=keep,
+            keep=None if keep is None else lambda *unit: made.append(keep(*unit)),
         )
-        for name, row in values.items():
-            whole = found.setdefault(name, [0.0] * len(layer.experts))
-            for expert, value in zip(slab.experts, row, strict=True):
-                whole[expert] = value
-    return found, short
+    if traced:
+        kinds = {kind: replace(seen.only(rows), token_weight=None) for kind, rows in seen.kinds().items()}
+        for kind, part in {"": seen, **kinds}.items():
+            traces = moment_traces(part, module, slab.weights["gate_up"], slab.experts)
+            values |= {name + kind: row for name, row in traces.items()}
+    return slab.experts, slab.short, values, made
 
 
 def data_facts(
@@ -263,7 +333,7 @@ def _lacks(routed: Mapping[int, Routed], spec: MoESpec, metrics: Sequence[str]) 
     """Whether a pass over the data is needed for these metrics."""
     if not set(routed) >= {layer.index for layer in spec.layers}:
         return True
-    return "fisher_error" in metrics and any(seen.gradient is None for seen in routed.values())
+    return bool(set(GRADIENTS) & set(metrics)) and any(seen.gradient is None for seen in routed.values())
 
 
 def _check_names(names: Sequence[str], known: Mapping[str, object], kind: str) -> None:

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from mopeq.analyze.observe import Routed
+from mopeq.errors import DataError
 
-__all__ = ["expert_tokens", "frequency", "gate_mass", "usage"]
+__all__ = ["USAGE", "expert_tokens", "frequency", "gate_mass", "gradient_norm", "usage"]
+
+USAGE = ("tokens", "frequency", "gate_mass", "gradient_norm")
+"""What :func:`usage` measures."""
 
 
 def expert_tokens(routed: Routed, experts: int, rows: Tensor | None = None) -> Tensor:
@@ -31,21 +35,40 @@ def gate_mass(routed: Routed, experts: int, rows: Tensor | None = None) -> Tenso
     return torch.bincount(index[chosen], weights[chosen].double(), minlength=experts)
 
 
+def gradient_norm(routed: Routed, experts: int, rows: Tensor | None = None) -> Tensor:
+    """Mean length of the loss gradient at the layer's output over each expert's tokens, float64 (experts,).
+
+    The loss is that of :func:`~mopeq.analyze.observe.observe`. 0 for an expert without tokens. Between text and image
+    tokens its ratio is VEQ's modality weight (arXiv 2602.01037).
+    """
+    if routed.gradient is None:
+        raise DataError("gradient_norm needs gradients; this layer was observed without; use observe(gradients=True)")
+    index = routed.index if rows is None else routed.index[rows]
+    length = routed.gradient if rows is None else routed.gradient[rows]
+    norms = length.float().norm(dim=-1).double()[:, None].expand(index.shape)
+    chosen = index >= 0
+    total = torch.bincount(index[chosen], norms[chosen], minlength=experts)
+    return total / expert_tokens(routed, experts, rows).clamp_min(1)
+
+
 def usage(
     routed: Mapping[int, Routed], experts: Mapping[int, int], names: tuple[str, ...]
 ) -> dict[str, dict[int, list[float]]]:
-    """The metrics ``tokens``, ``frequency`` and ``gate_mass`` of every layer, those in ``names``.
+    """The metrics of :data:`USAGE` of every layer, those in ``names``.
 
     Where there are images, each is also given for image tokens (``frequency.vision``) and the others
-    (``frequency.text``).
+    (``frequency.text``). All are counts: a weight of tokens does not enter them.
     """
-    functions = {"tokens": expert_tokens, "frequency": frequency, "gate_mass": gate_mass}
+    functions = {
+        "tokens": expert_tokens,
+        "frequency": frequency,
+        "gate_mass": gate_mass,
+        "gradient_norm": gradient_norm,
+    }
     found: dict[str, dict[int, list[float]]] = {}
     for name in names:
         for layer, seen in routed.items():
-            parts: dict[str, Tensor | None] = {"": None}
-            if seen.vision is not None:
-                parts |= {".vision": seen.vision, ".text": ~seen.vision}
+            parts: dict[str, Tensor | None] = {"": None, **seen.kinds()}
             for suffix, rows in parts.items():
                 values = functions[name](seen, experts[layer], rows)
                 found.setdefault(name + suffix, {})[layer] = values.double().tolist()

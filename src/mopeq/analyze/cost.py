@@ -3,20 +3,24 @@
 A unit is one projection group of one expert. With the unit at a precision and everything else as it was, the output of
 the MoE layer changes by dz (tokens, H), the routing weight included. Per calibration token,
 
-    output_error = sum_t sum_d dz_td^2 / tokens
-    fisher_error = sum_t sum_d g_td^2 dz_td^2 / tokens
+    output_error = sum_t w_t sum_d dz_td^2 / tokens
+    fisher_error = sum_t w_t sum_d g_td^2 dz_td^2 / tokens
 
-where g = dL/d(layer output) with labels drawn from the model: the diagonal of the Gauss-Newton form of the KL
-divergence (the weighting of GEMQ, arXiv 2605.23078, with the true instead of the empirical Fisher). It ranks units; as
-a prediction of the divergence in nats it is low, because it leaves out correlations between channels and tokens, and
-tokens that a changed input sends to other experts further up. Usage is in the sum over tokens already and does not
-multiply it again. Units whose expert saw no tokens cost 0.
+where w is what a token counts (1 unless text and image tokens are weighted) and g = dL/d(layer output) with labels
+drawn from the model: the diagonal of the Gauss-Newton form of the KL divergence (the weighting of GEMQ, arXiv
+2605.23078, with the true instead of the empirical Fisher). It ranks units; as a prediction of the divergence in nats
+it is low, because it leaves out correlations between channels and tokens, and tokens that a changed input sends to
+other experts further up. Usage is in the sum over tokens already and does not multiply it again. Units whose expert
+saw no tokens cost 0.
+
+Where there are images, each cost is also given for the image tokens alone (``fisher_error.vision``) and for the others
+(``fisher_error.text``), without w: the two add up to the cost without w.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +41,8 @@ MEMORY = 1 << 30
 """Bytes of dequantized weights held at a time."""
 
 
-Keep = Callable[[ProjectionGroup, Sequence[int], Codes], None]
+T = TypeVar("T")
+Keep = Callable[[ProjectionGroup, Sequence[int], Codes], T]
 """Takes the codes (experts, rows, in) of some experts, whose numbers in their layer it is told."""
 
 
@@ -69,7 +74,7 @@ def layer_costs(
     memory: int = MEMORY,
     chunk: int = CHUNK,
     experts: Sequence[int] | None = None,
-    keep: Keep | None = None,
+    keep: Keep[None] | None = None,
 ) -> dict[str, list[float]]:
     """Costs of every unit of one layer at every option, in one pass over its tokens.
 
@@ -103,7 +108,11 @@ def layer_costs(
         for group in GROUPS:
             summed: Tensor = getattr(moments, group)
             full[group] = fallback_moments(summed, moments.tokens, enough_tokens(summed.shape[-1], minimum_tokens))[0]
-    sums = torch.zeros(len(GROUPS), len(options), len(COSTS), len(which), dtype=torch.float64, device=device)
+    kinds = routed.kinds()
+    counts = torch.ones(len(routed.hidden)) if routed.token_weight is None else routed.token_weight
+    share = torch.stack([counts, *kinds.values()]).double()  # (kinds, tokens)
+    shape = len(GROUPS), len(options), len(COSTS), len(share), len(which)
+    sums = torch.zeros(shape, dtype=torch.float64, device=device)
     rows = expert_rows(routed, which)
     used = [i for i in range(len(which)) if keep is not None or len(rows[i][0])]
     each = 4 * (gate_up[0].numel() + down[0].numel()) * len(options)
@@ -124,14 +133,15 @@ def layer_costs(
                 one = {group: [weight[i] for weight in changed[group]] for group in GROUPS}
                 for r, x, c in expert_inputs(routed, *rows[at], device, chunk):
                     g2 = None if routed.gradient is None else routed.gradient[r].to(device).float().square()
-                    add = _adder(sums[..., at], c, g2)
+                    add = _adder(sums[..., at], share[:, r].to(device), c, g2)
                     _expert(module, which[at], x, gate_up[at], down[at], one, add)
     sums /= max(1, len(routed.hidden))
     return {
-        cost_metric(cost, group, precision): sums[i, j, k].tolist()
+        cost_metric(cost + kind, group, precision): sums[i, j, k, m].tolist()
         for i, group in enumerate(GROUPS)
         for j, precision in enumerate(options)
         for k, cost in enumerate(COSTS)
+        for m, kind in enumerate(("", *kinds))
         if cost in costs
     }
 
@@ -156,14 +166,17 @@ def _expert(
         add(1, j, h @ (weight - down).T)
 
 
-def _adder(sums: Tensor, c: Tensor, g2: Tensor | None) -> Add:
-    """Adds the costs of an output change to ``sums`` (groups, options, costs); c (n, 1), g2 (n, H)."""
+def _adder(sums: Tensor, share: Tensor, c: Tensor, g2: Tensor | None) -> Add:
+    """Adds the costs of an output change to ``sums`` (groups, options, costs, kinds).
+
+    share: (kinds, n), what each token counts for each kind; c (n, 1), g2 (n, H).
+    """
 
     def add(group: int, option: int, change: Tensor) -> None:
         square = (change * c).square_()
-        sums[group, option, 0] += square.sum(dtype=torch.float64)
+        sums[group, option, 0] += share @ square.sum(-1, dtype=torch.float64)
         if g2 is not None:
-            sums[group, option, 1] += (square * g2).sum(dtype=torch.float64)
+            sums[group, option, 1] += share @ (square * g2).sum(-1, dtype=torch.float64)
 
     return add
 

@@ -28,6 +28,7 @@ from mopeq.analyze.forward import (
     rows_of,
     sampled_loss,
     token_mask,
+    vision_mask,
 )
 from mopeq.errors import DataError, ModelError
 from mopeq.progress import Track, silent
@@ -49,6 +50,30 @@ def ratio(squares: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (left.square().sum(0) * n / (n - 1)).sqrt() / total
 
 
+class _Cut:
+    """A hook on experts modules that lets gradients reach their weights from one kind of tokens alone."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.rows, self._inside = kind, torch.empty(0, dtype=torch.bool), False
+
+    def begin(self, batch: Batch) -> None:
+        """A batch starts."""
+        vision = vision_mask(batch)
+        vision = torch.zeros_like(token_mask(batch)) if vision is None else vision
+        self.rows = (vision if self.kind == "vision" else ~vision).flatten()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if self._inside:  # the second call, below
+            return output
+        still = {name: p.detach() for name, p in module.named_parameters()}
+        self._inside = True
+        fixed = torch.func.functional_call(module, still, args, kwargs)
+        self._inside = False
+        shape = -1, len(self.rows), output.shape[-1]  # experts that weigh their input have all tokens for each expert
+        rows = self.rows.to(output.device)[None, :, None]
+        return torch.where(rows, output.reshape(shape), fixed.reshape(shape)).reshape(output.shape)
+
+
 def fisher(
     model: nn.Module,
     spec: MoESpec,
@@ -56,9 +81,13 @@ def fisher(
     *,
     seed: int = 0,
     samples: int = 1,
+    kind: str = "",
     track: Track = silent,
 ) -> tuple[PerLayer, PerLayer]:
     """Fisher trace per calibration token of each expert's gate, up and down weights, and its standard error.
+
+    kind: ``vision`` or ``text`` takes the weights as those tokens alone use them: what a change costs that only image
+    tokens, or only the others, see. The two do not add up to the whole, which has twice their inner product besides.
 
     One draw is one sequence with labels sampled at every token: the squared gradient of the summed log-likelihood.
     Terms between different tokens of a sequence vanish in expectation, because labels are drawn independently given the
@@ -90,16 +119,20 @@ def fisher(
 
     handles: list[Any] = []
     sequences = [row for batch in batches for row in rows_of(batch)]
+    modules = [experts_module(model, layer) for layer in spec.layers]
+    cut = _Cut(kind)
     kept = {p: p.grad for p in owners}
     try:
         with differentiable(model, spec), float32_weights(model), frozen(model, owners), torch.enable_grad():
             for p in owners:
                 p.grad = None
                 handles.append(p.register_post_accumulate_grad_hook(caught))  # type: ignore[no-untyped-call]
+            handles += [module.register_forward_hook(cut, with_kwargs=True) for module in modules if kind]
             for row in track(sequences, "Fisher information", len(sequences)):
                 count = int(token_mask(row).sum())
                 if not count:
                     continue
+                cut.begin(row)
                 for _ in range(samples):
                     loss = sampled_loss(logits_of(model, inputs_of(row, device)), row, generator)
                     loss.backward()  # type: ignore[no-untyped-call]

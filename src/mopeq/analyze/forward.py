@@ -32,9 +32,10 @@ __all__ = [
 
 Batch = Mapping[str, Tensor]
 """``input_ids`` and ``attention_mask`` (sequences, length), what else the model takes, where there are images
-``modality`` (sequences, length), nonzero at image tokens, and in conversations ``labels``, -100 outside answers."""
+``modality`` (sequences, length), nonzero at image tokens, in conversations ``labels``, -100 outside answers, and
+``token_weight`` (sequences, length) where tokens do not count alike in moments and costs."""
 
-OURS = ("modality", "labels")
+OURS = ("modality", "labels", "token_weight")
 """Entries of a batch that the model does not get."""
 
 

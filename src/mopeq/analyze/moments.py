@@ -1,4 +1,8 @@
-"""Second moments of what an expert's matrices see: the curvature that quantizers such as GPTQ minimise against."""
+"""Second moments of what an expert's matrices see: the curvature that quantizers such as GPTQ minimise against.
+
+Where tokens do not count alike (``Routed.token_weight``), a token's outer product is multiplied by what it counts. With
+the weight g of text and 1 of image tokens this is VEQ's modality-weighted Hessian (arXiv 2602.01037).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mopeq.analyze.observe import Routed, expert_rows
+from mopeq.precision import GROUPS
 from mopeq.seam import activate
 
-__all__ = ["Moments", "enough_tokens", "expert_inputs", "moments"]
+__all__ = ["Moments", "enough_tokens", "expert_inputs", "moment_traces", "moments"]
 
 CHUNK = 4096
 """Tokens of one expert worked on at a time."""
@@ -19,7 +24,8 @@ CHUNK = 4096
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over an expert's tokens of c^2 x x^T, with x the input of a projection group and c the routing weight.
+    """Sums over an expert's tokens of w c^2 x x^T, with x the input of a projection group, c the routing weight, and w
+    what the token counts.
 
     gate_up: float32 (experts, H, H); down: float32 (experts, I, I); tokens: int64 (experts,). An expert without tokens
     has zeros.
@@ -69,12 +75,32 @@ def moments(
     up = torch.zeros(count, hidden, hidden, device=device)
     down = torch.zeros(count, rows // 2, rows // 2, device=device)
     which = range(count) if experts is None else experts
-    per_expert = expert_rows(routed, which)
+    for i, x, h in _weighted_inputs(routed, module, gate_up, chunk, which):
+        up[i].addmm_(x.T, x)
+        down[i].addmm_(h.T, h)
+    return Moments(up, down, torch.tensor([len(rows) for rows, _ in expert_rows(routed, which)]))
+
+
+def moment_traces(
+    routed: Routed, module: nn.Module, gate_up: Tensor, experts: Sequence[int], chunk: int = CHUNK
+) -> dict[str, list[float]]:
+    """Traces of the moments of some experts per calibration token, without the moments: ``moment_trace.gate_up`` and
+    ``moment_trace.down``. Arguments as for :func:`moments`.
+    """
+    traces = torch.zeros(2, len(experts), dtype=torch.float64)
+    for i, x, h in _weighted_inputs(routed, module, gate_up, chunk, experts):
+        traces[:, i] += torch.stack([part.square().sum(dtype=torch.float64) for part in (x, h)]).cpu()
+    traces /= max(1, len(routed.hidden))
+    return {f"moment_trace.{group}": row.tolist() for group, row in zip(GROUPS, traces, strict=True)}
+
+
+def _weighted_inputs(
+    routed: Routed, module: nn.Module, gate_up: Tensor, chunk: int, experts: Sequence[int]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of the i-th of some experts, in chunks: inputs of gate and up (n, H), and of down (n, I), times c sqrt(w)."""
+    weight = routed.token_weight
     with torch.no_grad():
-        for i, (e, (tokens, weights)) in enumerate(zip(which, per_expert, strict=True)):
-            for _, x, c in expert_inputs(routed, tokens, weights, device, chunk):
-                h = activate(module, x @ gate_up[i].T, e) * c
-                x = x * c
-                up[i].addmm_(x.T, x)
-                down[i].addmm_(h.T, h)
-    return Moments(up, down, torch.tensor([len(r) for r, _ in per_expert]))
+        for i, (e, rows) in enumerate(zip(experts, expert_rows(routed, experts), strict=True)):
+            for r, x, c in expert_inputs(routed, *rows, gate_up.device, chunk):
+                c = c if weight is None else c * weight[r].sqrt().to(c)[:, None]
+                yield i, x * c, activate(module, x @ gate_up[i].T, e) * c

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,14 +27,13 @@ from mopeq.analyze.forward import (
     sampled_loss,
     sensible,
     token_mask,
-    vision_mask,
 )
 from mopeq.errors import ModelError
 from mopeq.progress import Track, silent
 from mopeq.seam import weighs_input
 from mopeq.spec import MoELayer, MoESpec
 
-__all__ = ["Routed", "Tap", "check_logits", "expert_rows", "observe", "vision_of"]
+__all__ = ["Routed", "Tap", "check_logits", "expert_rows", "marks_of", "observe"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Routed:
     weights: float32 (tokens, k), the routing weights; with ``weighs_input`` they scale the input, otherwise the output.
     gradient: (tokens, H), dL/d(experts' output) of L = sum of -log p(y|x) over all tokens, y drawn from p; or None.
     vision: bool (tokens,), the image tokens; None for text alone.
+    token_weight: float32 (tokens,), what each counts in moments and costs; None for 1 each.
     """
 
     hidden: Tensor
@@ -53,6 +53,15 @@ class Routed:
     weighs_input: bool
     gradient: Tensor | None = None
     vision: Tensor | None = None
+    token_weight: Tensor | None = None
+
+    def kinds(self) -> dict[str, Tensor]:
+        """Where there are images, which tokens are of which kind, bool (tokens,), by the suffix of their metrics."""
+        return {} if self.vision is None else {".vision": self.vision, ".text": ~self.vision}
+
+    def only(self, rows: Tensor) -> Routed:
+        """As if no expert had seen the tokens outside ``rows`` (bool), which still count as calibration tokens."""
+        return replace(self, index=torch.where(rows[:, None], self.index, -1))
 
 
 def expert_rows(routed: Routed, experts: int | Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -87,7 +96,7 @@ def observe(
         model: a transformers model with the modules that ``spec`` names; its weights, modes and flags stay as they are.
         spec: the model's specification.
         batches: dictionaries of ``input_ids``, ``attention_mask``, optionally ``modality`` (nonzero at image tokens)
-            and what else the model takes.
+            ``token_weight``, and what else the model takes.
         gradients: also record the gradients at the experts' outputs, by one backward pass a batch.
         seed: of the labels that the gradients need.
         store_dtype: type of the stored inputs and gradients; None keeps the model's.
@@ -124,17 +133,25 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-    vision = vision_of(batches)
-    return {tap.layer.index: tap.finish(vision) for tap in taps}
+    marks = marks_of(batches)
+    return {tap.layer.index: tap.finish(*marks) for tap in taps}
 
 
-def vision_of(batches: Sequence[Batch]) -> Tensor | None:
-    """Which of the tokens that count are image tokens, bool (tokens,) over all batches; None for text alone."""
-    if all(vision_mask(batch) is None for batch in batches):
-        return None
-    masks = [(token_mask(batch), vision_mask(batch)) for batch in batches]
-    parts = [torch.zeros_like(keep)[keep] if vision is None else vision[keep] for keep, vision in masks]
-    return torch.cat([part.cpu() for part in parts])
+def marks_of(batches: Sequence[Batch]) -> tuple[Tensor | None, Tensor | None]:
+    """Of the tokens that are not padding, over all batches: which are image tokens, bool (tokens,), None for text
+    alone; and what each counts, float32 (tokens,), None where they count alike.
+    """
+
+    def joined(name: str, otherwise: int) -> Tensor | None:
+        if all(name not in batch for batch in batches):
+            return None
+        kept = [(token_mask(batch), batch.get(name)) for batch in batches]
+        parts = [torch.full_like(keep[keep], otherwise, dtype=torch.float32) if value is None else value[keep].float()
+                 for keep, value in kept]  # fmt: skip
+        return torch.cat([part.cpu() for part in parts])
+
+    vision = joined("modality", 0)
+    return None if vision is None else vision.bool(), joined("token_weight", 1)
 
 
 def _check(taps: Sequence[Tap], logits: Tensor, number: int) -> None:
@@ -194,13 +211,12 @@ class Tap:
                 f"{len(self.parts['gradient'])} times in {len(self.parts['hidden'])}; expected once each"
             )
 
-    def finish(self, vision: Tensor | None) -> Routed:
+    def finish(self, vision: Tensor | None, token_weight: Tensor | None = None) -> Routed:
         """Everything caught, joined; the parts are let go."""
         joined = {name: torch.cat(parts) for name, parts in self.parts.items() if parts}
         self.parts.clear()
-        return Routed(
-            joined["hidden"], joined["index"], joined["weights"], self.weighs_input, joined.get("gradient"), vision
-        )
+        seen = Routed(joined["hidden"], joined["index"], joined["weights"], self.weighs_input)
+        return replace(seen, gradient=joined.get("gradient"), vision=vision, token_weight=token_weight)
 
     def _store(self, name: str, value: Tensor, dtype: torch.dtype | None) -> None:
         """The rows that count of a tensor (rows, ...), on the CPU."""

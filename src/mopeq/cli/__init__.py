@@ -1,7 +1,8 @@
 """The command line: flags in, one public function each, a short table out.
 
 Exit codes: 0 done; 1 the model or checkpoint is not what it should be; 2 the command cannot be carried out as given;
-130 interrupted, by Ctrl-C or by a request to terminate. ``--json`` prints one JSON object instead of a table.
+130 interrupted, by Ctrl-C or by a request to terminate. ``--json`` prints one JSON object instead of a table; long
+commands print one a line, progress and then the result (docs/large.md).
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ def check_allocate(options: argparse.Namespace) -> None:
         _refuse(options, ("score", "scope"), "--method kmeans")
     if options.method not in ("knapsack", "random"):
         _refuse(options, ("granularity",), "--method knapsack and random")
+    if options.method != "knapsack":
+        _refuse(options, ("uniform_layers",), "--method knapsack")
     if options.method != "random":
         _refuse(options, ("seed",), "--method random")
     if not options.levels:
@@ -27,7 +29,7 @@ def check_quantize(options: argparse.Namespace) -> None:
     if not options.fit:
         _refuse(options, ("context", "batch"), "--fit")
     if options.map or options.uniform:
-        _refuse(options, ("levels", "cost", "granularity", "guard"), "--budget and --fit")
+        _refuse(options, ("levels", "cost", "granularity", "guard", "uniform_layers"), "--budget and --fit")
     if options.map:
         _refuse(options, ("group_size", "symmetric"), "--budget, --fit and --uniform")
 

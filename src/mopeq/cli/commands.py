@@ -98,7 +98,7 @@ def do_analyze(options: argparse.Namespace) -> None:
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     out = _new_file(options.out)
     model = open_model(options.model).inventory
-    with drawn() as track:
+    with show.following(options) as track:
         stats = measure(
             options.model,
             metrics,
@@ -111,7 +111,7 @@ def do_analyze(options: argparse.Namespace) -> None:
     info = {**stats.info, "command": options.command_line}
     write_json(out, {**stats.to_json(), "info": info})
     if options.json:
-        return show.print_json({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
+        return show.print_result({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
     rows = []
     for name, values in stats.metrics.items():
         flat = sorted(value for row in values.values() for value in row)
@@ -138,6 +138,7 @@ def do_allocate(options: argparse.Namespace) -> None:
         scope=options.scope,
         options=_precisions(options, stats.model) if options.levels else None,
         granularity=options.granularity,
+        uniform_layers=options.uniform_layers,
         rest={**DEFAULT_REST, **_rest_map(options.rest)},
         seed=options.seed,
     )
@@ -163,7 +164,7 @@ def do_quantize(options: argparse.Namespace) -> None:
         options.budget = fitted(options, model)
     if options.recipe and not options.json:
         print(f"recipe {recipe_line(options)}")
-    with drawn() as track:
+    with show.following(options) as track:
         packed = quantize(
             options.model,
             options.out,
@@ -175,6 +176,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             options=_precisions(options, model),
             cost=options.cost,
             granularity=options.granularity,
+            uniform_layers=options.uniform_layers,
             rest=_rest_map(options.rest),
             dtype=_dtype(options),
             evaluated=not options.no_eval,
@@ -191,7 +193,7 @@ def do_quantize(options: argparse.Namespace) -> None:
         found = {"out": str(packed.path), "bytes": packed.bytes, "original_bytes": packed.original_bytes, "kl": kl}
         found |= {"note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks), "skipped": packed.note}
         found["guard"] = packed.guard
-        return show.print_json(found)
+        return show.print_result(found)
     show.map_table(packed.precisions, packed.inventory)
     smaller = packed.original_bytes / packed.bytes
     print(
@@ -435,7 +437,8 @@ def _calibration_of(options: argparse.Namespace) -> Any:
 
     if options.data == "":
         raise InputError("--data is empty; expected a text or JSONL file; leave it out for the bundled text")
-    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed)
+    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed,
+                       options.modality_weight)  # fmt: skip
 
 
 def _dtype(options: argparse.Namespace) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from mopeq.cli import commands
+from mopeq.cli.export import add_export, do_export
 from mopeq.cli.fit import add_fit
 from mopeq.cli.moqe import add_moqe
 from mopeq.cli.recipes import add_recipe
@@ -28,11 +29,12 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def verb(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, *, json: bool = True
+        name: str, run: Callable[[argparse.Namespace], None], text: str, *, json: bool = True, events: bool = False
     ) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=text, description=text)
         if json:
-            made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+            what = "progress and result, a JSON object a line," if events else "one JSON object"
+            made.add_argument("--json", action="store_true", help=f"print {what} instead of a table")
         made.set_defaults(run=run, default_of=made.get_default)
         return made
 
@@ -43,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p = verb("describe", commands.do_describe, "show what mopeq understands of a model")
     _model(p)
 
-    p = verb("analyze", commands.do_analyze, "measure every expert")
+    p = verb("analyze", commands.do_analyze, "measure every expert", events=True)
     _model(p)
     _calibration(p)
     p.add_argument(
@@ -63,13 +65,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--granularity", default="group", choices=("group", "expert"), help="down may differ from gate and up, or not"
     )
+    _uniform_layers(p)
     p.add_argument("--group-size", type=int, help=f"inputs per scale of --levels {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points in --levels")
     _rest(p)
     _seed(p)
     p.add_argument("-o", "--out", default="precision.json", help="file to write (default: %(default)s)")
 
-    p = verb("quantize", commands.do_quantize, "quantize and pack a model, with a map or to a budget")
+    p = verb("quantize", commands.do_quantize, "quantize and pack a model, with a map or to a budget", events=True)
     _model(p)
     p.add_argument("-o", "--out", required=True, help="folder to make")
     how = p.add_mutually_exclusive_group(required=True)
@@ -82,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     _options(p)
     p.add_argument("--cost", default="fisher_error", help="cost metric of the allocation (default: %(default)s)")
     p.add_argument("--granularity", default="group", choices=("group", "expert"))
+    _uniform_layers(p)
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
     p.add_argument(
@@ -91,6 +95,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
+
+    add_export(verb("export", do_export, "write a packed model for other runtimes"))
 
     p = verb("run", commands.do_run, "generate text from a prompt")
     _model(p)
@@ -135,12 +141,16 @@ def _model(p: argparse.ArgumentParser) -> None:
 def _calibration(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--data",
-        help="calibrate on .txt, .jsonl, .parquet, a folder of them, hf:OWNER/NAME, a mix such as a.jsonl:2,b.txt, "
-        "or self, which the model writes itself (default: the bundled text)",
+        help="to calibrate on: .txt, .jsonl, .parquet, a folder, hf:OWNER/NAME; a mix such as a.jsonl:2,b.txt; or "
+        "self, which the model writes itself (default: the bundled text)",
     )
     p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=4)
+    p.add_argument(
+        "--modality-weight", type=float, default=1.0, metavar="W",
+        help="what a text token counts in moments and costs, an image token being 1 (default: 1)",
+    )  # fmt: skip
     _seed(p)
 
 
@@ -152,6 +162,12 @@ def _options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--levels", default=usual, help="bits or precisions to choose from (default: %(default)s)")
     p.add_argument("--group-size", type=int, help=f"inputs per scale {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points")
+
+
+def _uniform_layers(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--uniform-layers", action="store_true", help="one precision for all experts of a layer, for mopeq export"
+    )
 
 
 def _rest(p: argparse.ArgumentParser) -> None:

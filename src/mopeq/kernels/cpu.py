@@ -24,7 +24,7 @@ from mopeq.seam import Gate
 __all__ = ["DIGITS", "ISAS", "convert", "experts", "grouped_linear", "isa", "library", "why_not"]
 
 LIBRARY = Path(__file__).with_name("libmopeq_cpu.so")
-ABI = 3
+ABI = 4
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
@@ -62,7 +62,7 @@ class _Job(ctypes.Structure):
     )  # fmt: skip
 
 
-class _ExpertsJob(ctypes.Structure):
+class ExpertsJob(ctypes.Structure):
     """``mopeq_experts_job``."""
 
     _fields_ = (
@@ -86,7 +86,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     if abi != ABI:
         return None, f"{LIBRARY.name} has interface {abi}, this mopeq expects {ABI}; install mopeq again"
     lib.mopeq_grouped_linear.argtypes = [ctypes.POINTER(_Job)]
-    lib.mopeq_experts.argtypes = [ctypes.POINTER(_ExpertsJob)]
+    lib.mopeq_experts.argtypes = [ctypes.POINTER(ExpertsJob)]
     lib.mopeq_repack_codes.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64]
     lib.mopeq_repack_scales.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
     lib.mopeq_repack_zeros.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
@@ -209,7 +209,7 @@ def _experts(
     _fits("gate_up_bias", gate_up_bias, (experts, 2 * inner))
     _fits("down_bias", down_bias, (experts, hidden))
     out = torch.empty_like(x)
-    job = _ExpertsJob(
+    job = ExpertsJob(
         _parts("x", x, x.dtype)[0], tokens, hidden, TYPES[x.dtype], _parts("index", index, torch.int64)[0],
         _parts("weights", weights, torch.float32)[0], index.shape[1], *groups,
         *(None if b is None else _parts("bias", b, b.dtype)[0] for b in (gate_up_bias, down_bias)),

@@ -227,6 +227,12 @@ class MolmoEForConditionalGeneration(PreTrainedModel, ImagesInPrompt, Generation
         )
         return with_head(self, self.lm_head, outputs, labels, logits_to_keep, **kwargs)
 
+    def get_image_features(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Features (sequences, windows of all crops, hidden) of ``images`` and ``image_masks``."""
+        features = self.model.vision_backbone(images.flatten(0, 1), masks.flatten(0, 1))
+        made: Tensor = features.reshape(len(images), -1, features.shape[-1])
+        return made
+
     def _with_images(self, embeddings: Any, images: Tensor, masks: Tensor | None, places: Tensor | None) -> Tensor:
         """Token embeddings (sequences, length, hidden) with the features of windows added at their places."""
         if masks is None or places is None:
@@ -237,8 +243,7 @@ class MolmoEForConditionalGeneration(PreTrainedModel, ImagesInPrompt, Generation
                 f"image_input_idx has {int(places.max())} in a sequence of {length} tokens; "
                 "give the tokens that the processor made with it, whole"
             )
-        features = self.model.vision_backbone(images.flatten(0, 1), masks.flatten(0, 1))
-        features = features.reshape(len(images), -1, features.shape[-1])  # (sequences, windows of all crops, hidden)
+        features = self.get_image_features(images, masks)
         places = places.flatten(1)
         used = places >= 0  # first, because a negative place plus its row's offset would be one of the row before
         rows = torch.arange(len(images), device=places.device)[:, None] * length + places

@@ -1,27 +1,35 @@
-"""One token through a packed model on the CPU, with attention in one native call a layer.
+"""One token through a packed model on the CPU, with two native calls a layer: attention, and router with experts.
 
-For families whose layers are x += attention(norm(x)); x += mlp(norm(x)) with plain grouped-query attention. Routers,
-experts and shared experts stay the model's modules, as do embedding, rotation, last norm and head. The sum that runs
+For families whose layers are x += attention(norm(x)); x += mlp(norm(x)) with plain grouped-query attention. Shared
+experts, and routers of other kinds than a softmax with their experts, stay the model's modules, as do embedding,
+rotation, last norm and head. The sum that runs
 through the layers stays in float32, where the model rounds it to its own type after every layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mopeq.kernels import GroupLayout, PackedGroup, selected
 from mopeq.kernels.attention import PROJECTIONS, Attention, Shape, Stream
 from mopeq.kernels.cpu import TYPES
+from mopeq.kernels.routing import Moe, Router
 from mopeq.precision import FULL
+from mopeq.runtime.experts import MixedExperts
 from mopeq.runtime.linear import QLinear
+from mopeq.seam import gate_of
 
 __all__ = ["LAYERS", "Step", "step_of"]
 
 LAYERS = tuple(f"{name}DecoderLayer" for name in ("Olmoe", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Glm4Moe"))
 """Classes of transformers with such layers. Whoever adds one here has tests/runtime/test_step.py judge it."""
+ROUTED = tuple(f"{name}SparseMoeBlock" for name in ("Olmoe", "Mixtral", "Qwen2Moe", "Qwen3Moe"))
+"""Classes whose router is a softmax over ``gate.weight``; a ``shared_expert`` is added by a gate of its own."""
 
 
 class Step:
@@ -33,7 +41,7 @@ class Step:
         self.embed, self.rotary, self.norm, self.head = base.embed_tokens, base.rotary_emb, base.norm, model.lm_head
         rotated = self.rotary(torch.zeros(1, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1]
         self.stream = Stream(first.input_layernorm.weight.shape[0], rotated, dtype)
-        self.layers = [(_attention(layer, self.stream, *held), layer.mlp)
+        self.layers = [(_attention(layer, self.stream, *held), _mlp(layer.mlp, self.stream))
                        for layer, held in zip(base.layers, caches, strict=True)]  # fmt: skip
 
     def __call__(self, token: Tensor, position: int) -> Tensor:
@@ -113,3 +121,20 @@ def _attention(layer: Any, stream: Stream, keys: Tensor, values: Tensor) -> Atte
     shape = Shape(groups["q"].out_features // own.head_dim, keys.shape[1], own.head_dim, own.scaling,
                   layer.input_layernorm.variance_epsilon)  # fmt: skip
     return Attention(stream, shape, groups, vectors, keys, values)
+
+
+def _mlp(block: Any, stream: Stream) -> Callable[[Tensor], Tensor]:
+    """What a layer does after its attention: from ``h`` (1, 1, hidden) to what is added."""
+    name = type(block).__name__
+    if name not in ROUTED or any(map(_hooked, (block, block.gate, block.experts))):
+        return block  # type: ignore[no-any-return]
+    gate, experts = gate_of(block.experts), block.experts
+    if not isinstance(experts, MixedExperts) or experts.mopeq_form != "panels" or gate is None:
+        return block  # type: ignore[no-any-return]
+    mixtral = name.startswith("Mixtral")
+    router = Router(block.gate.weight, block.gate.top_k, mixtral or block.gate.norm_topk_prob, not mixtral)
+    moe = Moe(stream, router, experts.packed("gate_up"), experts.packed("down"), gate)
+    shared = getattr(block, "shared_expert", None)
+    if shared is None:
+        return lambda h: moe()
+    return lambda h: moe() + functional.sigmoid(block.shared_expert_gate(h)) * shared(h)

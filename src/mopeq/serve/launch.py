@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mopeq.errors import InputError
-from mopeq.load import is_packed, load, load_original, load_tokenizer
+from mopeq.load import is_packed, load, load_original, load_processor, load_tokenizer, takes_images
 from mopeq.serve.limits import Limits
 
 __all__ = ["serve", "vllm_command"]
@@ -88,6 +88,7 @@ def _native(path: str | Path, host: str, port: int, name: str, api_key: str, dty
     import torch
 
     kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
+    reader = load_processor(path) if takes_images(path) else load_tokenizer(path)
     model: Any = load(path, kind) if is_packed(path) else load_original(path, kind)
     if host not in LOCAL and not api_key:
         print(
@@ -95,7 +96,7 @@ def _native(path: str | Path, host: str, port: int, name: str, api_key: str, dty
         )
     print(f"mopeq: serving {name} on http://{host}:{port}/v1", file=sys.stderr, flush=True)
     config = uvicorn.Config(
-        application(model, load_tokenizer(path), name, limits, api_key), host=host, port=port, log_level="warning",
+        application(model, reader, name, limits, api_key), host=host, port=port, log_level="warning",
         timeout_graceful_shutdown=limits.drain_seconds,
     )  # fmt: skip
     server = uvicorn.Server(config)

@@ -28,10 +28,13 @@ using PanelKernel = void (*)(const Panel &, const Activations &, const int64_t *
 // The same for `height` rows of bfloat16; x (rows, inputs) float32.
 using DenseKernel = void (*)(const uint16_t *weight, int64_t height, int64_t inputs, const float *x,
                              const int64_t *rows, float *out, int64_t stride);
+using WideKernel = void (*)(const float *weight, int64_t height, int64_t inputs, const float *x, const int64_t *rows,
+                            float *out, int64_t stride);
 
 struct Kernels {
   PanelKernel panel[6][MAX_DIGITS][3][2];  // width 2 3 4 5 6 8; digits - 1; tile of 1, 2, 4 tokens; height 8, 16
-  DenseKernel dense[3];
+  DenseKernel dense[3];                    // tile of 1, 2, 4 tokens
+  WideKernel wide;                         // one token, rows of float32
   void (*read)(const void *data, int64_t bytes, uint64_t *sum);
 };
 

@@ -11,6 +11,7 @@
 #include "attention.hpp"
 #include "experts.hpp"
 #include "product.hpp"
+#include "routing.hpp"
 #include "threads.hpp"
 
 namespace mopeq {
@@ -130,6 +131,7 @@ void mopeq_set_parallel_for(void *function) { mopeq::set_parallel_for(function);
 
 int mopeq_grouped_linear(const mopeq_job *job) { return mopeq::guarded(job, mopeq::linear); }
 int mopeq_experts(const mopeq_experts_job *job) { return mopeq::guarded(job, mopeq::experts); }
+int mopeq_moe(const mopeq_moe_job *job) { return mopeq::guarded(job, mopeq::moe); }
 int mopeq_attention(const mopeq_attention_job *job) { return mopeq::guarded(job, mopeq::attention); }
 
 uint64_t mopeq_read(const void *data, int64_t bytes, int64_t threads) {

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { MOPEQ_ABI = 3 };
+enum { MOPEQ_ABI = 4 };
 
 // Type of the activations.
 enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
@@ -76,6 +76,16 @@ typedef struct {
   int64_t digits, threads;
 } mopeq_experts_job;
 
+// A router and its experts. The router's scores are x router^T, rounded to x_type; of their softmax the k largest (of
+// equal ones the first) choose the experts and weigh them. `index` and `weights` of the experts' job are not read.
+typedef struct {
+  mopeq_experts_job experts;
+  const void *router;   // (experts, hidden) of type router_type
+  int64_t router_type;  // MOPEQ_F32 or MOPEQ_BF16
+  int64_t normalized;   // 1: the k weights are divided by their sum
+  int64_t rounded;      // 1: and rounded to x_type
+} mopeq_moe_job;
+
 // One token through the attention of a layer, between the sums that surround it:
 //   x += add; n = norm(x); q, k, v = projections of n; k, v join the cache at `position`;
 //   x += o(attention(q, keys, values)); h = norm(x).
@@ -107,6 +117,7 @@ MOPEQ_API void mopeq_set_parallel_for(void *function);
 
 MOPEQ_API int mopeq_grouped_linear(const mopeq_job *job);
 MOPEQ_API int mopeq_experts(const mopeq_experts_job *job);
+MOPEQ_API int mopeq_moe(const mopeq_moe_job *job);
 MOPEQ_API int mopeq_attention(const mopeq_attention_job *job);
 
 // Plain bit strings (docs/format.md) to panels and back. `to` and `from` must not overlap. scales, zeros: the same for

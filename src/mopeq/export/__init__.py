@@ -1,0 +1,8 @@
+"""Packed folders for runtimes that do not know mopeq: compressed-tensors, AutoRound, GGUF, or dequantized.
+
+Codes are never rounded again: a matrix is stored in a field that holds its integers exactly, or dequantized.
+"""
+
+from mopeq.export.verb import FORMATS, Plan, plan_export, write_export
+
+__all__ = ["FORMATS", "Plan", "plan_export", "write_export"]
