@@ -181,6 +181,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             dtype=_dtype(options),
             evaluated=not options.no_eval,
             guard=options.guard,
+            refine=options.refine,
             resume=options.resume,
             max_memory=_size(options.max_memory),
             recipe=recipe_line(options),
