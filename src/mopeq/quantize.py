@@ -128,10 +128,8 @@ def quantize(
         raise InputError("give one of a precision map, a uniform precision and a budget")
     if precisions is not None and rest:
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
-    if (guard or refine) and budget is None:
-        raise InputError("the guard and exchanges are for what a budget led to; leave them out, or give a budget")
-    if refine < 0:
-        raise InputError(f"{refine} exchanges to try; expected 0 or more")
+    if refine < 0 or ((guard or refine) and budget is None):
+        raise InputError("a guard and exchanges, 0 or more, are for what a budget led to; leave them out, or give one")
     check_method(method)
     if not resume:
         require_new(Path(out))
@@ -152,9 +150,8 @@ def quantize(
     if precisions is not None:
         opened.inventory.check(precisions)
     guard = budget is not None and (evaluated if guard is None else guard)
-    if (evaluated or guard or refine) and not has_pictures(
-        calibration
-    ):  # text that cannot be scored is found before hours of work
+    judged = evaluated or guard or refine > 0
+    if judged and not has_pictures(calibration):  # text that cannot be scored is found before hours of work
         try:
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
@@ -182,14 +179,14 @@ def quantize(
             again = f"where there is more, mopeq eval {packed.path} --against {model} compares them"
             return replace(packed, note=f"not compared with the original: {why}; {again}")
         try:
-            judged = compared(opened, packed.path, heldout, calibration, dtype, track)
+            found = compared(opened, packed.path, heldout, calibration, dtype, track)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(
                 f"interrupted while comparing; {out} is complete, mopeq eval {out} --against {model} compares it"
             ) from stop
         clock("evaluate")
-        write_json(packed.path / "mopeq" / "evaluation.json", judged.to_json())
-        packed = replace(packed, evaluation=judged)
+        write_json(packed.path / "mopeq" / "evaluation.json", found.to_json())
+        packed = replace(packed, evaluation=found)
         write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
     return packed
 
