@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,9 @@ FOLDER = Path(__file__).parent / "fixtures"
 DEEPSEEK = ("deepseek_vl2_tiny_arch", "deepseek_vl2_mla_arch", "deepseek_vl2_mla_sigmoid_arch")
 MOLMOE = "molmoe_arch"
 NAMES = (*DEEPSEEK, MOLMOE)
+PROCESSORS = FOLDER / "processors"
+FILES = {DEEPSEEK[0]: "deepseek_vl2", MOLMOE: "molmoe"}
+"""Where a fixture's processor is."""
 SIDE = 72
 """Pixels of a DeepSeek tile here."""
 
@@ -36,6 +40,14 @@ class Case:
 def loaded(name: str, attention: str = "sdpa") -> Any:
     """The fixture's model, shared: leave it as it is."""
     return fresh(name, attn_implementation=attention)
+
+
+def folder_of(name: str, tmp_path: Path) -> Path:
+    """A whole model folder: the fixture's model and the processor's files."""
+    folder = tmp_path / name
+    shutil.copytree(FOLDER / name, folder)
+    shutil.copytree(PROCESSORS / FILES[name], folder, dirs_exist_ok=True)
+    return folder
 
 
 def fresh(name: str, **options: Any) -> Any:

@@ -415,7 +415,7 @@ def test_interrupted_while_comparing(
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantize_module, "_judge", interrupted)
+    monkeypatch.setattr(quantize_module, "compared", interrupted)
     out = tmp_path / "out"
     command = ("quantize", folder, "-o", out, "--uniform", "4g32", "--method", "rtn", "--data", text, *SMALL)
     code, said = fails(capsys, *command)

@@ -44,7 +44,7 @@ def test_streaming_packs_what_the_whole_model_gives(family: str, cost: str, tiny
     made = quantize(
         folder, tmp_path / "a", budget="3.2bpw", cost=cost, options=MIXED, calibration=calibration, evaluated=False
     )
-    whole = observed(open_model(folder), calibration, texts=split_texts(calibration)[0], gradients=False)
+    whole = observed(open_model(folder), calibration, texts=split_texts(calibration, folder)[0], gradients=False)
     again = pack_model(whole, made.precisions, tmp_path / "b")
     assert len(made.precisions.histogram()) > 1
     assert same(stored(tmp_path / "a"), stored(tmp_path / "b"))

@@ -89,7 +89,7 @@ def test_gptq_uses_the_calibration_text(tiny_model: Make, tmp_path: Path, calibr
     """GPTQ changes the output on calibration text less than rounding does: moments reach the right units."""
     folder, found = tiny_model("olmoe"), {}
     original = load_original(folder, dtype=torch.float32)
-    texts, _ = split_texts(calibration)
+    texts, _ = split_texts(calibration, folder)
     ids = load_tokenizer(folder)(texts[0], return_tensors="pt").input_ids[:, :256]
     for method in ("rtn-mse", "gptq"):
         packed = quantize(
@@ -148,7 +148,7 @@ def test_refusals(tiny_model: Make, tmp_path: Path) -> None:
     folder = tiny_model("olmoe")
     with pytest.raises(InputError, match="give one of a precision map, a uniform precision and a budget"):
         quantize(folder, tmp_path / "out")
-    with pytest.raises(InputError, match="no quantizer 'magic'; there are rtn, rtn-mse, gptq"):
+    with pytest.raises(InputError, match="no quantizer 'magic'; there are rtn, rtn-mse, hqq, gptq, signround"):
         quantize(folder, tmp_path / "out", uniform=Precision(4), method="magic")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

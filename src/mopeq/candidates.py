@@ -17,11 +17,11 @@ from mopeq.checkpoint import write_tensors
 from mopeq.errors import OutputError
 from mopeq.journal import Journal
 from mopeq.precision import GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
-from mopeq.qtensor import Codes, QTensor, pack, pack_full, packed_shapes, rows_of
+from mopeq.qtensor import Codes, QTensor, on_cpu, pack, pack_full, packed_shapes, rows_of
 from mopeq.source import Source, read_matrix
-from mopeq.spec import Inventory, MoELayer
+from mopeq.spec import Inventory, MoELayer, WeightRef
 
-__all__ = ["Candidates", "candidate_bytes", "chosen"]
+__all__ = ["Candidates", "Stock", "candidate_bytes", "chosen", "packed_codes"]
 
 FILE_BYTES = 1 << 28
 """Bytes held until they are written."""
@@ -34,8 +34,20 @@ def candidate_bytes(inventory: Inventory, options: Sequence[Precision]) -> int:
     return sum(inventory.experts[layer] * inventory.unit_bytes(layer, g, p) for layer, g in units for p in below)
 
 
+def packed_codes(group: ProjectionGroup, experts: Sequence[int], codes: Codes) -> dict[str, Tensor]:
+    """The codes (experts, rows, in) of some experts packed, by the names that :class:`Candidates` stores them under."""
+    made = {}
+    codes = on_cpu(codes)
+    for i, expert in enumerate(experts):
+        for matrix, one in zip(MATRICES[group], rows_of(codes[i], len(MATRICES[group])), strict=True):
+            packed = pack(one)
+            for suffix in packed_shapes(packed.shape, packed.precision):
+                made[_key(expert, matrix, codes.precision, suffix)] = getattr(packed, suffix)
+    return made
+
+
 class Candidates:
-    """Takes the codes of one layer's units (``keep`` of :func:`~mopeq.analyze.layer_metrics`) and writes them."""
+    """Takes the packed units of one layer and writes them, some at a time."""
 
     def __init__(self, folder: Path, below: str, layer: MoELayer) -> None:
         self.folder, self.below, self.layer = folder, below, layer
@@ -43,14 +55,10 @@ class Candidates:
         self._bytes = 0
         self._files: dict[str, Mapping[str, Any]] = {}
 
-    def __call__(self, group: ProjectionGroup, experts: Sequence[int], codes: Codes) -> None:
-        """Pack and hold the codes (experts, rows, in) of some experts."""
-        for i, expert in enumerate(experts):
-            for matrix, one in zip(MATRICES[group], rows_of(codes[i], len(MATRICES[group])), strict=True):
-                packed = pack(one)
-                for suffix in packed_shapes(packed.shape, packed.precision):
-                    self._held[_key(expert, matrix, codes.precision, suffix)] = getattr(packed, suffix)
-                self._bytes += packed.nbytes
+    def __call__(self, packed: Mapping[str, Tensor]) -> None:
+        """Hold what :func:`packed_codes` made."""
+        self._held |= packed
+        self._bytes += sum(tensor.nbytes for tensor in packed.values())
         if self._bytes > FILE_BYTES:
             self._flush()
 
@@ -67,30 +75,40 @@ class Candidates:
         self._held, self._bytes = {}, 0
 
 
-def chosen(
-    journal: Journal, step: str, source: Source, layer: MoELayer, precisions: PrecisionMap
-) -> Iterator[tuple[str, QTensor]]:
-    """The packed matrices of a layer that a map chooses, in the order experts, then gate, up, down; 16 bits anew.
+class Stock:
+    """Reads what :class:`Candidates` wrote of one layer; ``step`` is the one of the journal that wrote it."""
 
-    step: the one that wrote the candidates. Raises :class:`OutputError` where one is not among them.
-    """
-    where: dict[str, Any] = {}
-    for name in journal.files(step):
-        stored: Any = safe_open(journal.folder / name, "pt")
-        where.update(dict.fromkeys(stored.keys(), stored))
-    for number, expert in enumerate(layer.experts):
+    def __init__(self, journal: Journal, step: str, source: Source, layer: MoELayer) -> None:
+        self.folder, self.source, self.layer = journal.folder, source, layer
+        self._where: dict[str, Any] = {}
+        for name in journal.files(step):
+            stored: Any = safe_open(journal.folder / name, "pt")
+            self._where.update(dict.fromkeys(stored.keys(), stored))
+
+    def unit(self, expert: int, group: ProjectionGroup, precision: Precision) -> list[QTensor]:
+        """The matrices of a unit at a precision, gate and up, or down; 16 bits anew.
+
+        Raises :class:`OutputError` where one is not among the candidates.
+        """
+        refs = zip(MATRICES[group], self.layer.experts[expert].refs(group), strict=True)
+        return [self._matrix(expert, matrix, ref, precision) for matrix, ref in refs]
+
+    def _matrix(self, expert: int, matrix: str, ref: WeightRef, precision: Precision) -> QTensor:
+        if precision.bits == 16:
+            return pack_full(read_matrix(self.source, ref))
+        keys = {s: _key(expert, matrix, precision, s) for s in packed_shapes(ref.shape, precision)}
+        if missing := [key for key in keys.values() if key not in self._where]:
+            raise OutputError(f"{self.folder} has no {missing[0]}; remove it and begin again")
+        parts = {suffix: self._where[key].get_tensor(key) for suffix, key in keys.items()}
+        return QTensor(parts["qweight"], parts["scales"], parts.get("zeros"), ref.shape, precision)
+
+
+def chosen(stock: Stock, precisions: PrecisionMap) -> Iterator[tuple[str, QTensor]]:
+    """The packed matrices of a layer that a map chooses, in the order experts, then gate, up, down."""
+    for number, expert in enumerate(stock.layer.experts):
         for group in GROUPS:
-            precision = precisions.of(layer.index, number, group)
-            for matrix, ref in zip(MATRICES[group], expert.refs(group), strict=True):
-                if precision.bits == 16:
-                    yield expert.names[matrix], pack_full(read_matrix(source, ref))
-                    continue
-                keys = {s: _key(number, matrix, precision, s) for s in packed_shapes(ref.shape, precision)}
-                if missing := [key for key in keys.values() if key not in where]:
-                    raise OutputError(f"{journal.folder} has no {missing[0]}; remove it and begin again")
-                parts = {suffix: where[key].get_tensor(key) for suffix, key in keys.items()}
-                made = QTensor(parts["qweight"], parts["scales"], parts.get("zeros"), ref.shape, precision)
-                yield expert.names[matrix], made
+            made = stock.unit(number, group, precisions.of(stock.layer.index, number, group))
+            yield from zip((expert.names[matrix] for matrix in MATRICES[group]), made, strict=True)
 
 
 def _key(expert: int, matrix: str, precision: Precision, suffix: str) -> str:

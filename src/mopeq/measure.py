@@ -22,20 +22,23 @@ from mopeq.analyze import (
     COSTS,
     GRADIENTS,
     WEIGHTED,
+    Map,
     Routed,
     analyze,
     check_request,
     data_facts,
+    here,
     layer_metrics,
     observe,
 )
-from mopeq.candidates import Candidates
+from mopeq.candidates import Candidates, packed_codes
 from mopeq.data.conversations import conversation_batches, has_images, read_conversations
+from mopeq.data.mixture import SELF, read_data, written
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
 from mopeq.errors import DataError, InputError
 from mopeq.journal import Journal
-from mopeq.load import load_original, load_processor, load_tokenizer, model_config
+from mopeq.load import load_processor, load_source, load_tokenizer, model_config
 from mopeq.memory import MOST
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
@@ -59,13 +62,17 @@ __all__ = [
     "token_weights",
 ]
 
+WRITTEN_APART = 48
+"""Texts that a model writes to be judged by: enough to try maps on and to compare."""
+WRITTEN_TOGETHER = 32
+"""Texts that it writes at a time."""
 WHOLE = ("fisher", "hessian_trace")
 """Metrics for which the model must be in memory whole."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text is run through the model. ``data`` None is the text that comes with mopeq.
+    """Which text is run through the model. ``data`` None is the text that comes with mopeq (:mod:`mopeq.data.mixture`).
 
     Of JSONL with images (data/conversations.py), ``samples`` conversations are taken whole and ``length`` says nothing.
 
@@ -122,7 +129,7 @@ def calibrated(opened: Prepared, calibration: Calibration, *, texts: Sequence[An
         length = max(batch["input_ids"].shape[1] for batch in batches)
     else:
         tokenizer, length = load_tokenizer(path), calibration.length
-        texts = texts or read_texts(calibration.data or bundled_text("calibration.jsonl"))
+        texts = texts or _texts(calibration, path)
         batches = token_batches(texts, tokenizer, length=length, **sizes)
     check_length(model_config(path), length)
     info: dict[str, Any] = {
@@ -180,7 +187,7 @@ def observed(
         track: progress.
     """
     ready = calibrated(opened, calibration, texts=texts)
-    loaded = load_original(opened.source.path, dtype=dtype)
+    loaded = load_source(opened.source, dtype)
     started = time.perf_counter()
     routed = observe(loaded, opened.spec, ready.batches, gradients=gradients, seed=calibration.seed, track=track)
     info = {**ready.info, "observe_seconds": round(time.perf_counter() - started, 2)}
@@ -195,9 +202,13 @@ def measure(
     options: Sequence[Precision] | None = None,
     quantizer: str = "gptq",
     dtype: torch.dtype | None = None,
+    across: Map = here,
     track: Track = silent,
 ) -> Stats:
-    """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``."""
+    """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``.
+
+    across: works on the experts of a layer, here or on a cluster; not for metrics that take the whole model.
+    """
     calibration = calibration or Calibration()
     opened = open_model(model)
     options = options or opened.inventory.precisions()
@@ -207,7 +218,11 @@ def measure(
             f"a modality weight enters {', '.join(WEIGHTED)}, and none of them is asked for; ask for one, or leave it "
             "out"
         )
-    if set(metrics) & set(WHOLE):
+    if whole := sorted(set(metrics) & set(WHOLE)):
+        if across is not here:
+            raise InputError(
+                f"{whole[0]} takes the whole model in one process; leave it out, or measure it without --ray"
+            )
         prepared = observed(
             opened, calibration, gradients=bool(set(GRADIENTS) & set(metrics)), dtype=dtype, track=track
         )
@@ -220,8 +235,9 @@ def measure(
     if streamed:
         ready, started = calibrated(opened, calibration), time.perf_counter()
         found, _ = measure_streamed(
-            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype, track=track
-        )
+            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype,
+            across=across, track=track,
+        )  # fmt: skip
         seconds = {**stats.info.get("seconds", {}), ", ".join(streamed): round(time.perf_counter() - started, 3)}
         stats = found.with_metrics(stats.metrics, seconds=seconds)
     return stats
@@ -237,6 +253,7 @@ def measure_streamed(
     dtype: torch.dtype | None = None,
     journal: Journal | None = None,
     memory: int = MOST,
+    across: Map = here,
     track: Track = silent,
 ) -> tuple[Stats, tuple[str, ...]]:
     """Metrics of a model of which one decoder layer at a time is in memory, and the units that fell back.
@@ -251,6 +268,7 @@ def measure_streamed(
         journal: of the folder that activations are spilled to; what the run that it tells of has measured is taken
             over, and every unit at every option is left there packed (``mopeq.candidates``), :func:`measured_step`.
         memory: bytes of experts at a time (:func:`~mopeq.memory.slab_bytes`).
+        across: works on them.
         track: progress.
     """
     spec, source = ready.spec, ready.source
@@ -272,8 +290,9 @@ def measure_streamed(
                 continue
             kept = None if journal is None else Candidates(journal.folder, store.scratch, layer)
             rows, short = layer_metrics(
-                source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory, keep=kept
-            )
+                source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory,
+                keep=None if kept is None else packed_codes, take=kept, across=across, track=track,
+            )  # fmt: skip
             facts = {"metrics": rows, "fallbacks": short}
             if journal is not None and kept is not None:
                 journal.record(measured_step(layer), facts, kept.finish())
@@ -322,10 +341,27 @@ def measure_prepared(
     return replace(stats, info={**prepared.info, **stats.info})
 
 
-def split_texts(calibration: Calibration) -> tuple[list[Any], list[Any]]:
+def _texts(calibration: Calibration, model: str | Path, more: int = 0) -> list[str]:
+    """All calibration texts; where the model writes them, ``more`` than are asked for."""
+    if calibration.data is None:
+        return read_texts(bundled_text("calibration.jsonl"))
+    if calibration.data != SELF:
+        return read_data(calibration.data)
+    return written(
+        load_source(open_source(model)),
+        load_tokenizer(model),
+        samples=calibration.samples + more,
+        length=calibration.length,
+        batch_size=WRITTEN_TOGETHER,
+        seed=calibration.seed,
+    )
+
+
+def split_texts(calibration: Calibration, model: str | Path) -> tuple[list[Any], list[Any]]:
     """What to calibrate on, and what is kept apart to judge by (a tenth; the bundled held-out text for bundled data).
 
-    Texts, or conversations where the data has images; of fewer than ten texts the last tenth of all is cut off.
+    Texts, or conversations where the data has images; of fewer than ten texts the last tenth of all is cut off. Where
+    the model writes them itself, it writes ``WRITTEN_APART`` more to judge by.
     """
     if has_pictures(calibration):
         conversations = read_conversations(str(calibration.data))
@@ -335,10 +371,14 @@ def split_texts(calibration: Calibration) -> tuple[list[Any], list[Any]]:
                 "kept apart for comparing; give more"
             )
         return [c for i, c in enumerate(conversations) if i % 10 != 9], conversations[9::10]
-    texts = read_texts(calibration.data or bundled_text("calibration.jsonl"))
     if calibration.data is None:
         names = ("heldout_code.txt", "heldout_docs.txt")
-        return texts, [text for name in names for text in read_texts(bundled_text(name))]
+        judging = [text for name in names for text in read_texts(bundled_text(name))]
+        return _texts(calibration, model), judging
+    if calibration.data == SELF:
+        texts = _texts(calibration, model, WRITTEN_APART)
+        return texts[WRITTEN_APART:], texts[:WRITTEN_APART]
+    texts = _texts(calibration, model)
     if len(texts) >= 10:
         return [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
     whole = "\n\n".join(texts)

@@ -18,21 +18,20 @@ from torch import Tensor, nn
 
 from mopeq.ahead import Ahead
 from mopeq.analyze import Routed
-from mopeq.analyze.slab import Slab, slabs
+from mopeq.analyze.slab import Layer, Map, Slab, here, mapped
 from mopeq.checkpoint import PackedWriter, Stored, linear_precisions, packed_config
 from mopeq.errors import InputError
 from mopeq.evaluate import Evaluation
 from mopeq.measure import Prepared
 from mopeq.memory import MOST
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
-from mopeq.progress import Track, silent
-from mopeq.qtensor import QTensor, pack, pack_full, rows_of
-from mopeq.quantizers import QUANTIZERS, once
+from mopeq.progress import Noting, Track, note, silent
+from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
+from mopeq.quantizers import DATA_FREE, QUANTIZERS, once
 from mopeq.source import Source, close_files, read_kept, read_matrix, stored_bytes
 from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 
 __all__ = [
-    "DATA_FREE",
     "LayerTensors",
     "Linears",
     "Packed",
@@ -43,13 +42,13 @@ __all__ = [
     "write_packed",
 ]
 
-DATA_FREE = ("rtn", "rtn-mse")
-"""Quantizers that run without calibration inputs."""
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "generation_config.json", "*processor_config.json", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """Files that go with a model and are copied as they are."""
+JUDGED_ROWS = 64
+"""Rows of a matrix by which progress tells the error: a few per cent of the time that quantizing it takes."""
 STEP_BYTES = 1 << 28
 """Bytes of the tensors outside the experts, as they are stored, that one step takes at most, or else one tensor."""
 
@@ -73,6 +72,8 @@ class Packed:
     evaluation: Evaluation | None = None
     note: str = ""
     """Why it was not compared with the original although that was asked for."""
+    guard: str = ""
+    """What a comparison of the allocated map with a uniform one found, and so which of them this is."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def pack_model(
     def tensors(layer: MoELayer, fallbacks: list[str]) -> Iterator[Stored]:
         seen = prepared.routed.get(layer.index)
         module = None if seen is None else prepared.model.get_submodule(layer.module)
-        return pack_experts(prepared, layer, precisions, method, fallbacks, seen, module, minimum_tokens)
+        return pack_experts(prepared, layer, precisions, method, fallbacks, seen, module, minimum_tokens, track=track)
 
     with PackedWriter(Path(out), needed_bytes=prepared.inventory.total_bytes(precisions)) as writer:
         return write_packed(writer, prepared, precisions, tensors, method, files or {}, track, linears)
@@ -212,40 +213,77 @@ def pack_experts(
     module: nn.Module | None = None,
     minimum_tokens: int | None = None,
     memory: int = MOST,
+    across: Map = here,
+    track: Track = silent,
 ) -> Iterator[Stored]:
     """Packed matrices of one MoE layer, in the order experts, then gate, up, down.
 
     seen, module: what the layer saw and its experts module; without, no moments. Units whose moments were filled up
-    are added to ``fallbacks``. memory: bytes of experts at a time.
+    are added to ``fallbacks``. memory: bytes of experts at a time. across: does the work. track: is told what is done
+    and, if it shows that, the share of the squared output (without moments, of the squared weights) that is lost.
     """
     made: dict[tuple[int, str], QTensor] = {}
-    for slab in slabs(opened.source, layer, seen, module, minimum_tokens=minimum_tokens, memory=memory):
+    done, count = 0, len(layer.experts)
+    share = "share of squared weights lost" if seen is None else "share of squared output lost"
+    rows = {group: precisions.experts[group][layer.index] for group in GROUPS}
+    work = partial(_packed_slab, rows=rows, method=method, judged=isinstance(track, Noting))
+    for slab in mapped(across, Layer(opened.source, layer, seen, module, minimum_tokens, memory), work):
         fallbacks += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
-        for group in GROUPS:
-            rows = precisions.experts[group][layer.index]
-            made.update(_packed_slab(slab, group, [rows[e] for e in slab.experts], method))
+        made |= slab.made
+        done += len(slab.experts)
+        note(track, layer=layer.index, expert=done, experts=count, lost=slab.lost, whole=slab.whole, error_of=share)
     for expert in layer.experts:
         for matrix, name in expert.names.items():
             yield name, made[expert.id.expert, matrix]
 
 
+@dataclass(frozen=True)
+class PackedSlab:
+    """Some experts packed, and what was ``lost`` of ``whole``, squared and summed over some rows."""
+
+    experts: tuple[int, ...]
+    made: Mapping[tuple[int, str], QTensor]
+    short: Mapping[ProjectionGroup, tuple[int, ...]]
+    lost: float
+    whole: float
+
+
 def _packed_slab(
-    slab: Slab, group: ProjectionGroup, wanted: Sequence[Precision], method: str
-) -> Iterator[tuple[tuple[int, str], QTensor]]:
-    """One group of some experts, those of equal precision together; moments are factorized once."""
-    weights, quantizer = slab.weights[group], QUANTIZERS[method]
-    inputs = once(quantizer, None if slab.moments is None else getattr(slab.moments, group))
-    for precision in dict.fromkeys(wanted):
-        at = [i for i, p in enumerate(wanted) if p == precision]
-        if precision.bits == 16:
-            parts = {slab.experts[i]: [pack_full(m) for m in weights[i].chunk(len(MATRICES[group]))] for i in at}
-        else:
-            codes = quantizer(weights[at], precision, None if inputs is None else inputs[at])
-            parts = {
-                slab.experts[i]: [pack(c) for c in rows_of(codes[n], len(MATRICES[group]))] for n, i in enumerate(at)
-            }
-        for expert, packed in parts.items():
-            yield from (((expert, m), q) for m, q in zip(MATRICES[group], packed, strict=True))
+    slab: Slab, *, rows: Mapping[ProjectionGroup, Sequence[Precision]], method: str, judged: bool
+) -> PackedSlab:
+    """Some experts, of each group those of equal precision together; moments are factorized once."""
+    made: dict[tuple[int, str], QTensor] = {}
+    lost = whole = 0.0
+    quantizer = QUANTIZERS[method]
+    for group in GROUPS:
+        weights, parts = slab.weights[group], len(MATRICES[group])
+        moments = None if slab.moments is None else getattr(slab.moments, group)
+        inputs = once(quantizer, moments)
+        wanted = [rows[group][expert] for expert in slab.experts]
+        for precision in dict.fromkeys(wanted):
+            at = [i for i, p in enumerate(wanted) if p == precision]
+            if precision.bits == 16:
+                packed = {i: [pack_full(m.cpu()) for m in weights[i].chunk(parts)] for i in at}
+            else:
+                codes = quantizer(weights[at], precision, None if inputs is None else inputs[at])
+                if judged:
+                    one, all_of_it = _loss(weights[at], codes, None if moments is None else moments[at])
+                    lost, whole = lost + one, whole + all_of_it
+                codes = on_cpu(codes)
+                packed = {i: [pack(c) for c in rows_of(codes[n], parts)] for n, i in enumerate(at)}
+            for i, matrices in packed.items():
+                made.update(((slab.experts[i], m), q) for m, q in zip(MATRICES[group], matrices, strict=True))
+    return PackedSlab(slab.experts, made, slab.short, lost, whole)
+
+
+def _loss(weight: Tensor, codes: Codes, moments: Tensor | None) -> tuple[float, float]:
+    """tr(D M D^T) of the error D, and tr(W M W^T), over the first rows of each matrix; M is 1 without moments."""
+    some = slice(JUDGED_ROWS)
+    zeros = None if codes.zeros is None else codes.zeros[:, some]
+    kept = weight[:, some]
+    error = kept - dequantize(Codes(codes.codes[:, some], codes.scales[:, some], zeros, codes.precision))
+    squares = [float(((m if moments is None else m @ moments) * m).sum()) for m in (error, kept)]
+    return squares[0], squares[1]
 
 
 def packed_step(layer: MoELayer) -> str:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from mopeq.precision import FULL, Precision
 
-__all__ = ["Codes", "QTensor", "dequantize", "pack", "pack_bits", "packed_shapes", "rows_of", "unpack", "unpack_bits"]
+__all__ = [
+    "Codes", "QTensor", "dequantize", "on_cpu", "pack", "pack_bits", "packed_shapes", "rows_of", "unpack",
+    "unpack_bits",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,12 @@ def rows_of(codes: Codes, parts: int) -> list[Codes]:
     zeros = [None] * parts if codes.zeros is None else list(codes.zeros.chunk(parts))
     both = zip(codes.codes.chunk(parts), codes.scales.chunk(parts), zeros, strict=True)
     return [Codes(c, s, z, codes.precision) for c, s, z in both]
+
+
+def on_cpu(codes: Codes) -> Codes:
+    """The same codes on the CPU."""
+    zeros = None if codes.zeros is None else codes.zeros.cpu()
+    return Codes(codes.codes.cpu(), codes.scales.cpu(), zeros, codes.precision)
 
 
 def pack(codes: Codes) -> QTensor:

@@ -24,17 +24,14 @@ from torch import nn
 
 from mopeq.allocate import COSTS, allocate, parse_budget, uniform_map
 from mopeq.allocate.budget import check_budget, expert_budget
-from mopeq.analyze import Routed, check_request
+from mopeq.analyze import Map, Routed, check_request, here
 from mopeq.autoload import callable_module
-from mopeq.candidates import candidate_bytes, chosen
+from mopeq.candidates import Stock, candidate_bytes, chosen
 from mopeq.checkpoint import PackedWriter, Stored, read_manifest
-from mopeq.data.conversations import conversation_batches
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
-from mopeq.evaluate import Evaluation, evaluate
-from mopeq.evaluate.answers import evaluate_answers
 from mopeq.journal import Journal, read_journal
-from mopeq.load import load, load_original, load_processor, load_tokenizer
+from mopeq.load import load_source, load_tokenizer
 from mopeq.measure import (
     Calibration,
     Prepared,
@@ -47,7 +44,6 @@ from mopeq.measure import (
 )
 from mopeq.memory import PROCESS, Footprint, available_bytes, footprint, slab_bytes
 from mopeq.pack import (
-    DATA_FREE,
     LayerTensors,
     Packed,
     check_method,
@@ -58,15 +54,17 @@ from mopeq.pack import (
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
 from mopeq.progress import Track, silent
+from mopeq.quantizers import DATA_FREE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
-from mopeq.stats import write_json
+from mopeq.stats import Stats, write_json
 from mopeq.stream import Shell, Store, forward, stored_dtype
+from mopeq.trial import JUDGED_WINDOWS, Choice, compared, settled, tried
 
 __all__ = ["Packed", "pack_model", "quantize", "require_new", "run_record"]
 
-JUDGED_WINDOWS = 32
-"""Windows of held-out text on which a new checkpoint is compared with its original."""
+TRIED = "try the map"
+"""The step of the journal in which a map was tried on held-out text."""
 
 
 def quantize(
@@ -81,12 +79,17 @@ def quantize(
     options: Sequence[Precision] | None = None,
     cost: str = "fisher_error",
     granularity: str = "group",
+    uniform_layers: bool = False,
     rest: Mapping[str, Precision] | None = None,
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
+    guard: bool | None = None,
+    refine: int = 0,
     resume: bool = False,
     max_memory: int | None = None,
     command: str = "",
+    recipe: str = "",
+    across: Map = here,
     track: Track = silent,
 ) -> Packed:
     """The ``quantize`` verb: with a map, quantize and pack; with a budget, measure and allocate first.
@@ -106,27 +109,35 @@ def quantize(
         options: precisions that the allocator may choose from; None for ``Inventory.precisions()``.
         cost: cost metric that it reads.
         granularity: ``group`` or ``expert``.
+        uniform_layers: allocate one precision for all experts of a layer, as other runtimes need (mopeq export).
         rest: precisions of the groups outside the experts, over the defaults.
         dtype: compute type of the original model.
         evaluated: compare the result with the original, if both fit in memory together; ``Packed.note`` says if not.
+        guard: with a budget, pack the uniform map instead where the allocated one is not better on held-out text; None
+            does it where the result is ``evaluated``. ``Packed.guard`` says what was found.
+        refine: with a budget, exchanges of precisions to try on held-out text (:mod:`mopeq.refine`).
         resume: go on with what the same call left unfinished; the result is the same as without the interruption.
         max_memory: bytes that this process may have resident; None for what the machine has. Less than the least
             possible is an :class:`InputError` with the number needed.
         command: command line to record.
+        recipe: named set of choices to record.
+        across: works on the experts of a layer: here, or on a cluster (``mopeq.integrations.ray``).
         track: progress.
     """
     if sum(way is not None for way in (precisions, uniform, budget)) != 1:
         raise InputError("give one of a precision map, a uniform precision and a budget")
     if precisions is not None and rest:
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
+    if refine < 0 or ((guard or refine) and budget is None):
+        raise InputError("a guard and exchanges, 0 or more, are for what a budget led to; leave them out, or give one")
     check_method(method)
     if not resume:
         require_new(Path(out))
     calibration = calibration or Calibration()
     clock = _Clock()
-    training, heldout = split_texts(calibration)
     rest = {**DEFAULT_REST, **(rest or {})}
     opened = open_model(model)
+    training, heldout = split_texts(calibration, opened.source.path)
     options = options or opened.inventory.precisions()
     if budget is not None:
         sizes = (opened.inventory.expert_bytes(uniform_map(opened.inventory, [p], None, rest)) for p in options)
@@ -138,7 +149,9 @@ def quantize(
         precisions = PrecisionMap.uniform(opened.inventory.experts, uniform, rest)
     if precisions is not None:
         opened.inventory.check(precisions)
-    if evaluated and not has_pictures(calibration):  # text that cannot be scored is found before hours of work
+    guard = budget is not None and (evaluated if guard is None else guard)
+    judged = evaluated or guard or refine > 0
+    if judged and not has_pictures(calibration):  # text that cannot be scored is found before hours of work
         try:
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
@@ -148,31 +161,33 @@ def quantize(
     if budget is not None or method not in DATA_FREE:
         opened = calibrated(opened, calibration, texts=training)
     plan = _Plan(
-        opened, method, budget, precisions, tuple(options), cost, granularity, rest, calibration.seed, dtype, max_memory
-    )
+        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, rest, calibration,
+        dtype, max_memory, heldout, guard, refine,
+    )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
     packed = _finished(Path(out), plan, job) if resume else None
     if packed is None:
         with PackedWriter(out, needed_bytes=plan.disk_bytes, job=job, resume=resume) as writer, writer.disk():
-            packed = plan.carry_out(writer, clock, track)
+            packed = plan.carry_out(writer, clock, across, track)
         clock("quantize")
     run = packed.path / "mopeq" / "run.json"
     if not run.exists():
-        write_json(run, run_record(opened, packed, method, [command], clock.seconds))
+        write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
     if evaluated and not (packed.path / "mopeq" / "evaluation.json").exists():
-        if note := _too_large(plan, packed, model):
-            return replace(packed, note=note)
+        if why := plan.too_large(packed.bytes):
+            again = f"where there is more, mopeq eval {packed.path} --against {model} compares them"
+            return replace(packed, note=f"not compared with the original: {why}; {again}")
         try:
-            judged = _judge(opened, packed, heldout, calibration, dtype, track)
+            found = compared(opened, packed.path, heldout, calibration, dtype, track)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(
                 f"interrupted while comparing; {out} is complete, mopeq eval {out} --against {model} compares it"
             ) from stop
         clock("evaluate")
-        write_json(packed.path / "mopeq" / "evaluation.json", judged.to_json())
-        packed = replace(packed, evaluation=judged)
-        write_json(run, run_record(opened, packed, method, [command], clock.seconds))
+        write_json(packed.path / "mopeq" / "evaluation.json", found.to_json())
+        packed = replace(packed, evaluation=found)
+        write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
     return packed
 
 
@@ -187,10 +202,14 @@ class _Plan:
     options: tuple[Precision, ...]
     cost: str
     granularity: str
+    uniform_layers: bool
     rest: Mapping[str, Precision]
-    seed: int
+    calibration: Calibration
     dtype: torch.dtype | None
     max_memory: int | None
+    heldout: Sequence[Any]
+    guard: bool
+    refine: int
 
     @property
     def footprint(self) -> Footprint:
@@ -223,22 +242,23 @@ class _Plan:
         fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
         return most + fixed + candidate_bytes(inventory, self.options) + (layers + 2) * stored
 
-    def carry_out(self, writer: PackedWriter, clock: _Clock, track: Track) -> Packed:
+    def carry_out(self, writer: PackedWriter, clock: _Clock, across: Map, track: Track) -> Packed:
         """All steps that are not done yet."""
         opened, journal = self.opened, writer.journal
         assert journal is not None
         if self.precisions is not None:
-            tensors = self._tensors(self.precisions, journal, track)
+            tensors = self._tensors(self.precisions, journal, across, track)
             return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track)
         stats, fallbacks = measure_streamed(
             opened,
             ("frequency", "gate_mass", self.cost),
             options=self.options,
             quantizer=self.method,
-            seed=self.seed,
+            seed=self.calibration.seed,
             dtype=self.dtype,
             journal=journal,
             memory=slab_bytes(self.max_memory, self.footprint),
+            across=across,
             track=track,
         )
         clock("measure")
@@ -251,20 +271,50 @@ class _Plan:
                 cost=self.cost,
                 options=self.options,
                 granularity=self.granularity,
+                uniform_layers=self.uniform_layers,
                 rest=self.rest,
             )
             known = {"map": made.to_json()}
             journal.record("allocate", known)
         clock("allocate")
         precisions = PrecisionMap.from_json(known["map"])
+        if self.guard or self.refine:
+            if (known := journal.done(TRIED)) is None:
+                known = self._tried(journal, precisions, stats, track)
+                journal.record(TRIED, known)
+            precisions = PrecisionMap.from_json(known["map"])
+            clock("try")
 
         def taken(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
             short += [unit for unit in fallbacks if int(unit.partition(".")[0]) == layer.index]
-            return chosen(journal, measured_step(layer), opened.source, layer, precisions)
+            return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
-        return write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
+        packed = write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
+        return replace(packed, guard=known.get("sentence", ""))
 
-    def _tensors(self, precisions: PrecisionMap, journal: Journal, track: Track) -> LayerTensors:
+    def _tried(self, journal: Journal, made: PrecisionMap, stats: Stats, track: Track) -> dict[str, Any]:
+        """The map to pack, tried out where there is memory and text for it, and a sentence that says why it is it."""
+        what = " and ".join([*["refined"] * bool(self.refine), *["compared with uniform precision"] * self.guard])
+        if why := self.too_large(self.opened.inventory.total_bytes(made)):
+            return {"map": made.to_json(), "sentence": f"the map was not {what}: {why}"}
+        layers, source = self.opened.spec.layers, self.opened.source
+        units = {layer.index: Stock(journal, measured_step(layer), source, layer).unit for layer in layers}
+        original, cache = load_source(source, self.dtype), journal.folder if self.refine else None
+        try:
+            with tried(original, self.opened, units, self.heldout, self.calibration, cache=cache, track=track) as judge:
+                choice = Choice(stats, self.cost, self.options, self.granularity, self.budget or "")
+                found = settled(made, self.opened, choice, judge, self.refine, self.guard, track)
+        except DataError as error:
+            return {"map": made.to_json(), "sentence": f"the map was not {what}: {error}"}
+        return {"map": found.precisions.to_json(), "sentence": found.sentence}
+
+    def too_large(self, packed_bytes: int) -> str:
+        """Why the original and a packed model of that size cannot be compared here; empty if they can."""
+        have = min(available_bytes(), self.max_memory or available_bytes())
+        need = PROCESS + self.itemsize * self.opened.inventory.parameters + packed_bytes
+        return "" if need <= have else f"both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB"
+
+    def _tensors(self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track) -> LayerTensors:
         """Packs a layer with a map, running the model up to it where the quantizer needs what it saw."""
         sweep: Iterator[tuple[MoELayer, nn.Module, Routed]] | None = None
 
@@ -277,7 +327,10 @@ class _Plan:
                     sweep = forward(shell, self.opened.batches, Store(journal), until=layer.index, track=track)
                 seen, module = next((routed, experts) for at, experts, routed in sweep if at.index == layer.index)
             memory = slab_bytes(self.max_memory, self.footprint)
-            return pack_experts(self.opened, layer, precisions, self.method, short, seen, module, memory=memory)
+            return pack_experts(
+                self.opened, layer, precisions, self.method, short, seen, module,
+                memory=memory, across=across, track=track,
+            )  # fmt: skip
 
         return tensors
 
@@ -298,7 +351,12 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
         "map": None if plan.precisions is None else _hash(plan.precisions.to_json()),
         "method": plan.method,
         **({"options": [str(p) for p in plan.options], "cost": plan.cost} if plan.budget is not None else {}),
-        **({"granularity": plan.granularity} if plan.budget is not None else {}),
+        **(
+            {"granularity": plan.granularity, "guard": plan.guard, "refine": plan.refine}
+            if plan.budget is not None
+            else {}
+        ),
+        **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
         "dtype": None if plan.dtype is None else str(plan.dtype),
@@ -312,18 +370,6 @@ def _digest(calibration: Calibration, texts: Sequence[Any]) -> str:
         return _hash(list(texts))
     return _hash([[message["role"], part.get("text") or hashlib.sha256(part["image"].tobytes()).hexdigest()]
                   for said in texts for message in said for part in message["content"]])  # fmt: skip
-
-
-def _too_large(plan: _Plan, packed: Packed, model: str | Path) -> str:
-    """Why the result cannot be compared with the original here; empty if it can."""
-    have = min(available_bytes(), plan.max_memory or available_bytes())
-    need = PROCESS + plan.itemsize * packed.inventory.parameters + packed.bytes
-    if need <= have:
-        return ""
-    return (
-        f"not compared with the original: both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB; "
-        f"where there is more, mopeq eval {packed.path} --against {model} compares them"
-    )
 
 
 def _hash(value: Any) -> str:
@@ -341,41 +387,8 @@ def _finished(out: Path, plan: _Plan, job: Mapping[str, Any]) -> Packed | None:
     original = sum(stored_bytes(source, key) for key in source.shapes)
     packed = (found[1][packed_step(layer)] for layer in plan.opened.spec.layers)
     fallbacks = tuple(unit for facts in packed for unit in facts["fallbacks"])
-    return Packed(out, manifest.precisions, size, original, 0.0, fallbacks, manifest.inventory)
-
-
-def _judge(
-    prepared: Prepared,
-    packed: Packed,
-    heldout: Sequence[Any],
-    calibration: Calibration,
-    dtype: torch.dtype | None,
-    track: Track,
-) -> Evaluation:
-    """The packed model, as a user will load it, beside the original on text that neither was calibrated on."""
-    path = prepared.source.path
-    original = prepared.model if prepared.model is not None else load_original(path, dtype=dtype)
-    small = load(packed.path, dtype=original.dtype)
-    if has_pictures(calibration):
-        batches = conversation_batches(
-            heldout[:JUDGED_WINDOWS],
-            load_processor(path),
-            samples=JUDGED_WINDOWS,
-            batch_size=calibration.batch_size,
-            seed=0,
-        )
-        return evaluate_answers(original, small, batches, track=track)
-    tokenizer = prepared.tokenizer or load_tokenizer(path)
-    return evaluate(
-        small,
-        tokenizer,
-        reference=original,
-        text=heldout,
-        length=calibration.length,
-        limit=JUDGED_WINDOWS,
-        batch_size=calibration.batch_size,
-        track=track,
-    )
+    sentence = found[1].get(TRIED, {}).get("sentence", "")
+    return Packed(out, manifest.precisions, size, original, 0.0, fallbacks, manifest.inventory, guard=sentence)
 
 
 class _Clock:
@@ -392,7 +405,12 @@ class _Clock:
 
 
 def run_record(
-    prepared: Prepared, packed: Packed, method: str, commands: Sequence[str], seconds: Mapping[str, float]
+    prepared: Prepared,
+    packed: Packed,
+    method: str,
+    commands: Sequence[str],
+    seconds: Mapping[str, float],
+    recipe: str = "",
 ) -> dict[str, Any]:
     """What ``run.json`` says: how the folder was made, with which versions, and which experts fell back."""
     names = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
@@ -410,6 +428,7 @@ def run_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "fallbacks": list(packed.fallbacks),
+        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
         "seconds": dict(seconds),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
     }

@@ -30,8 +30,8 @@ from mopeq.checkpoint import write_tensors
 from mopeq.errors import ModelError
 from mopeq.journal import Journal
 from mopeq.load import auto_class, model_config
-from mopeq.progress import Track, silent
-from mopeq.source import Source, decoder_layer
+from mopeq.progress import Track, note, silent
+from mopeq.source import Source, decoder_layer, read_tensor
 from mopeq.spec import MoELayer, MoESpec
 
 __all__ = ["Shell", "Store", "backward", "forward", "stored_dtype"]
@@ -204,7 +204,12 @@ class Shell:
         with ExitStack() as stack:
             files = {self.source.files[key] for key in keys}
             opened = {name: stack.enter_context(safe_open(self.source.path / name, "pt")) for name in files}
-            lazy = {key: opened[self.source.files[key]].get_slice(key) for key in keys}
+            lazy: dict[str, Any] = {
+                key: read_tensor(self.source, key)
+                if key in self.source.packed
+                else opened[self.source.files[key]].get_slice(key)
+                for key in keys
+            }
             info, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
         self.model.requires_grad_(False)
         problems = {"mismatched_keys": "have other shapes in it", "conversion_errors": "cannot be converted"}
@@ -240,7 +245,7 @@ def forward(
     for number in track(range(begin, last + 1), "calibration data through the model", last + 1 - begin):
         tap = Tap(moe[number], experts_module(shell.model, moe[number]), False, None) if number in moe else None
         with torch.no_grad():
-            outputs = _layer(shell, number, batches, store, tap if number >= start else None)
+            outputs = _layer(shell, number, batches, store, tap if number >= start else None, track=track)
         store.put(f"hidden {number + 1}", outputs)
         del outputs
         if tap is not None and number >= start:
@@ -275,7 +280,7 @@ def backward(
         begin = next((k for k in range(lost[0] - 1, 0, -1) if store.has(f"hidden {k}")), 0)
         for number in track(range(begin, lost[-1]), "calibration data forward", lost[-1] - begin):
             with torch.no_grad():
-                store.put(f"hidden {number + 1}", _layer(shell, number, batches, store, None))
+                store.put(f"hidden {number + 1}", _layer(shell, number, batches, store, None, track=track))
             shell.release(number)
     if top is None:
         top = count
@@ -283,7 +288,7 @@ def backward(
     for number in track(range(top - 1, least - 1, -1), "and back", top - least):
         tap = Tap(moe[number], experts_module(shell.model, moe[number]), True, None) if number in moe else None
         with torch.enable_grad():
-            gradients = _layer(shell, number, batches, store, tap, store.get(f"gradient {number + 1}"))
+            gradients = _layer(shell, number, batches, store, tap, store.get(f"gradient {number + 1}"), track)
         store.put(f"gradient {number}", gradients)
         del gradients
         if tap is not None:
@@ -302,12 +307,14 @@ def _layer(
     store: Store,
     tap: Tap | None,
     gradients: Sequence[Tensor] | None = None,
+    track: Track = silent,
 ) -> list[Tensor]:
     """Run one layer over all batches: its outputs, or, given the gradients at them, the gradients at its inputs."""
     shell.layer(number, number + (1 if gradients is None else -1))
     inputs: Sequence[Tensor | None] = store.get(f"hidden {number}") if number else [None] * len(batches)
     handles = [] if tap is None else tap.attach(shell.model)
-    made = []
+    made: list[Tensor] = []
+    tokens = 0
     try:
         for at, (batch, given) in enumerate(zip(batches, inputs, strict=True)):
             if tap is not None:
@@ -319,6 +326,8 @@ def _layer(
             if tap is not None:
                 tap.check(at)
                 tap.end()
+            tokens += batch["input_ids"].numel()
+            note(track, layer=number, tokens=tokens)
     finally:
         for handle in handles:
             handle.remove()

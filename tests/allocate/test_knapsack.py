@@ -13,7 +13,7 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopeq.allocate import knapsack
+from mopeq.allocate import knapsack, predicted
 from mopeq.allocate.knapsack import TOLERANCE, exact, greedy, knapsack_map, relaxation
 from mopeq.errors import BudgetError, MapError
 from mopeq.precision import FULL, GROUPS, Precision, PrecisionMap
@@ -295,3 +295,25 @@ def test_a_measured_cost_that_rises_with_bits_is_not_paid_for() -> None:
     made = knapsack_map(stats.with_metrics({name: rows}), "fisher_error", 4.6)
     assert all(p != P4 for row in made.experts["down"].values() for p in row)
     assert OPTIONS[-1] in made.histogram()
+
+
+@pytest.mark.parametrize("granularity", ["group", "expert"])
+def test_uniform_layers_is_the_best_of_all_such_maps(granularity: str) -> None:
+    stats = measured(model(layers=2, experts=4, uneven=True))
+    budget = "3.1bpw"
+    made = knapsack_map(stats, "fisher_error", budget, granularity=granularity, uniform_layers=True, rest={})
+    assert all(len(set(row)) == 1 for rows in made.experts.values() for row in rows.values())
+    best = np.inf
+    choosers = [(layer, group) for layer in stats.model.layers for group in GROUPS]
+    for choice in itertools.product(OPTIONS, repeat=len(choosers)):
+        chosen = dict(zip(choosers, choice, strict=True))
+        if granularity == "expert" and any(chosen[k, "gate_up"] != chosen[k, "down"] for k in stats.model.layers):
+            continue
+        rows = {g: {k: (chosen[k, g],) * n for k, n in stats.model.experts.items()} for g in GROUPS}
+        other = PrecisionMap(rows, {})
+        if stats.model.expert_bits(other) <= 3.1:
+            best = min(best, predicted(stats, "fisher_error", other))
+    assert predicted(stats, "fisher_error", made) == pytest.approx(best, rel=1e-9)
+    assert stats.model.expert_bits(made) <= 3.1
+    assert made.note["uniform_layers"] is True
+    assert best > predicted(stats, "fisher_error", knapsack_map(stats, "fisher_error", budget, rest={}))

@@ -14,18 +14,7 @@ from mopeq.cli import main
 from mopeq.errors import InputError, ModelError
 from mopeq.load import load_processor, takes_images
 from mopeq.runtime.generate import generate
-from reference import DEEPSEEK, FOLDER, MOLMOE, cases, loaded
-
-PROCESSORS = FOLDER / "processors"
-FILES = {DEEPSEEK[0]: "deepseek_vl2", MOLMOE: "molmoe"}
-
-
-def folder_of(name: str, tmp_path: Path) -> Path:
-    """A whole model folder: the fixture's model and the processor's files."""
-    folder = tmp_path / name
-    shutil.copytree(FOLDER / name, folder)
-    shutil.copytree(PROCESSORS / FILES[name], folder, dirs_exist_ok=True)
-    return folder
+from reference import DEEPSEEK, FILES, FOLDER, MOLMOE, PROCESSORS, cases, folder_of, loaded
 
 
 def prompt_of(name: str, case: str) -> Any:

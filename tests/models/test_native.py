@@ -15,7 +15,8 @@ import packing
 import tiny
 from mopeq.adapters import describe
 from mopeq.analyze.observe import observe
-from mopeq.load import load
+from mopeq.load import load, load_original
+from mopeq.runtime.decode import Sampling, decode
 from mopeq.source import open_source
 from mopeq.stream import Shell, Store, backward, forward
 
@@ -75,6 +76,20 @@ def test_with_an_image(family: str, tiny_model: Make, tmp_path: Path) -> None:
     towers = [ref.key for ref in describe(open_source(original)).kept if ref.group in ("vision", "projector")]
     assert towers
     assert all(stored[key].dtype == torch.bfloat16 for key in towers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", INPUTS)
+def test_decoding_one_prompt_after_another(family: str, tiny_model: Make) -> None:
+    """An image's positions, which some models keep, are not the next prompt's."""
+    model = load_original(tiny_model(family))
+    _, inputs = INPUTS[family]
+    text = prompt(33, 3)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tiny.PAD, "eos_token_id": None}
+    wanted = [model.generate(**given, **settings)[0, given["input_ids"].shape[1] :] for given in (inputs, text)]
+    for given, want in zip((inputs, text), wanted, strict=True):
+        images = {name: value for name, value in given.items() if name not in ("input_ids", "attention_mask")}
+        assert list(decode(model, given["input_ids"], 6, frozenset(), Sampling(), images)) == want.tolist()
 
 
 @pytest.mark.parametrize("family", INPUTS)

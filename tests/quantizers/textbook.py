@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -69,6 +72,63 @@ def gptq(
         inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
         inverse[column, column] = 1.0  # done: its row and column are zero from here on
     return codes
+
+
+def hqq(weight: Floats, scale: Floats, zero: Floats, precision: Precision, turns: int) -> Floats:
+    """Zero points (out, groups) of HQQ, group after group."""
+    found, size, top = zero.copy(), weight.shape[1] // scale.shape[1], 2**precision.bits - 1
+    for row, g in np.ndindex(*scale.shape):
+        w, s, z, beta = weight[row, g * size : (g + 1) * size], scale[row, g], zero[row, g], 10.0
+        for _ in range(turns):
+            total = 0.0
+            for value in w:
+                q = min(max(round(value / s + z), 0), top)
+                e = value - s * (q - z)
+                sparse = 0.0 if e == 0 else math.copysign(max(abs(e) - abs(e) ** -0.3 / beta, 0.0), e)
+                total += q - (value - sparse) / s
+            z, beta = total / size, beta * 1.01
+        found[row, g] = z
+    return found
+
+
+def signround(weight: Floats, h: Floats, precision: Precision, turns: int) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Scale, zero point (out, groups, 1) and codes of SignRound, with gradients derived by hand."""
+    out, inp = weight.shape
+    w = weight.reshape(out, precision.group_count(inp), -1)
+    top, half = 2**precision.bits - 1, 2 ** (precision.bits - 1)
+    least, most = np.minimum(w.min(-1, keepdims=True), 0), np.maximum(w.max(-1, keepdims=True), 0)
+    v, a, b = np.zeros_like(w), np.ones_like(least), np.ones_like(least)
+    best: tuple[float, Any] = (np.inf, None)
+    for turn in range(turns + 1):
+        low, high = a * least, b * most
+        reach = 2 * np.maximum(high, -low) if precision.symmetric else high - low
+        s = np.float16(reach / top).astype(np.float64)
+        raw = np.full_like(s, half) if precision.symmetric else np.round(-low / s)
+        z = np.clip(raw, 0, top)
+        k = np.round(w / s + v) + z
+        q = np.clip(k, 0, top)
+        error = ((q - z) * s - w).reshape(out, inp)
+        loss = float(((error @ h) * error).sum())
+        if loss < best[0]:
+            best = loss, (s, z, q.reshape(out, inp).astype(np.int64))
+        if turn == turns:
+            break
+        slope = (error @ h).reshape(w.shape)
+        inside = (k >= 0) & (k <= top)
+        z_by_s, z_by_low = (0.0, 0.0) if precision.symmetric else (low / s**2, -1 / s)
+        by_s = (q - z) + s * (inside * (z_by_s - w / s**2) - z_by_s)
+        by_low = s * (inside * z_by_low - z_by_low)
+        if precision.symmetric:
+            s_by_a, s_by_b = np.where(-low > high, -2 * least, 0) / top, np.where(high > -low, 2 * most, 0) / top
+        else:
+            s_by_a, s_by_b = -least / top, most / top
+        rate = (1 - turn / turns) / turns
+        gradient_a = (slope * (by_s * s_by_a + by_low * least)).sum(-1, keepdims=True)
+        gradient_b = (slope * by_s * s_by_b).sum(-1, keepdims=True)
+        v = np.clip(v - rate * np.sign(slope * s * inside), -0.5, 0.5)
+        a, b = np.clip(a - rate * np.sign(gradient_a), 0, 1), np.clip(b - rate * np.sign(gradient_b), 0, 1)
+    found: tuple[Floats, Floats, NDArray[np.int64]] = best[1]
+    return found
 
 
 def grid_of(codes: Codes) -> tuple[Floats, Floats]:

@@ -34,9 +34,23 @@ def test_parts_of_text_are_joined_and_roles_kept() -> None:
     assert (ask.max_tokens, ask.stop, ask.seed) == (5, ("x",), 3)
 
 
-IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+def image(role: str = "user", **part: Any) -> list[dict[str, Any]]:
+    return [{"role": role, "content": [{"type": "text", "text": "a"}, {"type": "image_url"} | part]}]
+
+
+def test_images_are_parts_with_their_addresses() -> None:
+    ask = parse("chat", body(CHAT, messages=image(image_url={"url": "data:,", "detail": "low"})), "m")
+    where = "messages[0].content[1]"
+    parts = [{"type": "text", "text": "a"}, {"type": "image", "image": "data:,", "where": where}]
+    assert ask.prompt == [{"role": "user", "content": parts}]
+
+
 REFUSED: list[tuple[Form, dict[str, Any], int, str]] = [
-    ("chat", {"messages": IMAGE}, 400, "takes text alone"),
+    ("chat", {"messages": image(type="input_audio")}, 400, "expected text or image_url"),
+    ("chat", {"messages": image(image_url="data:,")}, 400, "expected {"),
+    ("chat", {"messages": image(image_url={"url": 3})}, 400, "expected {"),
+    ("chat", {"messages": image(image_url={"url": "data:,", "detail": "most"})}, 400, "expected auto, low, high"),
+    ("chat", {"messages": image("system", image_url={"url": "data:,"})}, 400, "expected images in role user"),
     ("chat", {"messages": []}, 400, "missing or empty"),
     ("chat", {"messages": [{"role": "king", "content": "x"}]}, 400, "expected an object with role"),
     ("chat", {"messages": [{"role": "user"}]}, 400, "expected a text"),
@@ -44,9 +58,18 @@ REFUSED: list[tuple[Form, dict[str, Any], int, str]] = [
     ("chat", {"tools": [{"type": "function"}]}, 400, "tools is not supported"),
     ("chat", {"response_format": {"type": "json_object"}}, 400, "response_format is not supported"),
     ("chat", {"n": 2}, 400, "n is not supported"),
-    ("completions", {"prompt": [1, 2]}, 400, "token ids"),
+    ("completions", {"prompt": ["a", "b"]}, 400, "several prompts"),
+    ("completions", {"prompt": [[1], [2]]}, 400, "several prompts"),
+    ("completions", {"prompt": [1, True]}, 400, "list of token ids"),
+    ("completions", {"prompt": [2**63]}, 400, "list of token ids"),
+    ("completions", {"prompt": [[]]}, 400, "not empty"),
     ("completions", {"prompt": ""}, 400, "not empty"),
-    ("completions", {"logprobs": 1}, 400, "logprobs is not supported"),
+    ("completions", {"logprobs": 21}, 400, "0 to 20"),
+    ("completions", {"logprobs": True}, 400, "whole number"),
+    ("completions", {"logprobs": 1, "stream": True}, 400, "logprobs with stream"),
+    ("completions", {"echo": 1}, 400, "true or false"),
+    ("chat", {"logprobs": True}, 400, "logprobs is not supported"),
+    ("chat", {"echo": True}, 400, "echo is not supported"),
     ("completions", {"beam": 4}, 400, "beam is not supported"),
     ("completions", {"max_tokens": 0}, 400, "at least 1"),
     ("completions", {"max_tokens": 2.5}, 400, "whole number"),
@@ -56,7 +79,7 @@ REFUSED: list[tuple[Form, dict[str, Any], int, str]] = [
     ("completions", {"temperature": float("nan")}, 400, "from 0 to 2"),
     ("completions", {"top_p": 0}, 400, "above 0"),
     ("completions", {"seed": 2**64}, 400, "64 bits"),
-    ("completions", {"stop": ["a"] * 5}, 400, "up to 4"),
+    ("completions", {"stop": ["a"] * 17}, 400, "up to 16"),
     ("completions", {"stop": [""]}, 400, "none empty"),
     ("completions", {"stream": "yes"}, 400, "true or false"),
     ("completions", {"stream_options": {"include_usage": True}}, 400, "with stream true"),

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
-import uvicorn
 from openai import OpenAI
 
 import packing
@@ -29,7 +24,7 @@ from mopeq.load import load, load_tokenizer
 from mopeq.runtime.decode import decode
 from mopeq.runtime.generate import generate
 from mopeq.serve import Limits, vllm_command
-from mopeq.serve.app import application
+from serving import asking, raw, serving
 
 PROMPT = "def f("
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
@@ -47,23 +42,6 @@ def pair(folder: Path) -> tuple[Any, Any]:
     return load(folder, torch.float32), load_tokenizer(folder)
 
 
-@contextmanager
-def serving(pair: tuple[Any, Any], limits: Limits | None = None, api_key: str = "") -> Iterator[int]:
-    """The port of a server in a thread."""
-    app = application(*pair, "tiny", limits, api_key)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def port(pair: tuple[Any, Any]) -> Iterator[int]:
     with serving(pair, Limits(body_bytes=4096)) as number:
@@ -74,19 +52,6 @@ def port(pair: tuple[Any, Any]) -> Iterator[int]:
 def client(port: int) -> Iterator[OpenAI]:
     with asking(port) as made:
         yield made
-
-
-def asking(port: int, key: str = "none") -> OpenAI:
-    return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
-
-
-def raw(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request(method, path, body, {"content-type": "application/json"})
-    response = connection.getresponse()
-    text = response.read().decode()
-    connection.close()
-    return response.status, json.loads(text) if text.startswith("{") else text
 
 
 def metric(port: int, name: str) -> float:
@@ -139,6 +104,34 @@ def test_a_stop_text_ends_the_answer_before_it(client: OpenAI, pair: tuple[Any, 
     assert "".join(p.choices[0].text for p in client.completions.create(**options, stream=True)) == made.choices[0].text
 
 
+def test_logprobs_are_those_of_one_pass(client: OpenAI, pair: tuple[Any, Any]) -> None:
+    """Of prompt and answer, as a text and as ids: lm-eval sends these."""
+    ids = pair[1](PROMPT)["input_ids"]
+    expected = generate(*pair, PROMPT, max_new_tokens=4)
+    with torch.no_grad():
+        whole = pair[0](input_ids=torch.tensor([[*ids, *expected.tokens]])).logits[0].float().log_softmax(-1)
+    want = [float(whole[i, token]) for i, token in enumerate([*ids[1:], *expected.tokens])]
+    options: Any = {"model": "tiny", "max_tokens": 4, "temperature": 0, "logprobs": 2}
+    for prompt in (PROMPT, ids, [ids]):
+        made = client.completions.create(prompt=prompt, echo=True, **options).choices[0]
+        assert made.text == PROMPT + expected.text
+        found: Any = made.logprobs
+        assert found.token_logprobs[0] is found.top_logprobs[0] is None
+        assert found.token_logprobs[1:] == pytest.approx(want, abs=1e-4)
+        assert "".join(found.tokens[: len(ids)]) == PROMPT
+        assert found.text_offset[len(ids)] == len(PROMPT)
+        for i, top in enumerate(found.top_logprobs[1:]):
+            assert max(top.values()) == pytest.approx(float(whole[i].max()), abs=1e-4)
+            assert 1 <= len(top) <= 3  # bytes that are no character share a name
+    answer: Any = client.completions.create(prompt=PROMPT, **options).choices[0].logprobs
+    assert answer.token_logprobs == pytest.approx(want[-4:], abs=1e-4)
+    assert (
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4, temperature=0, echo=True)
+        .choices[0]
+        .text.startswith(PROMPT)
+    )
+
+
 def test_models_health_and_metrics(client: OpenAI, port: int) -> None:
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert raw(port, "GET", "/health")[0] == 200
@@ -154,6 +147,7 @@ def test_models_health_and_metrics(client: OpenAI, port: int) -> None:
         ("POST", "/v1/completions", b"{", 400),
         ("POST", "/v1/chat/completions", b'{"model": "tiny", "messages": "hi"}', 400),
         ("POST", "/v1/completions", b'{"model": "tiny", "prompt": "a", "max_tokens": 100000}', 400),
+        ("POST", "/v1/completions", b'{"model": "tiny", "prompt": [1, 264]}', 400),
         ("POST", "/v1/completions", b'{"model": "other", "prompt": "a"}', 404),
         ("POST", "/v1/completions", b'"' + b"a" * 5000 + b'"', 413),
         ("GET", "/v1/completions", None, 405),
@@ -168,7 +162,7 @@ def test_bad_requests_get_openais_error(port: int, method: str, path: str, body:
 
 def test_errors_reach_the_client_as_its_exceptions(client: OpenAI) -> None:
     image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]}]
-    with pytest.raises(openai.BadRequestError, match="takes text alone"):
+    with pytest.raises(openai.BadRequestError, match="this model takes text alone"):
         client.chat.completions.create(model="tiny", messages=image)
     with pytest.raises(openai.NotFoundError, match="there is no model"):
         client.completions.create(model="other", prompt="a")
@@ -180,7 +174,7 @@ def test_messages_that_the_template_refuses(
     client: OpenAI, pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pair[1], "chat_template", "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(openai.BadRequestError, match="roles must alternate"):
+    with pytest.raises(openai.BadRequestError, match="template refuses the messages: roles must alternate"):
         client.chat.completions.create(model="tiny", messages=MESSAGES)
 
 

@@ -50,6 +50,7 @@ def allocate(
     score: str = "inverse_norm",
     scope: str = "layer",
     granularity: str = "group",
+    uniform_layers: bool = False,
     rest: Mapping[str, Precision] | None = None,
     floors: Mapping[int, Precision | int] | None = None,
     ceilings: Mapping[int, Precision | int] | None = None,
@@ -74,10 +75,13 @@ def allocate(
         raise BudgetError(f"{method} needs a budget, found none; give one such as 3.0bpw or 1.4GB")
     if method != "knapsack" and (floors or ceilings):
         raise MapError(f"floors and ceilings do not apply to {method}; use knapsack, or leave them out")
+    if uniform_layers and method not in ("knapsack", "uniform"):
+        raise MapError(f"{method} does not choose by layers; use knapsack, or leave out uniform layers")
     if method == "knapsack":
         assert budget is not None
-        made = knapsack_map(stats, _cost(stats, cost), budget, options, granularity=granularity, rest=rest,
-                            floors=floors, ceilings=ceilings, exactly=exact)  # fmt: skip
+        made = knapsack_map(stats, _cost(stats, cost), budget, options, granularity=granularity,
+                            uniform_layers=uniform_layers, rest=rest, floors=floors, ceilings=ceilings,
+                            exactly=exact)  # fmt: skip
     elif method == "kmeans":
         if budget is not None:
             raise BudgetError(

@@ -107,6 +107,7 @@ def knapsack_map(
     options: Sequence[Precision] | None = None,
     *,
     granularity: str = "group",
+    uniform_layers: bool = False,
     rest: Mapping[str, Precision] | None = None,
     floors: Mapping[int, Precision | int] | None = None,
     ceilings: Mapping[int, Precision | int] | None = None,
@@ -116,24 +117,39 @@ def knapsack_map(
     """The map of least predicted loss within a budget.
 
     ``cost`` names a measured cost, ``options`` (default: all measured) the precisions to choose from, ``granularity``
-    whether gate_up and down of an expert choose apart (``group``) or together (``expert``). ``floors`` and
+    whether gate_up and down of an expert choose apart (``group``) or together (``expert``). With ``uniform_layers`` all
+    experts of a layer choose together, as runtimes need that know one precision a layer. ``floors`` and
     ``ceilings`` bound the bits of single layers. ``exactly`` chooses the solver. Raises :class:`BudgetError` for a
     budget outside what the options can reach, :class:`MapError` for costs, layers or bounds that do not exist.
     """
     rest = DEFAULT_REST if rest is None else rest
     asked = parse_budget(budget)
     table = cost_table(stats, cost, options, granularity)
-    loss = np.where(_allowed(table, floors or {}, ceilings or {}), table.loss, np.inf)
-    cheapest = int(np.where(np.isfinite(loss), table.size, np.iinfo(np.int64).max).min(1).sum())
+    loss, size = np.where(_allowed(table, floors or {}, ceilings or {}), table.loss, np.inf), table.size
+    chooser = np.arange(len(table.units))
+    if uniform_layers:
+        loss, size, chooser = _merged(table, loss)
+    cheapest = int(np.where(np.isfinite(loss), size, np.iinfo(np.int64).max).min(1).sum())
     available = check_budget(asked, stats.model, rest, cheapest)
-    solved = exact(loss, table.size, available, time_limit) if exactly else greedy(loss, table.size, available)
+    solved = exact(loss, size, available, time_limit) if exactly else greedy(loss, size, available)
     note: dict[str, Any] = {"method": "knapsack", "cost": cost, "granularity": granularity, "budget": str(asked)}
+    note |= {"uniform_layers": True} if uniform_layers else {}
     note |= {"options": [str(p) for p in table.options], "solver": solved.solver, "lower_bound": solved.bound}
     note |= {name: {str(k): _bits(v) for k, v in sorted(b.items())} for name, b in
              (("floors", floors), ("ceilings", ceilings)) if b}  # fmt: skip
-    made = table.to_map(solved.choice, rest, note)
+    made = table.to_map(solved.choice[chooser], rest, note)
     stats.model.check(made)
     return made
+
+
+def _merged(table: CostTable, loss: Floats) -> tuple[Floats, Ints, Ints]:
+    """Loss and size (choosers, options) where a layer's units of one group choose together; each unit's chooser."""
+    numbers: dict[tuple[int, str | None], int] = {}
+    chooser = np.array([numbers.setdefault((unit.layer, unit.group), len(numbers)) for unit in table.units])
+    merged, size = np.zeros((len(numbers), loss.shape[1])), np.zeros((len(numbers), loss.shape[1]), dtype=np.int64)
+    np.add.at(merged, chooser, loss)
+    np.add.at(size, chooser, table.size)
+    return merged, size, chooser
 
 
 def _bits(bound: Precision | int) -> int:

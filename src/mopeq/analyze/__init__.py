@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,16 +21,16 @@ from mopeq.analyze.forward import Batch, check_batches, experts_module, token_ma
 from mopeq.analyze.hessian import hessian_trace
 from mopeq.analyze.moments import Moments, moment_traces, moments
 from mopeq.analyze.observe import Routed, expert_rows, observe
-from mopeq.analyze.slab import Slab, slabs
+from mopeq.analyze.slab import Layer, Map, Slab, here, mapped, on, slabs
 from mopeq.analyze.weight_norm import hutchinson_norm_trace, inverse_norm, norm_trace
 from mopeq.errors import DataError, MapError
 from mopeq.memory import MOST
-from mopeq.precision import GROUPS, Precision
-from mopeq.progress import Track, silent
+from mopeq.precision import GROUPS, Precision, ProjectionGroup
+from mopeq.progress import Track, note, silent
 from mopeq.quantizers import QUANTIZERS
 from mopeq.source import Source
 from mopeq.spec import ExpertId, Inventory, MoELayer, MoESpec
-from mopeq.stats import Stats
+from mopeq.stats import Stats, cost_metric
 
 __all__ = [
     "COSTS",
@@ -38,6 +39,7 @@ __all__ = [
     "WEIGHTED",
     "Batch",
     "Keep",
+    "Map",
     "Moments",
     "Routed",
     "Slab",
@@ -50,6 +52,7 @@ __all__ = [
     "frequency",
     "gate_mass",
     "gradient_norm",
+    "here",
     "hessian_trace",
     "hutchinson_norm_trace",
     "inverse_norm",
@@ -60,6 +63,8 @@ __all__ = [
     "observe",
     "slabs",
 ]
+
+T = TypeVar("T")
 
 METRICS = {
     "frequency": "share of the layer's routed slots; also tokens, the counts; apart for image and text tokens",
@@ -80,7 +85,7 @@ GRADIENTS = ("fisher_error", "gradient_norm")
 WEIGHTED = (*COSTS, "moment_trace")
 """Metrics that a weight of tokens enters."""
 DATA_FREE = ("inverse_norm",)
-WITHOUT_MOMENTS = ("rtn",)
+WITHOUT_MOMENTS = ("rtn", "hqq")
 """Quantizers that take no calibration inputs."""
 
 
@@ -158,7 +163,7 @@ def analyze(
                 device = next(module.parameters()).device
                 rows, _ = layer_metrics(
                     source, layer, routed[layer.index], module, names,
-                    options=options, quantizer=quantizer, minimum_tokens=minimum_tokens, device=device,
+                    options=options, quantizer=quantizer, minimum_tokens=minimum_tokens, across=on(device), track=track,
                 )  # fmt: skip
                 for name, row in rows.items():
                     found.setdefault(name, {})[layer.index] = row
@@ -206,9 +211,11 @@ def layer_metrics(
     options: Sequence[Precision] = (),
     quantizer: str = "gptq",
     minimum_tokens: int | None = None,
-    device: torch.device | str = "cpu",
     memory: int = MOST,
-    keep: Keep | None = None,
+    keep: Keep[T] | None = None,
+    take: Callable[[T], None] | None = None,
+    across: Map = here,
+    track: Track = silent,
 ) -> tuple[dict[str, list[float]], list[str]]:
     """What one layer saw, and what each option would cost it, a few experts at a time.
 
@@ -223,52 +230,88 @@ def layer_metrics(
         quantizer: name of the quantizer they are measured with.
         minimum_tokens: experts with fewer are quantized with moments filled up from their layer's mean; None for a
             quarter of a matrix's inputs.
-        device: where to compute.
         memory: bytes of weights and moments, and of dequantized weights, at a time.
-        keep: as for :func:`layer_costs`.
+        keep: as for :func:`layer_costs`, called where the work is done.
+        take: is given, here and in order, what ``keep`` made.
+        across: does the work.
+        track: is told what is done.
 
     Returns:
         ``{metric: [one value per expert]}``, and the units whose moments were filled up, such as ``3.17.down``.
     """
-    experts = {layer.index: len(layer.experts)}
-    used = usage({layer.index: seen}, experts, tuple(name for name in USAGE if name in metrics))
+    count = len(layer.experts)
+    used = usage({layer.index: seen}, {layer.index: count}, tuple(name for name in USAGE if name in metrics))
     found = {name: rows[layer.index] for name, rows in used.items()}
     costs = [name for name in COSTS if name in metrics]
     if not costs and "moment_trace" not in metrics:
         return found, []
     short: list[str] = []
-    with_moments = None if quantizer in WITHOUT_MOMENTS or not costs else seen
-    parts = slabs(source, layer, with_moments, module, minimum_tokens=minimum_tokens, memory=memory, device=device)
-    for slab in parts:
-        short += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
-        values = {}
-        if costs:
-            values = layer_costs(
-                seen,
-                module,
-                slab.weights,
-                slab.moments,
-                options,
-                QUANTIZERS[quantizer],
-                costs=costs,
-                minimum_tokens=0,
-                memory=memory,
-                experts=slab.experts,
-                keep=keep,
-            )
-        if "moment_trace" in metrics:
-            parts_of = {
-                "": seen,
-                **{kind: replace(seen.only(rows), token_weight=None) for kind, rows in seen.kinds().items()},
-            }
-            for kind, part in parts_of.items():
-                traces = moment_traces(part, module, slab.weights["gate_up"], slab.experts)
-                values |= {name + kind: row for name, row in traces.items()}
+    done = 0
+    given = None if quantizer in WITHOUT_MOMENTS or not costs else seen
+    slab_costs = partial(
+        _slab_costs,
+        seen=seen,
+        module=module,
+        options=options,
+        quantizer=quantizer,
+        costs=costs,
+        traced="moment_trace" in metrics,
+        memory=memory,
+        keep=keep,
+    )
+    parts = mapped(across, Layer(source, layer, given, module, minimum_tokens, memory), slab_costs)
+    for experts, filled, values, made in parts:
+        short += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in filled[group]]
+        for one in made:
+            if take is not None:
+                take(one)
         for name, row in values.items():
-            whole = found.setdefault(name, [0.0] * len(layer.experts))
-            for expert, value in zip(slab.experts, row, strict=True):
+            whole = found.setdefault(name, [0.0] * count)
+            for expert, value in zip(experts, row, strict=True):
                 whole[expert] = value
+        done += len(experts)
+        if costs:
+            shown = min(options, key=lambda p: abs(p.bits - 3))
+            lost = sum(sum(values[cost_metric(costs[-1], group, shown)]) for group in GROUPS)
+            note(track, layer=layer.index, expert=done, experts=count, lost=lost, error_of=f"{costs[-1]} at {shown}")
     return found, short
+
+
+def _slab_costs(
+    slab: Slab,
+    *,
+    seen: Routed,
+    module: nn.Module,
+    options: Sequence[Precision],
+    quantizer: str,
+    costs: Sequence[str],
+    traced: bool,
+    memory: int,
+    keep: Keep[T] | None,
+) -> tuple[tuple[int, ...], Mapping[ProjectionGroup, tuple[int, ...]], dict[str, list[float]], list[T]]:
+    """Experts, those filled up, their costs and traces, and what ``keep`` made of each unit at each option."""
+    made: list[T] = []
+    values: dict[str, list[float]] = {}
+    if costs:
+        values = layer_costs(
+            seen,
+            module,
+            slab.weights,
+            slab.moments,
+            options,
+            QUANTIZERS[quantizer],
+            costs=costs,
+            minimum_tokens=0,
+            memory=memory,
+            experts=slab.experts,
+            keep=None if keep is None else lambda *unit: made.append(keep(*unit)),
+        )
+    if traced:
+        kinds = {kind: replace(seen.only(rows), token_weight=None) for kind, rows in seen.kinds().items()}
+        for kind, part in {"": seen, **kinds}.items():
+            traces = moment_traces(part, module, slab.weights["gate_up"], slab.experts)
+            values |= {name + kind: row for name, row in traces.items()}
+    return slab.experts, slab.short, values, made
 
 
 def data_facts(

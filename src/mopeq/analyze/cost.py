@@ -20,7 +20,7 @@ Where there are images, each cost is also given for the image tokens alone (``fi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ MEMORY = 1 << 30
 """Bytes of dequantized weights held at a time."""
 
 
-Keep = Callable[[ProjectionGroup, Sequence[int], Codes], None]
+T = TypeVar("T")
+Keep = Callable[[ProjectionGroup, Sequence[int], Codes], T]
 """Takes the codes (experts, rows, in) of some experts, whose numbers in their layer it is told."""
 
 
@@ -73,7 +74,7 @@ def layer_costs(
     memory: int = MEMORY,
     chunk: int = CHUNK,
     experts: Sequence[int] | None = None,
-    keep: Keep | None = None,
+    keep: Keep[None] | None = None,
 ) -> dict[str, list[float]]:
     """Costs of every unit of one layer at every option, in one pass over its tokens.
 

@@ -1,7 +1,8 @@
 """The command line: flags in, one public function each, a short table out.
 
 Exit codes: 0 done; 1 the model or checkpoint is not what it should be; 2 the command cannot be carried out as given;
-130 interrupted, by Ctrl-C or by a request to terminate. ``--json`` prints one JSON object instead of a table.
+130 interrupted, by Ctrl-C or by a request to terminate. ``--json`` prints one JSON object instead of a table; long
+commands print one a line, progress and then the result (docs/large.md).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mopeq.cli.flags import parser
+from mopeq.cli.recipes import parse
 from mopeq.errors import MopeqError
 
 __all__ = ["main"]
@@ -25,7 +27,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args(given)
+    options = parse(parser(), given)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     options.command_line = shlex.join(["mopeq", *given])

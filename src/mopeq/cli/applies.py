@@ -16,6 +16,12 @@ def check_allocate(options: argparse.Namespace) -> None:
         refuse(options, ("score", "scope"), "--method kmeans")
     if options.method not in ("knapsack", "random"):
         refuse(options, ("granularity",), "--method knapsack and random")
+    if not options.fit:
+        refuse(options, ("context", "batch", "model", "dtype"), "--fit")
+    elif options.model is None:
+        raise InputError("--fit needs the model's configuration, found no --model; give the model that was measured")
+    if options.method != "knapsack":
+        refuse(options, ("uniform_layers",), "--method knapsack")
     if options.method != "random":
         refuse(options, ("seed",), "--method random")
     if not options.levels:
@@ -27,7 +33,7 @@ def check_quantize(options: argparse.Namespace) -> None:
     if not options.fit:
         refuse(options, ("context", "batch"), "--fit")
     if options.map or options.uniform:
-        refuse(options, ("levels", "cost", "granularity"), "--budget and --fit")
+        refuse(options, ("levels", "cost", "granularity", "guard", "uniform_layers"), "--budget and --fit")
     if options.map:
         refuse(options, ("group_size", "symmetric"), "--budget, --fit and --uniform")
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopeq.cli import commands, show
+from mopeq.cli import show
 from mopeq.cli.applies import refuse
+from mopeq.cli.given import load_any, new_file
 from mopeq.errors import InputError
 from mopeq.progress import Track, drawn
 from mopeq.stats import read_json, write_json
@@ -45,7 +46,7 @@ def do_eval(options: argparse.Namespace) -> None:
     from mopeq.data.conversations import has_images
     from mopeq.load import is_packed, load_processor
 
-    out = commands._new_file(options.out) if options.out else None
+    out = new_file(options.out) if options.out else None
     if not options.vqa:
         refuse(options, ("vqa_metric", "limit", "max_new_tokens"), "--vqa")
     pictures = options.perplexity is not None and has_images(options.perplexity)
@@ -55,10 +56,10 @@ def do_eval(options: argparse.Namespace) -> None:
     tables = _tables(options)
     if options.against:
         _check_original(options.model, options.against)
-    model = commands._load_any(options.model, options)
+    model = load_any(options.model, options)
     if out is None and is_packed(options.model) and Path(options.model).is_dir():
         out = Path(options.model) / "mopeq" / "evaluation.json"
-    against = commands._load_any(options.against, options) if options.against else None
+    against = load_any(options.against, options) if options.against else None
     with drawn() as track:
         found = _of_text(options, model, against, processor if pictures else None, track)
         found = _asked(options, found, model, against, processor, tables, out, track)

@@ -8,9 +8,13 @@ from importlib.metadata import version
 
 from mopeq.cli import commands
 from mopeq.cli.evaluate import add_eval, do_eval
-from mopeq.cli.fit import add_fit
+from mopeq.cli.export import add_export, do_export
+from mopeq.cli.fit import add_fit, add_fit_to_allocate
 from mopeq.cli.moqe import add_moqe
+from mopeq.cli.recipes import add_recipe
 from mopeq.cli.serve import add_serve, do_serve
+from mopeq.cli.spread import add_spread
+from mopeq.cli.talk import do_chat, do_run
 from mopeq.precision import DEFAULT_BITS
 
 __all__ = ["parser"]
@@ -28,11 +32,12 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def verb(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, *, json: bool = True
+        name: str, run: Callable[[argparse.Namespace], None], text: str, *, json: bool = True, events: bool = False
     ) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=text, description=text)
         if json:
-            made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+            what = "progress and result, a JSON object a line," if events else "one JSON object"
+            made.add_argument("--json", action="store_true", help=f"print {what} instead of a table")
         made.set_defaults(run=run, default_of=made.get_default)
         return made
 
@@ -43,19 +48,22 @@ def parser() -> argparse.ArgumentParser:
     p = verb("describe", commands.do_describe, "show what mopeq understands of a model")
     _model(p)
 
-    p = verb("analyze", commands.do_analyze, "measure every expert")
+    p = verb("analyze", commands.do_analyze, "measure every expert", events=True)
     _model(p)
     _calibration(p)
     p.add_argument(
         "--metrics", default="frequency,gate_mass,fisher_error", help="names, comma-separated (default: %(default)s)"
     )
     _options(p)
+    add_spread(p)
     p.add_argument("-o", "--out", default="stats.json", help="file to write (default: %(default)s)")
 
     p = verb("allocate", commands.do_allocate, "give every expert a precision")
     p.add_argument("stats", help="stats.json from mopeq analyze")
     p.add_argument("--method", default="knapsack", choices=("knapsack", "kmeans", "uniform", "random"))
-    p.add_argument("--budget", help="3.0bpw (bits per routed-expert weight) or 1.4GB (the whole checkpoint)")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--budget", help="3.0bpw (bits per routed-expert weight) or 1.4GB (the whole checkpoint)")
+    add_fit_to_allocate(p, how)
     p.add_argument("--cost", help="cost metric of the knapsack (default: fisher_error, else output_error)")
     p.add_argument("--score", default="hessian_trace", help="metric, or product such as frequency*fisher, of kmeans")
     p.add_argument("--scope", default="model", choices=("layer", "model"), help="k-means per layer or over the model")
@@ -63,13 +71,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--granularity", default="group", choices=("group", "expert"), help="down may differ from gate and up, or not"
     )
+    _uniform_layers(p)
     p.add_argument("--group-size", type=int, help=f"inputs per scale of --levels {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points in --levels")
     _rest(p)
     _seed(p)
     p.add_argument("-o", "--out", default="precision.json", help="file to write (default: %(default)s)")
 
-    p = verb("quantize", commands.do_quantize, "quantize and pack a model, with a map or to a budget")
+    p = verb("quantize", commands.do_quantize, "quantize and pack a model, with a map or to a budget", events=True)
     _model(p)
     p.add_argument("-o", "--out", required=True, help="folder to make")
     how = p.add_mutually_exclusive_group(required=True)
@@ -77,22 +86,39 @@ def parser() -> argparse.ArgumentParser:
     add_fit(p, how)
     how.add_argument("--map", help="precision.json from mopeq allocate")
     how.add_argument("--uniform", help="one precision for every expert, such as 3 or 4g128s")
+    add_recipe(p)
     _calibration(p)
     _options(p)
     p.add_argument("--cost", default="fisher_error", help="cost metric of the allocation (default: %(default)s)")
     p.add_argument("--granularity", default="group", choices=("group", "expert"))
+    _uniform_layers(p)
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
+    p.add_argument(
+        "--guard",
+        action=argparse.BooleanOptionalAction,
+        help="pack a uniform map where the allocated one is not better on text kept apart (default, unless --no-eval)",
+    )
+    p.add_argument(
+        "--refine",
+        type=int,
+        default=0,
+        metavar="N",
+        help="try N exchanges of precisions on text kept apart (default: 0)",
+    )
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
+    add_spread(p)
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
-    p = verb("run", commands.do_run, "generate text from a prompt")
+    add_export(verb("export", do_export, "write a packed model for other runtimes"))
+
+    p = verb("run", do_run, "generate text from a prompt")
     _model(p)
     p.add_argument("--prompt", required=True)
     _images(p)
     _sampling(p)
 
-    p = verb("chat", commands.do_chat, "talk to a model in the terminal", json=False)
+    p = verb("chat", do_chat, "talk to a model in the terminal", json=False)
     _model(p)
     _images(p)
     _sampling(p)
@@ -120,7 +146,11 @@ def _model(p: argparse.ArgumentParser) -> None:
 
 
 def _calibration(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--data", help="text or JSONL to calibrate on (default: the bundled text)")
+    p.add_argument(
+        "--data",
+        help="calibrate on .txt, .jsonl, .parquet, a folder of them, hf:OWNER/NAME, a mix such as a.jsonl:2,b.txt, "
+        "or self, which the model writes itself (default: the bundled text)",
+    )
     p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=4)
@@ -132,11 +162,19 @@ def _calibration(p: argparse.ArgumentParser) -> None:
 
 
 def _options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--method", default="gptq", help="quantizer: gptq, rtn-mse or rtn (default: %(default)s)")
+    p.add_argument(
+        "--method", "--quantizer", default="gptq", help="gptq, signround, rtn, rtn-mse or hqq (default: %(default)s)"
+    )
     usual = ",".join(map(str, DEFAULT_BITS))
     p.add_argument("--levels", default=usual, help="bits or precisions to choose from (default: %(default)s)")
     p.add_argument("--group-size", type=int, help=f"inputs per scale {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points")
+
+
+def _uniform_layers(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--uniform-layers", action="store_true", help="one precision for all experts of a layer, for mopeq export"
+    )
 
 
 def _rest(p: argparse.ArgumentParser) -> None:

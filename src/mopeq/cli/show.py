@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from mopeq.precision import GROUPS, Precision, PrecisionMap
+from mopeq.progress import Track, drawn, events
 from mopeq.spec import Inventory
 from mopeq.stats import Stats
 
@@ -17,9 +20,11 @@ if TYPE_CHECKING:
 __all__ = [
     "count",
     "evaluation_table",
+    "following",
     "map_table",
     "megabytes",
     "print_json",
+    "print_result",
     "print_starved",
     "ranges",
     "table",
@@ -36,6 +41,16 @@ def write(text: str) -> None:
 def print_json(record: Mapping[str, Any]) -> None:
     """Print one JSON object."""
     print(json.dumps(record, indent=1, allow_nan=False))
+
+
+def print_result(record: Mapping[str, Any]) -> None:
+    """Print the last of the events that :func:`following` writes with ``--json``: what came out."""
+    print(json.dumps({"event": "result", **record}, allow_nan=False))
+
+
+def following(options: argparse.Namespace) -> AbstractContextManager[Track]:
+    """Progress of a long command: bars on a terminal, with ``--json`` events."""
+    return events() if options.json else drawn()
 
 
 def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "Window",
     "check_length",
     "fingerprint",
+    "message_text",
     "read_text",
     "read_texts",
     "sliding_windows",
@@ -95,8 +96,14 @@ def _json_lines(path: Path) -> Iterator[str]:
 
 
 def _text_of(record: dict[str, Any]) -> str:
-    parts: list[Any] = [record["text"]] if "text" in record else []
-    for message in () if parts else record["messages"]:
+    text: str = record["text"] if "text" in record else message_text(record["messages"])
+    return "\n\n".join([text])  # a TypeError unless it is a string
+
+
+def message_text(messages: Sequence[Any]) -> str:
+    """The words of a conversation's messages, joined by blank lines; KeyError or TypeError where it is none."""
+    parts: list[Any] = []
+    for message in messages:
         content = message["content"]
         if isinstance(content, list):  # [{"type": "text", "text": ...}, {"type": "image", ...}]
             parts.extend(part["text"] for part in content if part.get("type") == "text")

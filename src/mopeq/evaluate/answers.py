@@ -93,9 +93,9 @@ def evaluate_answers(
 ) -> Evaluation:
     """Perplexity of a model on the answers of conversations, with an original also its own and the divergence from it.
 
-    ``batches`` are what :func:`mopeq.data.conversations.conversation_batches` makes; a conversation is a window. Nothing
-    but answers counts, unless some batch does not tell which they are (no ``labels``): then all text does, images never.
-    Logits are kept for one batch at a time.
+    ``batches`` are what :func:`mopeq.data.conversations.conversation_batches` makes; a conversation is a window.
+    Nothing but answers counts, unless some batch does not tell which they are (no ``labels``): then all text does, and
+    images never. Logits are kept for one batch at a time.
     """
     answers = all("labels" in batch for batch in batches)
     batches = batches if answers else [_with_text(batch) for batch in batches]

@@ -8,8 +8,8 @@ run on the same window, and each position is computed in float32 and forgotten.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,16 @@ from mopeq.evaluate.bootstrap import RESAMPLES, Estimate, difference_estimate, r
 from mopeq.evaluate.perplexity import Perplexity, batched, finite, logits_of, position_chunks, summarize
 from mopeq.progress import Track, silent
 
-__all__ = ["Comparison", "Divergence", "Loader", "compare", "divergence", "evaluate_many", "paired_difference"]
+__all__ = [
+    "Comparison",
+    "Divergence",
+    "Loader",
+    "compare",
+    "divergence",
+    "evaluate_many",
+    "judging",
+    "paired_difference",
+]
 
 Loader = Callable[[], nn.Module]
 
@@ -131,13 +140,31 @@ def evaluate_many(
         resamples: of the bootstrap.
         track: progress.
     """
+    options: dict[str, Any] = {"size": size, "batch_size": batch_size, "seed": seed, "resamples": resamples}
+    with judging(reference, windows, cache=cache, track=track, **options) as judge:
+        return {name: judge(load(), name) for name, load in candidates.items()}
+
+
+@contextmanager
+def judging(
+    reference: nn.Module | Loader,
+    windows: Sequence[Window],
+    *,
+    cache: str | Path | None = None,
+    size: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    track: Track = silent,
+) -> Iterator[Callable[[nn.Module, str], Comparison]]:
+    """A function that compares one model after the other with one original; arguments as :func:`evaluate_many`.
+
+    It takes a model and what to call it while it is judged.
+    """
     batches = batched(windows, batch_size)
     with ExitStack() as stack:
         original = _original(reference, windows, batches, cache, stack, track)
-        made = {}
-        for name, load in candidates.items():
-            made[name] = _compare(original, load(), windows, batches, size, seed, resamples, track, name)
-        return made
+        yield lambda model, name: _compare(original, model, windows, batches, size, seed, resamples, track, name)
 
 
 def _original(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mopeq.errors import InputError, ModelError
-from mopeq.quantizers import QUANTIZERS
+from mopeq.quantizers import DATA_FREE, QUANTIZERS
 
 __all__ = ["METHODS", "Recipe", "parse_recipes"]
 
@@ -49,7 +49,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it needs a pass over calibration text."""
-        return self.method not in ("", "rtn", "rtn-mse")
+        return self.method not in ("", *DATA_FREE)
 
 
 def parse_recipes(texts: Sequence[str]) -> tuple[Recipe, ...]:

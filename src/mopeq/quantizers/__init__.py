@@ -9,10 +9,15 @@ from torch import Tensor
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
 from mopeq.quantizers.gptq import Factored, factored, gptq
+from mopeq.quantizers.hqq import hqq
 from mopeq.quantizers.moments import fallback_moments, moment_error
 from mopeq.quantizers.rtn import rtn, rtn_mse
+from mopeq.quantizers.signround import signround
 
-__all__ = ["QUANTIZERS", "Quantizer", "fallback_moments", "gptq", "moment_error", "once", "rtn", "rtn_mse"]
+__all__ = [
+    "DATA_FREE", "QUANTIZERS", "Quantizer", "fallback_moments", "gptq", "hqq", "moment_error", "once", "rtn", "rtn_mse",
+    "signround",
+]  # fmt: skip
 
 
 class Quantizer(Protocol):
@@ -31,5 +36,13 @@ def once(quantizer: Quantizer, moments: Tensor | None) -> Tensor | Factored | No
     return factored(moments) if quantizer is gptq and moments is not None else moments
 
 
-QUANTIZERS: dict[str, Quantizer] = {"rtn": rtn, "rtn-mse": rtn_mse, "gptq": gptq}
+QUANTIZERS: dict[str, Quantizer] = {
+    "rtn": rtn,
+    "rtn-mse": rtn_mse,
+    "hqq": hqq,
+    "gptq": gptq,
+    "signround": signround,
+}
 """By the name that ``--method`` takes."""
+DATA_FREE = ("rtn", "rtn-mse", "hqq")
+"""Those that run without calibration inputs."""

@@ -8,7 +8,7 @@ sequence does not need: beams, padding, the copying of the whole cache for every
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,16 +39,23 @@ def decode(
     stops: frozenset[int],
     sampling: Sampling,
     images: Mapping[str, Tensor] | None = None,
+    heard: Callable[[Tensor], None] | None = None,
 ) -> Iterator[int]:
     """At most ``most`` tokens after ``prompt`` (1, tokens), the last one of ``stops`` where one of them comes.
 
-    ``images`` are tensors that the model takes with the prompt, by name.
+    ``images`` are tensors that the model takes with the prompt, by name. ``heard`` gets the logits (positions,
+    vocabulary) of the whole prompt before the first token, and those of one position before each further token.
     Random numbers are torch's own: seed them before the first token is asked for. Run it without gradients.
     """
     choose, count = _chooser(sampling), prompt.shape[1]
     cache = _cache(model, count + most)
+    _forget(model)
     options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    logits = model(input_ids=prompt, **options, **(images or {})).logits[:, -1]
+    kept = 1 if heard is None else 0  # 0: all
+    logits = model(input_ids=prompt, **options | {"logits_to_keep": kept}, **(images or {})).logits
+    if heard is not None:
+        heard(logits[0])
+    logits = logits[:, -1].clone()  # the others of the prompt may go
     step = step_of(model, cache)
     for number in range(most):
         token = choose(prompt, logits.float())
@@ -59,6 +66,15 @@ def decode(
             logits = step(token.view(1, 1), count + number)
         else:
             logits = model(input_ids=token.view(1, 1), **options).logits[:, -1]
+        if heard is not None:
+            heard(logits)
+
+
+def _forget(model: Any) -> None:
+    """Make a model forget the positions of the images of its last prompt, which GLM-4V and Qwen3-VL keep."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
 
 
 def _chooser(sampling: Sampling) -> Any:

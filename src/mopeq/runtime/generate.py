@@ -8,26 +8,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
+from torch import Tensor
 
 from mopeq.errors import InputError
 from mopeq.runtime.decode import Sampling, decode
+from mopeq.runtime.scores import Score, scores
 
-__all__ = ["Generation", "Messages", "generate", "generate_many", "render"]
+__all__ = ["Generation", "Messages", "generate", "generate_many", "render", "text_ids"]
 
 UNUSED = ("attention_mask", "token_type_ids")
 """What a tokenizer or processor gives and one sequence does not need."""
+MISUSE = (ValueError, IndexError, KeyError, TypeError, TemplateError)
+"""What processors raise where texts, images and template do not go together."""
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: ``{"role": "user" | "assistant" | "system", "content": ...}`` in order."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What came out: the new text, its tokens, the seconds from first to last, and the tokens of the prompt."""
+    """What came out: the new text, its tokens, the seconds from first to last, and the tokens of the prompt.
+
+    ``scores`` are those asked for: of every token of prompt and answer but the first.
+    """
 
     text: str
     tokens: tuple[int, ...]
     seconds: float
     prompt_tokens: int
+    scores: tuple[Score, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -45,10 +54,22 @@ def render(tokenizer: Any, messages: Messages) -> str:
     return "".join(f"{message['content']}\n" for message in messages)
 
 
+def text_ids(reader: Any, text: str) -> Tensor:
+    """The token ids int64 (n,) of a text taken as it is, which a processor would take for a conversation.
+
+    Raises :class:`InputError` where it has the place of an image.
+    """
+    try:
+        ids: Tensor = reader(text=text, return_tensors="pt")["input_ids"][0]
+    except MISUSE as error:
+        raise InputError(f"the model's processor cannot use this text: {error}") from error
+    return ids.long()  # of no tokens, float
+
+
 def generate(
     model: Any,
     tokenizer: Any,
-    prompt: str | Messages,
+    prompt: str | Messages | Tensor,
     *,
     max_new_tokens: int | None = 128,
     temperature: float = 0.0,
@@ -57,6 +78,7 @@ def generate(
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
     stopped: Callable[[], bool] | None = None,
+    likeliest: int | None = None,
 ) -> Generation:
     """Continue a prompt.
 
@@ -64,7 +86,7 @@ def generate(
         model: a transformers model, packed or not.
         tokenizer: its tokenizer, or the processor of a model that takes images.
         prompt: text, taken as it is, or a conversation, put through :func:`render`; a processor's prompts are
-            conversations, and their contents may be lists of parts with images.
+            conversations, and their contents may be lists of parts with images. Or token ids int64 (n,).
         max_new_tokens: stop after so many; None: at the end of the model's positions.
         temperature: 0 takes the most likely token every time.
         top_p: sample from the smallest set of tokens with this probability.
@@ -72,25 +94,32 @@ def generate(
         seed: makes sampling repeatable; the caller's random state is left alone.
         stream: called with each piece of text when it is known.
         stopped: asked after each token; True ends the generation there.
+        likeliest: score every token, and so many of the likeliest in its place, whatever the temperature.
 
     Raises:
-        InputError: an empty prompt, more tokens than the model has positions, or numbers out of range.
+        InputError: an empty prompt, one that the tokenizer or processor cannot use, more tokens than the model has
+            positions, or numbers out of range.
     """
     _check(max_new_tokens, temperature, top_p, top_k)
-    encoded = _encoded(tokenizer, prompt)
+    encoded = _encoded(model, tokenizer, prompt)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    count = encoded["input_ids"].shape[1]
+    given: list[int] = encoded["input_ids"][0].tolist()
+    count = len(given)
     max_new_tokens = _room(model, count, max_new_tokens)
     device = model.get_input_embeddings().weight.device
     inputs = {name: value.to(device) for name, value in encoded.items() if name not in UNUSED}
     sampling, stops = Sampling(temperature, top_p, top_k), _stops(model, tokenizer)
     pieces, tokens = _Pieces(tokenizer, stream or (lambda piece: None)), list[int]()
+    logits, scored = list[Tensor](), list[Score]()
+    heard = None if likeliest is None else logits.append
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
-        for token in decode(model, inputs.pop("input_ids"), max_new_tokens, stops, sampling, inputs):
+        for token in decode(model, inputs.pop("input_ids"), max_new_tokens, stops, sampling, inputs, heard):
             tokens.append(token)
+            if likeliest is not None:
+                scored += scores(logits.pop(), [*given[1:], token] if len(tokens) == 1 else [token], likeliest)
             if stream is not None:
                 pieces.show(tokens)
             if stopped is not None and stopped():
@@ -98,19 +127,41 @@ def generate(
     seconds = time.perf_counter() - started
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     pieces.give(text)
-    return Generation(text, tuple(tokens), seconds, count)
+    return Generation(text, tuple(tokens), seconds, count, tuple(scored))
 
 
-def _encoded(tokenizer: Any, prompt: str | Messages) -> Mapping[str, torch.Tensor]:
+def _encoded(model: Any, tokenizer: Any, prompt: str | Messages | Tensor) -> Mapping[str, Tensor]:
     """The model's inputs, one sequence."""
-    made: Mapping[str, torch.Tensor]
-    if hasattr(tokenizer, "tokenizer"):
-        said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        made = tokenizer.apply_chat_template(
-            said, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
-        )
-        return made
-    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
+    made: Mapping[str, Tensor]
+    if isinstance(prompt, Tensor):
+        rows = model.config.get_text_config().vocab_size
+        wrong = prompt[(prompt < 0) | (prompt >= rows)]
+        if len(wrong):
+            raise InputError(f"token {int(wrong[0])}; expected 0 to {rows - 1}, this model's vocabulary")
+        made = {"input_ids": prompt.view(1, -1)}
+    elif hasattr(tokenizer, "tokenizer"):
+        said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        try:
+            made = tokenizer.apply_chat_template(
+                said, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+            )
+        except MISUSE as error:
+            raise InputError(f"the model's processor cannot use these messages: {error}") from error
+    else:
+        return _encoded_text(tokenizer, prompt)
+    own = (getattr(tokenizer, "image_token_id", None), *(getattr(tokenizer, "image_token_ids", None) or ()))
+    marks = torch.tensor([token for token in own if token is not None], dtype=torch.int64)
+    if set(made) <= {*UNUSED, "input_ids", "mm_token_type_ids"} and torch.isin(made["input_ids"], marks).any():
+        raise InputError("the text has the model's image token and there is no image; take it out, or give one")
+    return made
+
+
+def _encoded_text(tokenizer: Any, prompt: str | Messages) -> Mapping[str, Tensor]:
+    made: Mapping[str, Tensor]
+    try:
+        text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
+    except TemplateError as error:  # templates refuse roles, or their order
+        raise InputError(f"the model's chat template refuses the messages: {error}") from error
     has_template = not isinstance(prompt, str) and getattr(tokenizer, "chat_template", None)
     made = tokenizer(text, return_tensors="pt", add_special_tokens=not has_template)
     return made
@@ -119,7 +170,7 @@ def _encoded(tokenizer: Any, prompt: str | Messages) -> Mapping[str, torch.Tenso
 def generate_many(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[torch.Tensor],
+    prompts: Sequence[Tensor],
     *,
     max_new_tokens: int | None = 128,
     temperature: float = 0.0,

@@ -8,6 +8,7 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -18,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from mopeq.serve.engine import Done, Engine
+from mopeq.serve.images import admitted
 from mopeq.serve.limits import Limits
 from mopeq.serve.metrics import Metrics
 from mopeq.serve.protocol import Ask, Form, RequestError, body_of, chunk_of, error_of, new_id, parse, usage_of
@@ -29,9 +31,12 @@ CLOSED = 499
 """Status that is counted where the client left before the answer, as in nginx's logs."""
 
 
-def application(model: Any, tokenizer: Any, name: str, limits: Limits | None = None, api_key: str = "") -> Starlette:
-    """The application for one model, served as ``name``; with a key, paths under ``/v1`` ask for it."""
-    server = _Server(model, tokenizer, name, limits or Limits(), api_key)
+def application(model: Any, reader: Any, name: str, limits: Limits | None = None, api_key: str = "") -> Starlette:
+    """The application for one model, served as ``name``; with a key, paths under ``/v1`` ask for it.
+
+    ``reader`` is the model's tokenizer, or its processor, and then requests may have images.
+    """
+    server = _Server(model, reader, name, limits or Limits(), api_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -52,9 +57,9 @@ def application(model: Any, tokenizer: Any, name: str, limits: Limits | None = N
 class _Server:
     """The handlers and what they share."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, limits: Limits, api_key: str) -> None:
+    def __init__(self, model: Any, reader: Any, name: str, limits: Limits, api_key: str) -> None:
         self.name, self.limits, self.api_key = name, limits, api_key
-        self.engine, self.metrics = Engine(model, tokenizer, limits), Metrics()
+        self.engine, self.metrics = Engine(model, reader, limits), Metrics()
         self.metrics.present.set_function(lambda: self.engine.present)
         self.started = int(time.time())
 
@@ -99,6 +104,9 @@ class _Server:
         """Completions and chat."""
         begun = time.monotonic()
         ask = parse(PATHS[request.url.path], await self._body(request), self.name)
+        if not isinstance(ask.prompt, (str, tuple)):
+            messages = await admitted(ask.prompt, self.limits, self.engine.takes_images)
+            ask = replace(ask, prompt=messages)
         answer = self._timed(self.engine.answer(ask), begun)
         first = await _unless_left(request, anext(answer))  # an error before the first text is a plain answer
         if ask.stream:
@@ -106,25 +114,25 @@ class _Server:
             return StreamingResponse(self._events(ask, first, answer), headers=headers, media_type="text/event-stream")
         text, done = await _unless_left(request, _collect(first, answer))
         usage = usage_of(done.prompt_tokens, done.new_tokens)
-        return JSONResponse(body_of(ask, new_id(ask.form), self.name, text, done.finish, usage))
+        return JSONResponse(body_of(ask, new_id(ask.form), self.name, text, done.finish, usage, done.logprobs))
 
     async def _body(self, request: Request) -> bytes:
         """The body, within the limits of size and time."""
-        too_long = RequestError(413, f"the body is longer than {self.limits.body_bytes:,} bytes; send less")
-        body = b""
+        most = self.limits.most_bytes(self.engine.takes_images)
+        body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 async for chunk in request.stream():
                     body += chunk
-                    if len(body) > self.limits.body_bytes:
-                        raise too_long
+                    if len(body) > most:
+                        raise RequestError(413, f"the body is longer than {most:,} bytes; send less")
         except TimeoutError as error:
             raise RequestError(
                 408,
                 f"the body did not come within {self.limits.body_seconds:g} seconds; send it faster",
                 kind="timeout",
             ) from error
-        return body
+        return bytes(body)
 
     async def _timed(self, answer: AsyncIterator[str | Done], begun: float) -> AsyncIterator[str | Done]:
         """The answer, measured. Closing it closes the generation."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -10,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+import torch
+from torch import Tensor
 
 from mopeq.errors import InputError
-from mopeq.runtime.generate import generate
+from mopeq.runtime.generate import Generation, generate, text_ids
+from mopeq.serve.images import opened
 from mopeq.serve.limits import Limits
 from mopeq.serve.protocol import Ask, RequestError
 
@@ -22,18 +25,20 @@ __all__ = ["Done", "Engine"]
 
 @dataclass(frozen=True)
 class Done:
-    """How an answer ended: ``stop`` or ``length``, and its tokens."""
+    """How an answer ended: ``stop`` or ``length``, its tokens, and OpenAI's ``logprobs`` of them where asked for."""
 
     finish: str
     prompt_tokens: int
     new_tokens: int
+    logprobs: dict[str, Any] | None = None
 
 
 class Engine:
-    """Requests wait in line for the model. To be used in one event loop."""
+    """Requests wait in line for the model, whose tokenizer or processor is ``reader``. To be used in one event loop."""
 
-    def __init__(self, model: Any, tokenizer: Any, limits: Limits) -> None:
-        self.model, self.tokenizer, self.limits = model, tokenizer, limits
+    def __init__(self, model: Any, reader: Any, limits: Limits) -> None:
+        self.model, self.reader, self.limits = model, reader, limits
+        self.takes_images = hasattr(reader, "tokenizer")
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="mopeq")
         self.present = 0
         """Requests in progress and waiting."""
@@ -55,9 +60,9 @@ class Engine:
                 429, f"{self.present} requests are here already; try again later", kind="rate_limit_error",
                 code="queue_full",
             )  # fmt: skip
-        job = _Job(ask, time.monotonic() + self.limits.answer_seconds, self.stopping)
+        job = _Job(ask, self.limits, self.stopping)
         self.present += 1
-        future = asyncio.get_running_loop().run_in_executor(self.pool, job.run, self.model, self.tokenizer)
+        future = asyncio.get_running_loop().run_in_executor(self.pool, job.run, self.model, self.reader)
         future.add_done_callback(self._left)
         future.add_done_callback(job.ended)
         try:
@@ -74,8 +79,9 @@ class Engine:
 class _Job:
     """One generation, between the event loop and the model's thread."""
 
-    def __init__(self, ask: Ask, deadline: float, stopping: threading.Event) -> None:
-        self.ask, self.deadline, self.stopping = ask, deadline, stopping
+    def __init__(self, ask: Ask, limits: Limits, stopping: threading.Event) -> None:
+        self.ask, self.limits, self.stopping = ask, limits, stopping
+        self.deadline = time.monotonic() + limits.answer_seconds
         self.cancelled = threading.Event()
         self.loop = asyncio.get_running_loop()
         self.items: asyncio.Queue[str | Done | Exception | None] = asyncio.Queue()
@@ -100,20 +106,21 @@ class _Job:
             self.loop.call_exception_handler({"message": "generation failed", "exception": future.exception()})
         self.items.put_nowait(None)
 
-    def run(self, model: Any, tokenizer: Any) -> None:
+    def run(self, model: Any, reader: Any) -> None:
         """In the model's thread."""
-        ask = self.ask
+        ask, tokenizer = self.ask, getattr(reader, "tokenizer", reader)
         if self._over():
             return self._refuse()
         try:
+            prompt = _prompt(ask, reader, self.limits)
+            if ask.echo:
+                self._put(ask.prompt if isinstance(ask.prompt, str) else tokenizer.decode(prompt))
             made = generate(
-                model, tokenizer, ask.prompt, max_new_tokens=ask.max_tokens, temperature=ask.temperature,
-                top_p=ask.top_p, seed=ask.seed, stream=self._hear, stopped=lambda: self.met_stop or self._over(),
+                model, reader, prompt, max_new_tokens=ask.max_tokens, temperature=ask.temperature, top_p=ask.top_p,
+                seed=ask.seed, stream=self._hear, stopped=lambda: self.met_stop or self._over(), likeliest=ask.logprobs,
             )  # fmt: skip
         except InputError as error:
             return self._put(RequestError(400, str(error)))
-        except TemplateError as error:  # templates refuse roles, or their order
-            return self._put(RequestError(400, f"the model's chat template refuses the messages: {error}"))
         if self._over() and not self.met_stop:
             return self._refuse()
         if not self.met_stop:
@@ -121,7 +128,8 @@ class _Job:
         end = model.generation_config.eos_token_id
         ends = {*end} if isinstance(end, list) else {end, tokenizer.eos_token_id}
         by_itself = self.met_stop or (bool(made.tokens) and made.tokens[-1] in ends)
-        return self._put(Done("stop" if by_itself else "length", made.prompt_tokens, len(made.tokens)))
+        logprobs = None if ask.logprobs is None else _logprobs(tokenizer, prompt, made, ask.echo)
+        return self._put(Done("stop" if by_itself else "length", made.prompt_tokens, len(made.tokens), logprobs))
 
     def _over(self) -> bool:
         return self.cancelled.is_set() or self.stopping.is_set() or time.monotonic() > self.deadline
@@ -149,6 +157,35 @@ class _Job:
 
     def _put(self, item: str | Done | Exception) -> None:
         self.loop.call_soon_threadsafe(self.items.put_nowait, item)
+
+
+def _prompt(ask: Ask, reader: Any, limits: Limits) -> Any:
+    """What :func:`generate` takes: messages with their images opened, or token ids (n,)."""
+    if isinstance(ask.prompt, tuple):
+        return torch.tensor(ask.prompt)
+    if isinstance(ask.prompt, str):
+        return text_ids(reader, ask.prompt)
+    return opened(ask.prompt, limits)
+
+
+def _logprobs(tokenizer: Any, prompt: Tensor, made: Generation, echo: bool) -> dict[str, Any]:
+    """OpenAI's form: of the answer's tokens, and with ``echo`` of the prompt's before them, whose first has none."""
+    known = made.scores if echo else made.scores[made.prompt_tokens - 1 :]
+    first = [tokenizer.decode([int(prompt[0])])] if echo else []
+    tokens = [*first, *(tokenizer.decode([score.token]) for score in known)]
+    tops = []
+    for score in known:
+        named: dict[str, float] = {}
+        for token, logprob in (*score.top, (score.token, score.logprob)):
+            named.setdefault(tokenizer.decode([token]), logprob)  # of tokens with one text, the likeliest
+        tops.append(named)
+    absent = [None] * len(first)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [*absent, *(score.logprob for score in known)],
+        "top_logprobs": [*absent, *tops],
+        "text_offset": [0, *itertools.accumulate(len(token) for token in tokens)][: len(tokens)],
+    }
 
 
 def _overlap(text: str, stop: str) -> int:

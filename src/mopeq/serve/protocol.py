@@ -20,15 +20,20 @@ __all__ = ["Ask", "Form", "RequestError", "body_of", "chunk_of", "error_of", "ne
 Form = Literal["completions", "chat"]
 
 TAKEN = {"model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed", "stop", "user"}
-OWN: dict[Form, set[str]] = {"completions": {"prompt"}, "chat": {"messages", "max_completion_tokens"}}
+OWN: dict[Form, set[str]] = {
+    "completions": {"prompt", "echo", "logprobs"},
+    "chat": {"messages", "max_completion_tokens"},
+}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "suffix": ("",),
+    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "suffix": ("",),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none",),
     "response_format": ({"type": "text"},), "metadata": ({},), "store": (False,), "modalities": (["text"],),
 }  # fmt: skip
 """Parameters that are taken only where they ask for nothing, besides null."""
 ROLES = ("system", "developer", "user", "assistant")
-MOST_STOPS = 4
+MOST_STOPS = 16
+MOST_LOGPROBS = 20
+DETAILS = ("auto", "low", "high")
 
 
 class RequestError(Exception):
@@ -44,10 +49,15 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Ask:
-    """A checked request. ``max_tokens`` None goes to the end of the model's positions."""
+    """A checked request. ``max_tokens`` None goes to the end of the model's positions.
+
+    A prompt is a text, token ids or messages, whose contents are texts or lists of parts: ``{"type": "text", "text":
+    ...}`` and ``{"type": "image", "image": its address, "where": its place in the request}``. ``logprobs`` None asks
+    for none, else for so many of the likeliest tokens beside each.
+    """
 
     form: Form
-    prompt: str | Messages
+    prompt: str | tuple[int, ...] | Messages
     max_tokens: int | None
     temperature: float
     top_p: float
@@ -55,6 +65,8 @@ class Ask:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    echo: bool = False
+    logprobs: int | None = None
 
 
 def parse(form: Form, body: bytes, model: str) -> Ask:
@@ -88,6 +100,11 @@ def parse(form: Form, body: bytes, model: str) -> Ask:
     max_tokens = _take(given, most, int, 16 if form == "completions" else None)
     if max_tokens is not None and max_tokens < 1:
         raise RequestError(400, f"{most} is {max_tokens}; expected at least 1", param=most)
+    logprobs = None if form == "chat" else _take(given, "logprobs", int, None)
+    if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
+        raise RequestError(400, f"logprobs is {logprobs}; expected 0 to {MOST_LOGPROBS}", param="logprobs")
+    if logprobs is not None and stream:
+        raise RequestError(400, "logprobs with stream is not supported by this server; leave one out", param="logprobs")
     return Ask(
         form=form,
         prompt=_prompt(given) if form == "completions" else _messages(given),
@@ -98,6 +115,8 @@ def parse(form: Form, body: bytes, model: str) -> Ask:
         stop=_stops(given),
         stream=stream,
         include_usage=options.get("include_usage", False),
+        echo=form == "completions" and _take(given, "echo", bool, False),
+        logprobs=logprobs,
     )
 
 
@@ -134,14 +153,16 @@ def _stops(given: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _prompt(given: Mapping[str, Any]) -> str:
+def _prompt(given: Mapping[str, Any]) -> str | tuple[int, ...]:
     prompt = given.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         (prompt,) = prompt
+    if isinstance(prompt, list) and prompt and all(type(token) is int and abs(token) < 2**63 for token in prompt):
+        return tuple(prompt)
     if not isinstance(prompt, str) or not prompt:
         raise RequestError(
-            400, f"prompt is {_short(prompt)}; expected one text that is not empty; token ids and several prompts are "
-            "not supported by this server", param="prompt",
+            400, f"prompt is {_short(prompt)}; expected one text, or one list of token ids, that is not empty; several "
+            "prompts are not supported by this server", param="prompt",
         )  # fmt: skip
     return prompt
 
@@ -153,7 +174,7 @@ def _messages(given: Mapping[str, Any]) -> Messages:
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
+def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise RequestError(
             400, f"{where} is {_short(message)}; expected an object with role {', '.join(ROLES)}", param=where
@@ -162,27 +183,47 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if extra:
         raise RequestError(400, f"{where} has {sorted(extra)[0]}, which is not supported by this server", param=where)
     role = "system" if message["role"] == "developer" else message["role"]
-    return {"role": role, "content": _content(message.get("content"), f"{where}.content")}
+    content = _content(message.get("content"), f"{where}.content")
+    if role != "user" and not isinstance(content, str):
+        raise RequestError(400, f"{where} has an image and role {role}; expected images in role user", param=where)
+    return {"role": role, "content": content}
 
 
-def _content(content: Any, where: str) -> str:
-    """Text, or parts of text joined. Images go in here when the native runtime serves them."""
+def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
+    """Text; parts of text joined; or, where there are images, parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
         raise RequestError(400, f"{where} is {_short(content)}; expected a text or a list of parts", param=where)
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise RequestError(
-                400, f"{where} has a part of type {kind}; this server takes text alone; send parts of type text",
-                param=where,
-            )  # fmt: skip
+    parts = [_part(part, f"{where}[{i}]") for i, part in enumerate(content)]
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise RequestError(400, f"{where} has a part of type text without text", param=where)
-        texts.append(part["text"])
-    return "".join(texts)
+            raise RequestError(400, f"{where} is a part of type text without text", param=where)
+        return {"type": "text", "text": part["text"]}
+    if kind != "image_url":
+        raise RequestError(
+            400, f"{where} is a part of type {kind}; expected text or image_url; this server takes no others",
+            param=where,
+        )  # fmt: skip
+    image = part.get("image_url")
+    if not isinstance(image, dict) or not isinstance(image.get("url"), str):
+        raise RequestError(
+            400,
+            f'{where} is {_short(part)}; expected {{"type": "image_url", "image_url": {{"url": ...}}}}',
+            param=where,
+        )
+    if image.get("detail", "auto") not in DETAILS:
+        raise RequestError(
+            400, f"{where} has detail {_short(image['detail'])}; expected {', '.join(DETAILS)}", param=where
+        )
+    return {"type": "image", "image": image["url"], "where": where}
 
 
 def _short(value: Any) -> str:
@@ -207,10 +248,13 @@ def usage_of(prompt: int, new: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-def body_of(ask: Ask, name: str, model: str, text: str, finish: str, usage: Mapping[str, int]) -> dict[str, Any]:
+def body_of(
+    ask: Ask, name: str, model: str, text: str, finish: str, usage: Mapping[str, int],
+    logprobs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """A whole answer."""
     kind = "chat.completion" if ask.form == "chat" else "text_completion"
-    choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
+    choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": logprobs}
     choice |= {"message": {"role": "assistant", "content": text}} if ask.form == "chat" else {"text": text}
     return {
         "id": name,

@@ -1,0 +1,266 @@
+"""Maps tried before one is packed: on text kept apart, with the candidates on disk, nothing written.
+
+:class:`Trial` is the original with its experts at a map's precisions; all other weights are the original's own.
+:func:`guarded` compares a map with the uniform one of the same budget and keeps it only where it is better by more
+than the comparison's interval.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mopeq.allocate import uniform_map
+from mopeq.data.conversations import conversation_batches
+from mopeq.data.text import Window, sliding_windows, token_stream
+from mopeq.errors import DataError
+from mopeq.evaluate import Divergence, Evaluation, evaluate, paired_difference
+from mopeq.evaluate.answers import evaluate_answers
+from mopeq.evaluate.divergence import judging
+from mopeq.kernels.layout import PARTS, GroupLayout
+from mopeq.load import load, load_processor, load_source, load_tokenizer
+from mopeq.measure import Calibration, Prepared, has_pictures
+from mopeq.precision import GROUPS, Precision, PrecisionMap, ProjectionGroup
+from mopeq.progress import Track, silent
+from mopeq.qtensor import QTensor
+from mopeq.refine import refined
+from mopeq.runtime.experts import MixedExperts, pack_experts
+from mopeq.runtime.packed import prepare
+from mopeq.stats import Stats
+
+__all__ = [
+    "JUDGED_WINDOWS",
+    "Choice",
+    "Judge",
+    "Trial",
+    "Verdict",
+    "compared",
+    "guarded",
+    "settled",
+    "spare_windows",
+    "tried",
+]
+
+JUDGED_WINDOWS = 32
+"""Windows of held-out text on which a new checkpoint is compared with its original, and as many to try maps on."""
+LEAST_WINDOWS = 8
+"""Fewer windows than this decide nothing."""
+SAME_BYTES = 0.98
+"""Share of a map's bytes from which on another one counts as equally large."""
+
+Units = Callable[[int, ProjectionGroup, Precision], Sequence[QTensor]]
+"""The packed matrices of an expert's group at a precision (:meth:`mopeq.candidates.Stock.unit`)."""
+Judge = Callable[[PrecisionMap], Divergence]
+"""How far a map takes the model from its original."""
+
+
+class Trial:
+    """The original with packed experts in it: ``take`` gives it those of a map, and changes only what differs.
+
+    units: for each MoE layer, its packed candidates. Memory: the packed experts of one map.
+    """
+
+    def __init__(self, original: nn.Module, opened: Prepared, units: Mapping[int, Units]) -> None:
+        shared: dict[int, Any] = {id(t): t for t in chain(original.parameters(), original.buffers())}
+        self.model = copy.deepcopy(original, shared)
+        self.opened, self.units = opened, units
+
+    def take(self, precisions: PrecisionMap) -> nn.Module:
+        """The model with its experts at these precisions."""
+        for layer in self.opened.spec.layers:
+            module: Any = self.model.get_submodule(layer.module)
+            shapes = self.opened.inventory.layers[layer.index]
+            layouts = {g: GroupLayout(precisions.experts[g][layer.index], shapes.matrices(g)) for g in GROUPS}
+            before = module.mopeq_layouts if isinstance(module, MixedExperts) else {}
+            changed = [g for g in GROUPS if g not in before or before[g].precisions != layouts[g].precisions]
+            if not before:
+                pack_experts(module, layer.index, layouts)
+            elif changed:
+                module.convert("plain")
+                module.mopeq_layouts = layouts
+            for group in changed:
+                _fill(module, group, layouts[group], self.units[layer.index])
+        prepare(self.model)
+        return self.model
+
+
+def _fill(module: nn.Module, group: ProjectionGroup, layout: GroupLayout, unit: Units) -> None:
+    """New buffers of a projection group."""
+    buffers: dict[str, Any] = {part: torch.empty(layout.size(part), dtype=dtype) for part, dtype in PARTS.items()}
+    for expert, precision in enumerate(layout.precisions):
+        matrices = unit(expert, group, precision)
+        for part, buffer in buffers.items():
+            for view, matrix in zip(layout.views(buffer, part, expert), matrices, strict=False):  # 16 bits: no scales
+                view.copy_(getattr(matrix, part))
+    for part, buffer in buffers.items():
+        module._buffers[f"{group}_{part}"] = buffer if buffer.numel() else None
+
+
+@contextmanager
+def tried(
+    original: nn.Module,
+    opened: Prepared,
+    units: Mapping[int, Units],
+    heldout: Sequence[Any],
+    calibration: Calibration,
+    *,
+    cache: Path | None = None,
+    track: Track = silent,
+) -> Iterator[Judge]:
+    """A function that judges maps on what :func:`spare_windows` leaves of the held-out data.
+
+    Raises :class:`DataError` where that is less than ``LEAST_WINDOWS`` windows or conversations.
+    """
+    trial = Trial(original, opened, units)
+    if has_pictures(calibration):
+        spare = heldout[JUDGED_WINDOWS:][:JUDGED_WINDOWS]
+        _check(len(spare), "conversations")
+        processor = load_processor(opened.source.path)
+        batches = conversation_batches(spare, processor, samples=len(spare), batch_size=calibration.batch_size, seed=0)
+        yield lambda precisions: _known(evaluate_answers(original, trial.take(precisions), batches, track=track))
+        return
+    windows = spare_windows(heldout, opened.tokenizer, calibration.length)
+    with judging(original, windows, cache=cache, batch_size=calibration.batch_size, track=track) as judge:
+        yield lambda precisions: judge(trial.take(precisions), "try a map").divergence
+
+
+def _known(found: Any) -> Divergence:
+    divergence: Divergence = found.divergence
+    return divergence
+
+
+def spare_windows(texts: Sequence[str], tokenizer: Any, length: int, limit: int = JUDGED_WINDOWS) -> list[Window]:
+    """Windows of held-out text beside those that the final comparison takes, evenly spread."""
+    windows = sliding_windows(token_stream(texts, tokenizer), length)
+    judged = {i * len(windows) // limit for i in range(limit)} if limit < len(windows) else range(len(windows))
+    spare = [window for i, window in enumerate(windows) if i not in judged]
+    _check(len(spare), f"windows of {length} tokens")
+    count = min(limit, len(spare))
+    return [spare[i * len(spare) // count] for i in range(count)]
+
+
+def _check(count: int, what: str) -> None:
+    if count < LEAST_WINDOWS:
+        raise DataError(
+            f"the data kept apart have {count} {what} beside those of the final comparison; expected at least "
+            f"{LEAST_WINDOWS} to try maps on; give more data, or use --no-guard"
+        )
+
+
+def compared(
+    opened: Prepared,
+    packed: Path,
+    heldout: Sequence[Any],
+    calibration: Calibration,
+    dtype: torch.dtype | None,
+    track: Track,
+) -> Evaluation:
+    """The packed model, as a user will load it, beside the original on text that neither was calibrated on."""
+    path = opened.source.path
+    original = opened.model if opened.model is not None else load_source(opened.source, dtype)
+    small = load(packed, dtype=original.dtype)
+    if has_pictures(calibration):
+        batches = conversation_batches(
+            heldout[:JUDGED_WINDOWS],
+            load_processor(path),
+            samples=JUDGED_WINDOWS,
+            batch_size=calibration.batch_size,
+            seed=0,
+        )
+        return evaluate_answers(original, small, batches, track=track)
+    tokenizer = opened.tokenizer or load_tokenizer(path)
+    return evaluate(
+        small,
+        tokenizer,
+        reference=original,
+        text=heldout,
+        length=calibration.length,
+        limit=JUDGED_WINDOWS,
+        batch_size=calibration.batch_size,
+        track=track,
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The map to pack, and a sentence that says why it is that one."""
+
+    precisions: PrecisionMap
+    sentence: str
+
+
+def guarded(made: PrecisionMap, opened: Prepared, options: Sequence[Precision], budget: str, judge: Judge) -> Verdict:
+    """``made``, or the uniform map of most bytes within its budget where ``made`` is not better beyond the interval.
+
+    A uniform map may be smaller than the budget: then ``made`` has to be worth its bytes, and the sentence says so.
+    """
+    inventory = opened.inventory
+    uniform = uniform_map(inventory, options, budget, made.rest)
+    (level,) = uniform.histogram()
+    if made.experts == uniform.experts:
+        return Verdict(made, f"the map is uniform, {level} for every expert")
+    sizes = [inventory.total_bytes(precisions) for precisions in (made, uniform)]
+    mixed, plain = judge(made), judge(uniform)
+    gain = paired_difference(mixed, plain)
+    share = sizes[1] / sizes[0]
+    size = "of the same size" if share >= SAME_BYTES else f"the largest that fits, {100 * (1 - share):.0f} % smaller"
+    interval = "" if gain.low is None or gain.high is None else f" ({gain.low:+.4g} to {gain.high:+.4g})"
+    seen = (
+        f"on {len(mixed.window_tokens)} windows kept apart, KL {mixed.kl.value:.4g} against {plain.kl.value:.4g} of "
+        f"uniform {level}, {size}; difference {gain.value:+.4g}{interval}"
+    )
+    if gain.excludes_zero and gain.value < 0:
+        return Verdict(made, f"the map is better than uniform precision: {seen}")
+    note = {**uniform.note, "in_place_of": {k: made.note[k] for k in ("method", "cost") if k in made.note}}
+    sentence = f"uniform {level} in place of the map, which is not better: {seen}; --no-guard keeps the map"
+    return Verdict(replace(uniform, note=note), sentence)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a map was chosen from, and within what."""
+
+    stats: Stats
+    cost: str
+    options: Sequence[Precision]
+    granularity: str
+    budget: str
+
+
+def settled(
+    made: PrecisionMap,
+    opened: Prepared,
+    choice: Choice,
+    judge: Judge,
+    exchanges: int,
+    guard: bool,
+    track: Track = silent,
+) -> Verdict:
+    """``made`` after exchanges (:func:`~mopeq.refine.refined`), if any, and past the guard, if it is to be."""
+    said = []
+    if exchanges:
+        found = refined(
+            made,
+            choice.stats,
+            choice.cost,
+            choice.options,
+            judge,
+            exchanges,
+            granularity=choice.granularity,
+            track=track,
+        )
+        made = found.precisions
+        said.append(f"{found.taken} of {found.tried} exchanges taken, KL {found.before:.4g} to {found.after:.4g}")
+    if guard:
+        verdict = guarded(made, opened, choice.options, choice.budget, judge)
+        made = verdict.precisions
+        said.append(verdict.sentence)
+    return Verdict(made, "; ".join(said))
