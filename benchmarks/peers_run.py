@@ -50,7 +50,7 @@ def gptqmodel(asked: argparse.Namespace, ids: list[list[int]]) -> Run:
 
 
 def autoround(asked: argparse.Namespace, ids: list[list[int]], iters: int) -> Run:
-    """AutoRound: ``iters`` 0 is its RTN, 200 its default."""
+    """AutoRound: ``iters`` 0 is its RTN, 200 its default; 5 tell what one takes."""
     import torch
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -139,6 +139,7 @@ PEERS: dict[str, tuple[str, Callable[[argparse.Namespace, list[list[int]]], Run]
     "GPTQModel": ("gptqmodel", gptqmodel),
     "AutoRound, RTN": ("auto-round", lambda asked, ids: autoround(asked, ids, 0)),
     "AutoRound, 200 iterations": ("auto-round", lambda asked, ids: autoround(asked, ids, 200)),
+    "AutoRound, 5 iterations": ("auto-round", lambda asked, ids: autoround(asked, ids, 5)),
     "llm-compressor": ("llmcompressor", llmcompressor),
 }
 
