@@ -184,6 +184,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             dtype=dtype_of(options),
             evaluated=not options.no_eval,
             guard=options.guard,
+            refine=options.refine,
             resume=options.resume,
             max_memory=size_of(options.max_memory),
             recipe=recipe_line(options),

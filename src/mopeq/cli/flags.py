@@ -99,6 +99,13 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="pack a uniform map where the allocated one is not better on text kept apart (default, unless --no-eval)",
     )
+    p.add_argument(
+        "--refine",
+        type=int,
+        default=0,
+        metavar="N",
+        help="try N exchanges of precisions on text kept apart (default: 0)",
+    )
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
     add_spread(p)
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
