@@ -136,6 +136,7 @@ def mopeq(asked: argparse.Namespace, ids: list[list[int]], method: str) -> Run:
 PEERS: dict[str, tuple[str, Callable[[argparse.Namespace, list[list[int]]], Run]]] = {
     "mopeq, gptq": ("mopeq", lambda asked, ids: mopeq(asked, ids, "gptq")),
     "mopeq, rtn-mse": ("mopeq", lambda asked, ids: mopeq(asked, ids, "rtn-mse")),
+    "mopeq, rtn": ("mopeq", lambda asked, ids: mopeq(asked, ids, "rtn")),
     "GPTQModel": ("gptqmodel", gptqmodel),
     "AutoRound, RTN": ("auto-round", lambda asked, ids: autoround(asked, ids, 0)),
     "AutoRound, 200 iterations": ("auto-round", lambda asked, ids: autoround(asked, ids, 200)),
