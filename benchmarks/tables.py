@@ -251,6 +251,33 @@ def memory(results: Mapping[str, Any]) -> dict[str, str]:
     return {"memory": table(head, rows)}
 
 
+def peers_speed(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [name, r["version"], f"{r['processor_seconds']:.1f}", f"{r['seconds_a_layer']:.0f}",
+         f"{r['peak_bytes'] / 1e9:.2f}", f"{100 * r['error_calibration']:.3f}", f"{100 * r['error_heldout']:.3f}"]
+        for name, r in results["rows"].items() if "error" not in r
+    ]  # fmt: skip
+    failed = [f"{name}: {r['error']}." for name, r in results["rows"].items() if "error" in r]
+    head = ["", "version", "processor s", "s a layer of 64", "peak GB", "error of the output, %", "on other text, %"]
+    return {"peers": table(head, rows) + "".join(f"\n{line}\n" for line in failed)}
+
+
+def floor(results: Mapping[str, Any]) -> dict[str, str]:
+    stages = results["rows"]
+    rows = [[n, f"{r['seconds']:.2f}", f"{r['operations'] / 1e9:.1f}", f"{r['floor']:.2f}"] for n, r in stages.items()]
+    total = {key: sum(r[key] for r in stages.values()) for key in ("seconds", "operations", "floor")}
+    rows.append(["all", f"{total['seconds']:.2f}", f"{total['operations'] / 1e9:.1f}", f"{total['floor']:.2f}"])
+    head = ["of one expert", "processor s", "10^9 operations", f"s at {results['rate'] / 1e9:.0f} GFLOP/s"]
+    return {"floor": table(head, rows)}
+
+
+def ray(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [[name, f"{r['seconds']:.0f}", f"{r['load_average']:.0f}", f"{r['waiting_seconds']:.1f}"]
+            for name, r in results["rows"].items()]  # fmt: skip
+    waiting = f"{results['waiting_units']} units that wait {results['wait']:g} s, s"
+    return {"ray": table(["", f"a layer of {results['experts']} experts, s", "load average", waiting], rows)}
+
+
 def streaming(results: Mapping[str, Any]) -> dict[str, str]:
     rows = [
         [name, f"{r['original_bytes'] / 1e9:.2f}", f"{r['packed_bytes'] / 1e9:.2f}",
@@ -451,6 +478,9 @@ PRINTED = {
     "moqe": moqe,
     "solver": solver,
     "streaming": streaming,
+    "peers_speed": peers_speed,
+    "floor": floor,
+    "ray": ray,
     "economy": economy,
     "soak": soak,
     "serving": serving,
