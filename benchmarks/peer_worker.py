@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("-o", "--out", required=True)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     started = time.process_time()
     tensors, bits = PEERS[asked.peer](asked)
     save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, asked.out)
@@ -112,7 +112,13 @@ def gptqmodel(asked: argparse.Namespace) -> Found:
 
     bits = int(asked.bits)
     config = QuantizeConfig(
-        bits=bits, group_size=asked.group_size, sym=False, device="cpu", dynamic={r"-:.*self_attn.*": {}}
+        bits=bits,
+        group_size=asked.group_size,
+        sym=False,
+        device="cpu",
+        offload_to_disk=False,
+        format="gptq_v2",
+        dynamic={r"-:.*self_attn.*": {}},
     )
     model = GPTQModel.load(asked.model, config)
     model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in calibration(asked)], batch_size=8)
