@@ -285,6 +285,33 @@ def memory(results: Mapping[str, Any]) -> dict[str, str]:
     return {"memory": table(head, rows)}
 
 
+def peers_speed(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [name, r["version"], f"{r['processor_seconds']:.1f}", f"{r['seconds_a_layer']:.0f}",
+         f"{r['peak_bytes'] / 1e9:.2f}", f"{100 * r['error_calibration']:.3f}", f"{100 * r['error_heldout']:.3f}"]
+        for name, r in results["rows"].items() if "error" not in r
+    ]  # fmt: skip
+    failed = [f"{name}: {r['error']}." for name, r in results["rows"].items() if "error" in r]
+    head = ["", "version", "processor s", "s a layer of 64", "peak GB", "error of the output, %", "on other text, %"]
+    return {"peers": table(head, rows) + "".join(f"\n{line}\n" for line in failed)}
+
+
+def floor(results: Mapping[str, Any]) -> dict[str, str]:
+    stages = results["rows"]
+    rows = [[n, f"{r['seconds']:.2f}", f"{r['operations'] / 1e9:.1f}", f"{r['floor']:.2f}"] for n, r in stages.items()]
+    total = {key: sum(r[key] for r in stages.values()) for key in ("seconds", "operations", "floor")}
+    rows.append(["all", f"{total['seconds']:.2f}", f"{total['operations'] / 1e9:.1f}", f"{total['floor']:.2f}"])
+    head = ["of one expert", "processor s", "10^9 operations", f"s at {results['rate'] / 1e9:.0f} GFLOP/s"]
+    return {"floor": table(head, rows)}
+
+
+def ray(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [[name, f"{r['seconds']:.0f}", f"{r['load_average']:.0f}", f"{r['waiting_seconds']:.1f}"]
+            for name, r in results["rows"].items()]  # fmt: skip
+    waiting = f"{results['waiting_units']} units that wait {results['wait']:g} s, s"
+    return {"ray": table(["", f"a layer of {results['experts']} experts, s", "load average", waiting], rows)}
+
+
 def streaming(results: Mapping[str, Any]) -> dict[str, str]:
     rows = [
         [name, f"{r['original_bytes'] / 1e9:.2f}", f"{r['packed_bytes'] / 1e9:.2f}",
@@ -325,6 +352,24 @@ def runtime(results: Mapping[str, Any]) -> dict[str, str]:
                               f"{read['processor ms'] / row['processor ms']:.0%}"])  # fmt: skip
     head = ["experts' bits", "threads", "what", "MB a token", "ms", "of the read", "processor ms", "of the read's"]
     return {"runtime": table(head, cells)}
+
+
+def llama_cpp(results: Mapping[str, Any]) -> dict[str, str]:
+    cells = [
+        [bits, name, f"{row['bytes'] / 1e6:.0f}", f"{row['decode']:.1f}",
+         f"{row['decode'] * row['bytes'] / (found['plain read']['decode'] * found['plain read']['bytes']):.0%}",
+         f"{row['prefill']:.0f}" if "prefill" in row else ""]
+        for bits, found in results["runs"].items() for name, row in found.items()
+    ]  # fmt: skip
+    head = [
+        "experts' bits of mopeq",
+        "",
+        "MB a token",
+        "decode, tokens/s",
+        "bytes/s of the read's",
+        "prefill, tokens/s",
+    ]
+    return {"llama.cpp": table(head, cells)}
 
 
 def solver(results: Mapping[str, Any]) -> dict[str, str]:
@@ -425,6 +470,34 @@ def _signed(gap: Mapping[str, float]) -> str:
     return f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
 
 
+def soak(results: Mapping[str, Any]) -> dict[str, str]:
+    seen, samples = results["requests"], results["samples"]
+    kinds = {
+        "good, whole": "ask", "good, streamed": "stream", "bad": "send_bad", "left by the client": "leave",
+        "sent slowly": "send_slowly", "read slowly": "read_slowly", "never ended by the client": "never_end",
+        "good, at the end": "once more",
+    }  # fmt: skip
+    rows = [[name, seen[key]] for name, key in kinds.items()]
+    rows += [["hangs", seen.get("hangs", 0)], ["wrong answers", results["wrong_count"]]]
+    tenth = len(samples) // 10
+    over = [[f"{samples[i]['seconds'] / 60:.0f}", f"{samples[i]['resident_bytes'] / 1e6:.0f}", samples[i]["threads"],
+             samples[i]["files"]] for i in [*range(0, len(samples) - tenth, 2 * tenth), -1]]  # fmt: skip
+    return {
+        "soak": table(["requests", "number"], rows),
+        "soak memory": table(["minute", "resident MB", "threads", "files"], over),
+    }
+
+
+def serving(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [name, clients, *(f"{row[key]:.2f}" for key in ("tokens_per_second", "first_p50", "first_p99", "p50", "p99")),
+         f"{found['memory_bytes'] / 2**30:.2f}", f"{row['busy']:.2f}"]
+        for name, found in results["servers"].items() for clients, row in found["clients"].items()
+    ]  # fmt: skip
+    head = ["server", "clients", "tokens/s", "first text, s, p50", "p99", "answer, s, p50", "p99", "memory GiB", "busy"]
+    return {"serving": table(head, rows)}
+
+
 PRINTED = {
     "fidelity": maps,
     "choices": choices,
@@ -441,9 +514,15 @@ PRINTED = {
     "peers_quality": peers,
     "solver": solver,
     "streaming": streaming,
+    "peers_speed": peers_speed,
+    "floor": floor,
+    "ray": ray,
     "economy": economy,
+    "soak": soak,
+    "serving": serving,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
+    "llama_cpp": llama_cpp,
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ LEVELS = [
     {"spec"},
     {"stats"},
     {"qtensor"},
-    {"progress", "seam", "autoload", "journal"},
+    {"progress", "seam", "autoload", "journal", "foreign"},
     {"models", "source"},
     {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead"},
     {"analyze", "candidates", "runtime"},

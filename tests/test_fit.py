@@ -15,6 +15,7 @@ from mopeq.errors import BudgetError
 from mopeq.fit import PROCESS, activation_bytes, cache_bytes, fit
 from mopeq.load import model_config
 from mopeq.measure import open_model
+from mopeq.precision import DEFAULT_REST
 from tiny import FAMILIES, VLM, tiny_model
 
 
@@ -68,3 +69,31 @@ def test_quantize_keeps_the_budget(
     assert "keys and values" in printed.err
     assert json.loads(printed.out)["bytes"] <= wanted
     assert sum(file.stat().st_size for file in out.glob("*.safetensors")) > 0.5 * wanted
+
+
+def test_allocate_fits_as_quantize_does(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, stats, out = tiny_model("olmoe"), tmp_path / "stats.json", tmp_path / "precision.json"
+    few = ["--samples", "2", "--length", "64", "--levels", "2,4"]
+    assert main(["analyze", str(folder), "--metrics", "fisher_error", *few, "-o", str(stats)]) == 0
+    config, model = model_config(folder), open_model(folder).inventory
+    made = fit("600MiB", config, model, 64, 2, "float32")
+    wanted = model.expert_parameters * 3 // 8 + model.rest_bytes(DEFAULT_REST) + model.kept_bytes + model.header_bytes
+    device = f"{made.device - made.weights + wanted}B"
+    flags = ["--fit", device, "--context", "64", "--batch", "2", "-o", str(out)]
+    capsys.readouterr()
+    assert main(["allocate", str(stats), *flags, "--model", str(folder), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "keys and values" in printed.err
+    note = json.loads(printed.out)["note"]
+    assert note["budget"] == f"{wanted}B"
+    assert 0.9 * wanted < note["checkpoint_bytes"] <= wanted
+    other = tiny_model("mixtral")
+    for wrong, says in (
+        ([*flags], "no --model"),
+        ([*flags, "--model", str(other)], "the statistics are of olmoe"),
+        (["--budget", "3bpw", "--context", "64", "-o", str(out)], "belongs to --fit"),
+    ):
+        assert main(["allocate", str(stats), *wrong]) == 2
+        assert says in capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 from mopeq.autoload import callable_module, extend
 from mopeq.checkpoint import Manifest, read_manifest
 from mopeq.errors import CheckpointError, ModelError
+from mopeq.source import Source, read_tensor
 
 __all__ = [
     "auto_class",
@@ -17,6 +18,7 @@ __all__ = [
     "load",
     "load_original",
     "load_processor",
+    "load_source",
     "load_tokenizer",
     "model_config",
     "takes_images",
@@ -69,6 +71,16 @@ def load_original(
         raise ModelError(f"{path} is a packed checkpoint; expected an original model; load it with mopeq.load")
     options = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
     return _load(path, config, ModelError, dtype, device, **{k: v for k, v in options.items() if v is not None})
+
+
+def load_source(source: Source, dtype: torch.dtype | None = None) -> Any:
+    """An opened checkpoint as :func:`load_original` loads it; one that another quantizer packed is dequantized."""
+    if not source.packed:
+        return load_original(source.path, dtype=dtype)
+    config = model_config(source.path)
+    del config.quantization_config
+    state = {key: read_tensor(source, key) for key in source.shapes}
+    return _load(source.path, config, ModelError, dtype or config.dtype, None, state_dict=state)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -153,9 +165,13 @@ def _load(
 
     Every tensor of a packed checkpoint must be used; what transformers drops of an original one, ``describe`` says.
     """
+    made: Any = auto_class(config)
+    if "state_dict" in options:  # then transformers wants the class itself, and no path
+        with torch.device("meta"):
+            made = type(made.from_config(config))
     try:
-        model, info = auto_class(config).from_pretrained(
-            path,
+        model, info = made.from_pretrained(
+            None if "state_dict" in options else path,
             config=config,
             dtype=dtype or "auto",
             device_map=None if device is None else {"": device},

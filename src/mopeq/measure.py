@@ -38,7 +38,7 @@ from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
 from mopeq.errors import DataError, InputError
 from mopeq.journal import Journal
-from mopeq.load import load_original, load_processor, load_tokenizer, model_config
+from mopeq.load import load_processor, load_source, load_tokenizer, model_config
 from mopeq.memory import MOST
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
@@ -187,7 +187,7 @@ def observed(
         track: progress.
     """
     ready = calibrated(opened, calibration, texts=texts)
-    loaded = load_original(opened.source.path, dtype=dtype)
+    loaded = load_source(opened.source, dtype)
     started = time.perf_counter()
     routed = observe(loaded, opened.spec, ready.batches, gradients=gradients, seed=calibration.seed, track=track)
     info = {**ready.info, "observe_seconds": round(time.perf_counter() - started, 2)}
@@ -218,7 +218,11 @@ def measure(
             f"a modality weight enters {', '.join(WEIGHTED)}, and none of them is asked for; ask for one, or leave it "
             "out"
         )
-    if set(metrics) & set(WHOLE):
+    if whole := sorted(set(metrics) & set(WHOLE)):
+        if across is not here:
+            raise InputError(
+                f"{whole[0]} takes the whole model in one process; leave it out, or measure it without --ray"
+            )
         prepared = observed(
             opened, calibration, gradients=bool(set(GRADIENTS) & set(metrics)), dtype=dtype, track=track
         )
@@ -344,7 +348,7 @@ def _texts(calibration: Calibration, model: str | Path, more: int = 0) -> list[s
     if calibration.data != SELF:
         return read_data(calibration.data)
     return written(
-        load_original(model),
+        load_source(open_source(model)),
         load_tokenizer(model),
         samples=calibration.samples + more,
         length=calibration.length,

@@ -31,7 +31,7 @@ from mopeq.checkpoint import PackedWriter, Stored, read_manifest
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
 from mopeq.journal import Journal, read_journal
-from mopeq.load import load_original, load_tokenizer
+from mopeq.load import load_source, load_tokenizer
 from mopeq.measure import (
     Calibration,
     Prepared,
@@ -299,7 +299,7 @@ class _Plan:
             return {"map": made.to_json(), "sentence": f"the map was not {what}: {why}"}
         layers, source = self.opened.spec.layers, self.opened.source
         units = {layer.index: Stock(journal, measured_step(layer), source, layer).unit for layer in layers}
-        original, cache = load_original(source.path, dtype=self.dtype), journal.folder if self.refine else None
+        original, cache = load_source(source, self.dtype), journal.folder if self.refine else None
         try:
             with tried(original, self.opened, units, self.heldout, self.calibration, cache=cache, track=track) as judge:
                 choice = Choice(stats, self.cost, self.options, self.granularity, self.budget or "")

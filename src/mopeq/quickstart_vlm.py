@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from mopeq.allocate import allocate, predicted
-from mopeq.data.conversations import question_batches, read_questions
+from mopeq.data.conversations import question_batches
 from mopeq.data.samples import bundled_images, bundled_vlm
 from mopeq.evaluate import Evaluation, TaskScore, resident_bytes
 from mopeq.evaluate.answers import Answers, answer_logits, judge_answers
 from mopeq.evaluate.bootstrap import Estimate
+from mopeq.evaluate.vqa import read_table, scores
 from mopeq.load import load, load_original, load_processor
 from mopeq.measure import Calibration, Prepared, measure_prepared, observed, open_model
 from mopeq.precision import PrecisionMap
@@ -94,9 +95,9 @@ def quickstart_vlm(
     ):
         pack(name, allocate(stats, budget=f"{budget}B", cost=COST, options=options))
 
-    questions = read_questions(bundled_images("heldout.tsv"))
-    batches = question_batches(questions, load_processor(prepared.source.path), 50)
-    categories = [question.category for question in questions]
+    table = read_table(bundled_images("heldout.tsv"))
+    batches = question_batches(table.questions, load_processor(prepared.source.path), 50)
+    categories = [question.category for question in table.questions]
     expected = answer_logits(prepared.model, batches, track)
     judged = {"original": judge_answers(expected, batches, categories)}
     for name, made in packed.items():
@@ -108,9 +109,9 @@ def quickstart_vlm(
         loss = predicted(stats, COST, made.precisions)
         points.append(_point(name, made, judged[name], resident[name], loss))
     home = packed[BEST].path
-    _describe_home(home, prepared, packed[BEST], judged, points, command)
+    _describe_home(home, prepared, packed[BEST], scores(table, judged[BEST], judged["original"]), points, command)
     page = render(home, folder / "report.html")
-    return VisionQuickstart(tuple(points), _sentences(packed, judged), len(questions), home, page)
+    return VisionQuickstart(tuple(points), _sentences(packed, judged), len(table.questions), home, page)
 
 
 def _original(prepared: Prepared, seen: Answers) -> VisionPoint:
@@ -150,14 +151,11 @@ def _describe_home(
     home: Path,
     prepared: Prepared,
     packed: Packed,
-    judged: Mapping[str, Answers],
+    tasks: tuple[TaskScore, ...],
     points: list[VisionPoint],
     command: str,
 ) -> None:
     """Leave in ``home/mopeq`` what the report reads."""
-    seen = judged[BEST]
-    counts = {category: seen.categories.count(category) for category in seen.by_category()}
-    tasks = [TaskScore(category, "exact answers", seen.accuracy(category), count) for category, count in counts.items()]
     resident = next(point.resident_bytes for point in points if point.name == BEST)
     info = {"text": "bundled held-out questions", "command": command}
     frontier = [
@@ -173,6 +171,6 @@ def _describe_home(
         for point in points
     ]
     record = run_record(prepared, packed, "gptq", [command or "mopeq quickstart --vlm"], {"quantize": packed.seconds})
-    write_json(home / "mopeq" / "evaluation.json", Evaluation(resident, tasks=tuple(tasks), info=info).to_json())
+    write_json(home / "mopeq" / "evaluation.json", Evaluation(resident, tasks=tasks, info=info).to_json())
     write_json(home / "mopeq" / "run.json", record)
     write_json(home / "mopeq" / "frontier.json", {"format": "mopeq-frontier", "version": 1, "points": frontier})

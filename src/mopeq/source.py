@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mopeq.errors import ModelError
+from mopeq.foreign import METHODS, Packed, dequantized, find_packed, method_of
 from mopeq.precision import ProjectionGroup
 from mopeq.spec import TOWERS, KeptRef, MoELayer, WeightRef
 
@@ -56,7 +57,8 @@ _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tikt
 class Source:
     """An original checkpoint: folder, ``config.json``, and shape, safetensors dtype and file of every tensor.
 
-    spans: first byte of a tensor in its file, and the one after its last.
+    spans: first byte of a tensor in its file, and the one after its last. packed: weights that another quantizer
+    packed, by name; ``shapes`` and ``dtypes`` have them as they are read, dequantized, instead of their parts.
     """
 
     path: Path
@@ -65,17 +67,19 @@ class Source:
     dtypes: Mapping[str, str]
     files: Mapping[str, str]
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
 
 def open_source(model: str | Path, revision: str | None = None) -> Source:
     """Open a local folder, or a Hugging Face id at a ``revision``, which is downloaded to the Hub's cache first.
 
-    Raises :class:`ModelError` where the folder is missing, incomplete, damaged, not safetensors, or quantized already.
+    Raises :class:`ModelError` where the folder is missing, incomplete, damaged, not safetensors, or quantized in a way
+    that foreign.py does not read.
     """
     path = _folder(model, revision)
     config = _read_config(path)
     headers = _read_headers(path)
-    return Source(
+    made = Source(
         path=path,
         config=config,
         shapes={key: entry[1] for header in headers.values() for key, entry in header.items()},
@@ -83,6 +87,22 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
         files={key: name for name, header in headers.items() for key in header},
         spans={key: entry[2:] for header in headers.values() for key, entry in header.items()},
     )
+    settings = config.pop("quantization_config", None)
+    return made if settings is None else _unpacked(made, settings)
+
+
+def _unpacked(source: Source, settings: Mapping[str, Any]) -> Source:
+    """A checkpoint of another quantizer as that of the weights it stands for."""
+    packed = find_packed(settings, source.shapes, partial(_stored, source))
+    parts = {key for matrix in packed.values() for key in matrix.parts.values()} | {f"{name}_shape" for name in packed}
+    shapes = {key: shape for key, shape in source.shapes.items() if key not in parts}
+    dtypes = {key: dtype for key, dtype in source.dtypes.items() if key not in parts}
+    files, spans = dict(source.files), dict(source.spans)
+    for name, matrix in packed.items():
+        codes = matrix.parts["codes"]
+        shapes[name], dtypes[name] = matrix.shape, source.dtypes[matrix.parts["scales"]]
+        files[name], spans[name] = files[codes], spans[codes]
+    return replace(source, shapes=shapes, dtypes=dtypes, files=files, spans=spans, packed=packed)
 
 
 def stored_bytes(source: Source, key: str) -> int:
@@ -91,7 +111,13 @@ def stored_bytes(source: Source, key: str) -> int:
 
 
 def read_tensor(source: Source, key: str) -> Tensor:
-    """A tensor as it is stored, mapped from its file: pages are read when touched."""
+    """A tensor as it is stored, mapped from its file: pages are read when touched. A packed one is dequantized."""
+    if key in source.packed:
+        return dequantized(source.packed[key], partial(_stored, source))
+    return _stored(source, key)
+
+
+def _stored(source: Source, key: str) -> Tensor:
     _check_known(source, key)
     handle = _handle(source.path / source.files[key])
     try:
@@ -235,7 +261,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     nested = config.get("text_config")
     for part in (config, nested if isinstance(nested, dict) else {}):
         settings = part.get("quantization_config") or part.get("compression_config")
-        if settings:
+        if settings and not (part is config and method_of(part.get("quantization_config"))):
             _refuse_quantized(path, settings)
     return config
 
@@ -249,8 +275,8 @@ def _refuse_quantized(path: Path, settings: object) -> None:
             f"load it as it is, or give the model that it was made from"
         )
     raise ModelError(
-        f"{path} is already quantized ({method or 'method unknown'}); expected weights in "
-        f"16 or 32 bits; give the bfloat16 checkpoint of this model, or dequantize it with transformers and save it"
+        f"{path} is already quantized ({method or 'method unknown'}); expected weights in 16 or 32 bits, or packed by "
+        f"{', '.join(METHODS)}; give the bfloat16 checkpoint of this model, or dequantize it with transformers"
     )
 
 

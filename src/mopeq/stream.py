@@ -31,7 +31,7 @@ from mopeq.errors import ModelError
 from mopeq.journal import Journal
 from mopeq.load import auto_class, model_config
 from mopeq.progress import Track, note, silent
-from mopeq.source import Source, decoder_layer
+from mopeq.source import Source, decoder_layer, read_tensor
 from mopeq.spec import MoELayer, MoESpec
 
 __all__ = ["Shell", "Store", "backward", "forward", "stored_dtype"]
@@ -204,7 +204,12 @@ class Shell:
         with ExitStack() as stack:
             files = {self.source.files[key] for key in keys}
             opened = {name: stack.enter_context(safe_open(self.source.path / name, "pt")) for name in files}
-            lazy = {key: opened[self.source.files[key]].get_slice(key) for key in keys}
+            lazy: dict[str, Any] = {
+                key: read_tensor(self.source, key)
+                if key in self.source.packed
+                else opened[self.source.files[key]].get_slice(key)
+                for key in keys
+            }
             info, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
         self.model.requires_grad_(False)
         problems = {"mismatched_keys": "have other shapes in it", "conversion_errors": "cannot be converted"}

@@ -26,7 +26,7 @@ from mopeq.evaluate import Divergence, Evaluation, evaluate, paired_difference
 from mopeq.evaluate.answers import evaluate_answers
 from mopeq.evaluate.divergence import judging
 from mopeq.kernels.layout import PARTS, GroupLayout
-from mopeq.load import load, load_original, load_processor, load_tokenizer
+from mopeq.load import load, load_processor, load_source, load_tokenizer
 from mopeq.measure import Calibration, Prepared, has_pictures
 from mopeq.precision import GROUPS, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Track, silent
@@ -165,7 +165,7 @@ def compared(
 ) -> Evaluation:
     """The packed model, as a user will load it, beside the original on text that neither was calibrated on."""
     path = opened.source.path
-    original = opened.model if opened.model is not None else load_original(path, dtype=dtype)
+    original = opened.model if opened.model is not None else load_source(opened.source, dtype)
     small = load(packed, dtype=original.dtype)
     if has_pictures(calibration):
         batches = conversation_batches(

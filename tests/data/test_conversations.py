@@ -127,13 +127,13 @@ def test_question_tables(tmp_path: Path, processor: Any) -> None:
     path.write_text(head + f'0\t{picture()}\t"Which\ncolour?"\tred\tcolour\n1\t0\tIs it red?\tyes\texists\n')
     questions = read_questions(path)
     assert [q.text for q in questions] == ["Which\ncolour?", "Is it red?"]
-    assert questions[1].image == questions[0].image
+    assert questions[1].images == questions[0].images == (picture(),)
     (batch,) = question_batches(questions, processor, 8)
     ends = [processor.decode(row[row != -100]) for row in batch["labels"]]
     assert ends == [f"{q.answer}{processor.tokenizer.eos_token}" for q in questions]
     path.write_text("index\tquestion\n0\ta\n")
-    with pytest.raises(DataError, match="has no image, answer"):
+    with pytest.raises(DataError, match="has no answer, image"):
         read_questions(path)
-    path.write_text(head + "0\t%%\tWhat?\tred\tcolour\n")
+    path.write_text(head + f"0\t{'%' * 80}\tWhat?\tred\tcolour\n")
     with pytest.raises(DataError, match="the image of question 0"):
         question_batches(read_questions(path), processor, 8)

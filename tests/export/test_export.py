@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from exporting import packed
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,28 +18,12 @@ from mopeq.checkpoint import read_manifest, read_packed
 from mopeq.cli import main
 from mopeq.export import auto_round, compressed_tensors, plan_export, write_export
 from mopeq.export.fields import Field, common, signed_bits
-from mopeq.measure import open_model
-from mopeq.precision import DEFAULT_REST, FULL, GROUPS, Precision, PrecisionMap
+from mopeq.precision import FULL, Precision
 from mopeq.qtensor import Codes, dequantize, pack
-from packing import pack_model
 from tiny import tensors
 
 Make = Callable[..., Path]
-REST = dict.fromkeys(DEFAULT_REST, Precision(8, 32, True))
 TOKENS = torch.arange(48).view(2, 24) * 5 % 250
-
-
-def packed(make: Make, tmp_path: Path, family: str, *row: str, rest: dict[str, Precision] | None = None) -> Path:
-    """A tiny model whose experts get the precisions of ``row`` in turn."""
-    from mopeq.precision import parse_precision
-
-    folder = make(family, dtype=torch.bfloat16)
-    kinds = [parse_precision(text) for text in row]
-    layers = open_model(folder).inventory.experts
-    experts = {g: {k: tuple(kinds[(e + i) % len(kinds)] for e in range(n)) for k, n in layers.items()}
-               for i, g in enumerate(GROUPS)}  # fmt: skip
-    pack_model(folder, tmp_path / "packed", PrecisionMap(experts, REST if rest is None else rest, {}))
-    return tmp_path / "packed"
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -177,8 +162,36 @@ def test_the_price_without_writing(tiny_model: Make, tmp_path: Path, capsys: pyt
     assert main(["export", str(folder), "--format", "compressed-tensors", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     out = exported(folder, tmp_path / "out", "compressed-tensors")
-    assert abs(found["bytes"] - sum(t.nbytes for t in tensors(out).values())) < 0.2 * found["bytes"]
+    assert found["price"]["after"] == pytest.approx(sum(t.nbytes for t in tensors(out).values()), rel=0.1)
     rows = {(row["precision"], row["stored"]) for row in found["matrices"]}
-    # gate_up and down of neighbours differ, so every layer is as wide as its 4-bit codes with zero points need
+    # every layer is as wide as its 4-bit codes with zero points need
     assert rows == {(p, "int8, groups of 32") for p in ("3g32", "4g32", "8g32s")}
-    assert found["bytes_before"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    price = found["price"]
+    assert price["before"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert (price["mixed"], price["layers"], price["loss"], price["uniform"]) == (2, 2, None, None)
+
+
+def test_the_price_is_predicted_and_measured(
+    tiny_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, folder, out = tiny_model("olmoe", dtype=torch.bfloat16), tmp_path / "packed", tmp_path / "out"
+    few = ["--samples", "4", "--length", "64", "--levels", "2,3", "--group-size", "32", "--no-eval"]
+    stats, made = tmp_path / "stats.json", tmp_path / "map.json"
+    assert main(["analyze", str(original), "--metrics", "fisher_error", *few[:-1], "-o", str(stats)]) == 0
+    assert main(["allocate", str(stats), "--budget", "3.2bpw", "-o", str(made)]) == 0
+    assert main(["quantize", str(original), "-o", str(folder), "--map", str(made), "--method", "rtn", "--no-eval"]) == 0
+    (folder / "mopeq" / "stats.json").write_bytes(stats.read_bytes())
+    capsys.readouterr()
+    assert main(["export", str(folder), "--format", "compressed-tensors", "-o", str(out), "--uniform", "model",
+                 "--against", str(original), "--json"]) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    note = read_manifest(folder).precisions.note
+    assert found["price"]["loss"] == pytest.approx(note["predicted_loss"])
+    assert found["price"]["uniform"] > found["price"]["loss"]
+    assert found["kl"]["exported"][0] == pytest.approx(found["kl"]["packed"][0], rel=0.05)
+    assert main(["export", str(folder), "--format", "gguf"]) == 0
+    shown = capsys.readouterr().out
+    assert "best map with one precision in a layer" in shown
+    assert "--against measures what was written" in fails(
+        capsys, "export", folder, "--format", "gguf", "--against", original
+    )

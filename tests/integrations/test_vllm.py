@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -150,16 +151,16 @@ def test_a_missing_tensor_is_refused(packed: Callable[[str], tuple[Path, Path]],
         by_vllm(broken)
 
 
-def test_mopeq_serve_starts_vllm(packed: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    from openai import APIConnectionError, AuthenticationError, OpenAI
+@contextmanager
+def served(folder: Path, log: Path, flags: str) -> Iterator[Any]:
+    """A client of ``mopeq serve`` with vLLM."""
+    from openai import APIConnectionError, OpenAI
 
-    _, folder = packed("olmoe")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = "--vllm=--enforce-eager --max-model-len 256 --max-num-seqs 4"
+    flags = f"--vllm=--enforce-eager --max-num-seqs 4 {flags}"
     command = ["serve", str(folder), "--port", str(port), "--name", "tiny", "--dtype", "float32", flags]
-    log = tmp_path / "log"
     with log.open("wb") as out:
         server = subprocess.Popen(
             [sys.executable, "-c", "import sys; from mopeq.cli import main; sys.exit(main())", *command],
@@ -174,16 +175,61 @@ def test_mopeq_serve_starts_vllm(packed: Callable[[str], tuple[Path, Path]], tmp
                 break
             except APIConnectionError:
                 time.sleep(1)
+        yield client
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def test_mopeq_serve_starts_vllm(packed: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    from openai import AuthenticationError
+
+    _, folder = packed("olmoe")
+    with served(folder, tmp_path / "log", "--max-model-len 256") as client:
         made = [
             client.completions.create(
                 model="tiny", prompt=prompt, max_tokens=NEW, temperature=0,
                 extra_body={"ignore_eos": True, "return_token_ids": True},
-            ).choices[0].token_ids  # type: ignore[attr-defined]
+            ).choices[0].token_ids
             for prompt in PROMPTS
         ]  # fmt: skip
         assert made == by_vllm(folder)
         with pytest.raises(AuthenticationError):
             client.with_options(api_key="guess").models.list()
-    finally:
-        server.terminate()
-        server.wait(60)
+
+
+def test_deepseek_vl2_with_images_is_the_native_runtimes(tmp_path: Path) -> None:
+    """Packed, served, asked by the ``openai`` client: the words of mopeq's own model, tower, tiles and conversation."""
+    from mopeq.data.conversations import read_questions
+    from mopeq.data.samples import bundled_images, bundled_vlm
+    from mopeq.load import load_processor
+    from mopeq.runtime.generate import generate
+
+    folder = tmp_path / "packed"
+    pack_model(bundled_vlm(), folder, mixed(bundled_vlm()))
+    shutil.copy(bundled_vlm() / "processor_config.json", folder)
+    model, processor = load(folder, torch.float32), load_processor(folder)
+    questions = read_questions(bundled_images("heldout.tsv"))[:600:50]
+    with served(folder, tmp_path / "log", "--max-model-len 512") as client:
+        for number, question in enumerate(questions):
+            address = f"data:image/png;base64,{question.image}"
+            text = {"type": "text", "text": question.text}
+            count = number % 3  # images: none, one, two
+            ours = [*[{"type": "image", "image": address}] * count, text]
+            theirs = [*[{"type": "image_url", "image_url": {"url": address}}] * count, text]
+            want = generate(model, processor, [{"role": "user", "content": ours}], max_new_tokens=8)
+            got = client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": theirs}], max_tokens=8, temperature=0
+            )
+            assert got.choices[0].message.content == want.text
+            assert got.usage.prompt_tokens == want.prompt_tokens
+            assert not count or want.text.strip()
+
+
+def test_molmoe_is_for_the_native_server(tmp_path: Path) -> None:
+    from mopeq.errors import InputError
+    from mopeq.serve import serve
+    from reference import FOLDER, MOLMOE
+
+    with pytest.raises(InputError, match="MolmoE, which vLLM has no class for"):
+        serve(FOLDER / MOLMOE, engine="vllm")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from serving import serving
 
 import packing
 from mopeq.load import load, load_tokenizer
+from serving import serving
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("tenacity", reason="lm-eval's clients need lm-eval[api]")

@@ -17,7 +17,6 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
-from serving import asking, raw, serving
 
 import packing
 from mopeq.cli import main
@@ -25,6 +24,7 @@ from mopeq.load import load, load_tokenizer
 from mopeq.runtime.decode import decode
 from mopeq.runtime.generate import generate
 from mopeq.serve import Limits, vllm_command
+from serving import asking, raw, serving
 
 PROMPT = "def f("
 MESSAGES: Any = [{"role": "user", "content": "hi"}]

@@ -16,7 +16,6 @@ import pytest
 import torch
 from openai import OpenAI
 from PIL import Image
-from serving import asking, raw, serving
 from transformers import AriaProcessor, AutoTokenizer
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 
@@ -26,6 +25,7 @@ from mopeq.load import load, load_processor
 from mopeq.runtime.generate import generate
 from mopeq.serve import Limits
 from reference import DEEPSEEK, MOLMOE, PROCESSORS, cases, folder_of, loaded
+from serving import asking, raw, serving
 
 WIDE = PROCESSORS / "images" / "img_a_wide.png"
 TALL = PROCESSORS / "images" / "img_b_tall.png"

@@ -247,7 +247,6 @@ def layer_metrics(
         return found, []
     short: list[str] = []
     done = 0
-    shown = min(options, key=lambda p: abs(p.bits - 3))
     given = None if quantizer in WITHOUT_MOMENTS or not costs else seen
     slab_costs = partial(
         _slab_costs,
@@ -272,6 +271,7 @@ def layer_metrics(
                 whole[expert] = value
         done += len(experts)
         if costs:
+            shown = min(options, key=lambda p: abs(p.bits - 3))
             lost = sum(sum(values[cost_metric(costs[-1], group, shown)]) for group in GROUPS)
             note(track, layer=layer.index, expert=done, experts=count, lost=lost, error_of=f"{costs[-1]} at {shown}")
     return found, short

@@ -7,34 +7,39 @@ from collections.abc import Sequence
 
 from mopeq.errors import InputError
 
-__all__ = ["check_allocate", "check_quantize"]
+__all__ = ["check_allocate", "check_quantize", "refuse"]
 
 
 def check_allocate(options: argparse.Namespace) -> None:
     """Raise :class:`InputError` for flags of another ``--method``."""
     if options.method != "kmeans":
-        _refuse(options, ("score", "scope"), "--method kmeans")
+        refuse(options, ("score", "scope"), "--method kmeans")
     if options.method not in ("knapsack", "random"):
-        _refuse(options, ("granularity",), "--method knapsack and random")
+        refuse(options, ("granularity",), "--method knapsack and random")
+    if not options.fit:
+        refuse(options, ("context", "batch", "model", "dtype"), "--fit")
+    elif options.model is None:
+        raise InputError("--fit needs the model's configuration, found no --model; give the model that was measured")
     if options.method != "knapsack":
-        _refuse(options, ("uniform_layers",), "--method knapsack")
+        refuse(options, ("uniform_layers",), "--method knapsack")
     if options.method != "random":
-        _refuse(options, ("seed",), "--method random")
+        refuse(options, ("seed",), "--method random")
     if not options.levels:
-        _refuse(options, ("group_size", "symmetric"), "--levels, such as 2,3,4")
+        refuse(options, ("group_size", "symmetric"), "--levels, such as 2,3,4")
 
 
 def check_quantize(options: argparse.Namespace) -> None:
     """Raise :class:`InputError` for flags that choose precisions where a map or ``--uniform`` has them."""
     if not options.fit:
-        _refuse(options, ("context", "batch"), "--fit")
+        refuse(options, ("context", "batch"), "--fit")
     if options.map or options.uniform:
-        _refuse(options, ("levels", "cost", "granularity", "guard", "uniform_layers"), "--budget and --fit")
+        refuse(options, ("levels", "cost", "granularity", "guard", "uniform_layers"), "--budget and --fit")
     if options.map:
-        _refuse(options, ("group_size", "symmetric"), "--budget, --fit and --uniform")
+        refuse(options, ("group_size", "symmetric"), "--budget, --fit and --uniform")
 
 
-def _refuse(options: argparse.Namespace, names: Sequence[str], owner: str) -> None:
+def refuse(options: argparse.Namespace, names: Sequence[str], owner: str) -> None:
+    """Raise :class:`InputError` for flags that were given, of those named, which belong to ``owner``."""
     for name in names:
         if getattr(options, name) != options.default_of(name):
             raise InputError(

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mopeq.cli import show
 from mopeq.cli.applies import check_allocate, check_quantize
 from mopeq.cli.fit import fitted
-from mopeq.cli.images import do_quickstart_vlm, reader_of, with_images
+from mopeq.cli.given import (
+    calibration_of,
+    dtype_of,
+    new_file,
+    one_precision,
+    precisions_of,
+    rest_of,
+    size_of,
+)
+from mopeq.cli.images import do_quickstart_vlm
 from mopeq.cli.recipes import recipe_line
-from mopeq.errors import InputError, OutputError
-from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap, parse_precision
+from mopeq.cli.spread import spread
+from mopeq.precision import DEFAULT_REST, PrecisionMap
 from mopeq.progress import drawn
-from mopeq.spec import Inventory
 from mopeq.stats import Stats, read_json, write_json
 
 __all__ = [
     "do_allocate",
     "do_analyze",
-    "do_chat",
     "do_describe",
-    "do_eval",
     "do_quantize",
     "do_quickstart",
     "do_report",
-    "do_run",
 ]
 
 
@@ -96,16 +98,17 @@ def do_analyze(options: argparse.Namespace) -> None:
     from mopeq.measure import measure, open_model
 
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
-    out = _new_file(options.out)
+    out = new_file(options.out)
     model = open_model(options.model).inventory
-    with show.following(options) as track:
+    with show.following(options) as track, spread(options) as across:
         stats = measure(
             options.model,
             metrics,
-            calibration=_calibration_of(options),
-            options=_precisions(options, model),
+            calibration=calibration_of(options),
+            options=precisions_of(options, model),
             quantizer=options.method,
-            dtype=_dtype(options),
+            dtype=dtype_of(options),
+            across=across,
             track=track,
         )
     info = {**stats.info, "command": options.command_line}
@@ -127,19 +130,19 @@ def do_allocate(options: argparse.Namespace) -> None:
     from mopeq.allocate import allocate
 
     check_allocate(options)
-    out = _new_file(options.out)
+    out = new_file(options.out)
     stats = Stats.from_json(read_json(options.stats))
     made = allocate(
         stats,
         method=options.method,
-        budget=options.budget,
+        budget=fitted(options, stats.model) if options.fit else options.budget,
         cost=options.cost,
         score=options.score,
         scope=options.scope,
-        options=_precisions(options, stats.model) if options.levels else None,
+        options=precisions_of(options, stats.model) if options.levels else None,
         granularity=options.granularity,
         uniform_layers=options.uniform_layers,
-        rest={**DEFAULT_REST, **_rest_map(options.rest)},
+        rest={**DEFAULT_REST, **rest_of(options.rest)},
         seed=options.seed,
     )
     write_json(out, made.to_json())
@@ -164,28 +167,29 @@ def do_quantize(options: argparse.Namespace) -> None:
         options.budget = fitted(options, model)
     if options.recipe and not options.json:
         print(f"recipe {recipe_line(options)}")
-    with show.following(options) as track:
+    with show.following(options) as track, spread(options) as across:
         packed = quantize(
             options.model,
             options.out,
             precisions=precisions,
-            uniform=_one_precision(options, model) if options.uniform is not None else None,
+            uniform=one_precision(options, model) if options.uniform is not None else None,
             budget=options.budget,
             method=options.method,
-            calibration=_calibration_of(options),
-            options=_precisions(options, model),
+            calibration=calibration_of(options),
+            options=precisions_of(options, model),
             cost=options.cost,
             granularity=options.granularity,
             uniform_layers=options.uniform_layers,
-            rest=_rest_map(options.rest),
-            dtype=_dtype(options),
+            rest=rest_of(options.rest),
+            dtype=dtype_of(options),
             evaluated=not options.no_eval,
             guard=options.guard,
             refine=options.refine,
             resume=options.resume,
-            max_memory=_size(options.max_memory),
+            max_memory=size_of(options.max_memory),
             recipe=recipe_line(options),
             command=options.command_line,
+            across=across,
             track=track,
         )
     judged = packed.evaluation
@@ -213,104 +217,6 @@ def do_quantize(options: argparse.Namespace) -> None:
     return None
 
 
-def do_run(options: argparse.Namespace) -> None:
-    """Generate text from a prompt."""
-    from mopeq.runtime.generate import generate
-
-    reader = reader_of(options)
-    prompt = (
-        [{"role": "user", "content": with_images(options.prompt, options.image)}] if options.image else options.prompt
-    )
-    stream = None if options.json else show.write
-    made = generate(_load_any(options.model, options), reader, prompt, **_sampling_of(options), stream=stream)
-    if options.json:
-        return show.print_json({"text": made.text, "tokens": len(made.tokens), "seconds": made.seconds})
-    print(flush=True)
-    print(f"[{len(made.tokens)} tokens, {made.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
-    return None
-
-
-def do_chat(options: argparse.Namespace) -> None:
-    """Talk to a model."""
-    from mopeq.runtime.generate import generate
-
-    reader = reader_of(options)
-    model = _load_any(options.model, options)
-
-    def answer(messages: list[dict[str, Any]]) -> str:
-        return generate(model, reader, messages, **_sampling_of(options), stream=show.write).text
-
-    _converse(reader, answer, options.image)
-
-
-def _converse(reader: Any, answer: Callable[[list[dict[str, Any]]], str], images: Sequence[str] = ()) -> None:
-    """Read lines and print what ``answer`` makes of the conversation so far, until an empty one.
-
-    ``reader`` is a tokenizer or processor; ``images`` go with the first words.
-    """
-    if not hasattr(reader, "tokenizer") and not getattr(reader, "chat_template", None):
-        print("this model has no chat template: it continues your text instead of answering", file=sys.stderr)
-    print("empty line or Ctrl-D ends", file=sys.stderr)
-    messages: list[dict[str, Any]] = []
-    while True:
-        try:
-            said = input("> ").strip()
-        except EOFError:
-            return None
-        if not said:
-            return None
-        messages.append({"role": "user", "content": with_images(said, [] if messages else list(images))})
-        text = answer(messages)
-        print()
-        messages.append({"role": "assistant", "content": text})
-
-
-def do_eval(options: argparse.Namespace) -> None:
-    """Judge a model."""
-    from mopeq.data.samples import bundled_text
-    from mopeq.evaluate import evaluate
-    from mopeq.load import is_packed
-
-    tasks = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
-    out = _new_file(options.out) if options.out else None
-    if options.against:
-        _check_original(options.model, options.against)
-    model, tokenizer = _loaded(options)
-    if out is None and is_packed(options.model) and Path(options.model).is_dir():
-        out = Path(options.model) / "mopeq" / "evaluation.json"
-    against = _load_any(options.against, options) if options.against else None
-    scored: Any = None
-    if options.perplexity:
-        scored = Path(options.perplexity)
-    elif against is not None or not (tasks or options.speed):
-        scored = [bundled_text(name).read_text(encoding="utf-8") for name in ("heldout_code.txt", "heldout_docs.txt")]
-    with drawn() as track:
-        found = evaluate(
-            model,
-            tokenizer,
-            reference=against,
-            text=scored,
-            tasks=tasks,
-            task_folder=options.task_path,
-            speed=options.speed,
-            length=options.length,
-            limit=options.windows,
-            seed=options.seed,
-            track=track,
-        )
-    record = found.to_json()
-    record["info"] = {**record["info"], "command": options.command_line}
-    if out is not None:
-        out.parent.mkdir(exist_ok=True)  # DIR/mopeq, which a packed folder may lack
-        write_json(out, _with_earlier(out, record))
-    if options.json:
-        return show.print_json(record)
-    show.evaluation_table(found)
-    if out is not None:
-        print(f"wrote {out}")
-    return None
-
-
 def do_report(options: argparse.Namespace) -> None:
     """Make the HTML page."""
     from mopeq.report import render
@@ -321,128 +227,3 @@ def do_report(options: argparse.Namespace) -> None:
         return show.print_json({"out": str(page)})
     print(f"wrote {page}")
     return None
-
-
-def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
-    from mopeq.load import load_tokenizer
-
-    return _load_any(options.model, options), load_tokenizer(options.model)
-
-
-def _load_any(model: str, options: argparse.Namespace) -> Any:
-    """A packed or an original model."""
-    from mopeq.load import is_packed, load, load_original
-
-    device = _device(options)
-    made = load(model, _dtype(options), device) if is_packed(model) else load_original(model, _dtype(options))
-    return made.to(device) if device else made
-
-
-def _device(options: argparse.Namespace) -> str | None:
-    """The device asked for, if this machine has it."""
-    import torch
-
-    name: str | None = getattr(options, "device", None)
-    if name is None:
-        return None
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used ({reason}); give another, such as cpu") from error
-    return name
-
-
-def _check_original(model: str, against: str) -> None:
-    """Raise :class:`InputError` where a packed folder is compared with a model of other shapes."""
-    from mopeq.adapters import describe, inventory_of
-    from mopeq.checkpoint import read_manifest
-    from mopeq.load import is_packed
-    from mopeq.source import open_source
-
-    if not (Path(model).is_dir() and is_packed(model)) or is_packed(against):
-        return
-    source = open_source(against)
-    found, expected = inventory_of(source, describe(source)), read_manifest(model).inventory
-    if found.fingerprint != expected.fingerprint:
-        raise InputError(
-            f"{against} ({found.model_type}, {found.parameters:,} weights) is not the original of {model} "
-            f"({expected.model_type}, {expected.parameters:,} weights): their shapes differ; "
-            "give the model that was quantized"
-        )
-
-
-def _sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    return {name: getattr(options, name) for name in names}
-
-
-def _with_earlier(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The record, and what an evaluation that is there already has beyond it: measuring speed keeps the divergence."""
-    from mopeq.evaluate import Evaluation
-
-    if not path.is_file():
-        return record
-    earlier = Evaluation.from_json(read_json(path)).to_json()
-    kept = {name: value for name, value in earlier.items() if value and not record.get(name)}
-    return {**record, **kept, "info": {**earlier["info"], **record["info"]}}
-
-
-def _new_file(path: str) -> Path:
-    """A file that can be written: its folder exists."""
-    if not Path(path).resolve().parent.is_dir():
-        raise OutputError(f"no folder {Path(path).parent} for {Path(path).name}; make it, or give another path with -o")
-    if Path(path).is_dir():
-        raise OutputError(f"{Path(path)} is a folder; expected the path of a file; give one with -o")
-    return Path(path)
-
-
-def _precisions(options: argparse.Namespace, model: Inventory, text: str | None = None) -> tuple[Precision, ...]:
-    (base,) = model.precisions([4], options.group_size, options.symmetric)
-    return tuple(parse_precision(part, base) for part in (text or options.levels).split(",") if part.strip())
-
-
-def _one_precision(options: argparse.Namespace, model: Inventory) -> Precision:
-    found = _precisions(options, model, options.uniform) if options.uniform else ()
-    if len(found) != 1:
-        raise InputError(f"--uniform {options.uniform!r}; expected one precision, such as 3 or 4g128s")
-    return found[0]
-
-
-def _size(text: str | None) -> int | None:
-    """Bytes of a size such as 8GB."""
-    from mopeq.allocate import parse_budget
-
-    if text is None:
-        return None
-    size = parse_budget(text)
-    if size.kind != "bytes":
-        raise InputError(f"--max-memory {text!r}; expected a size such as 8GB or 900MiB")
-    return int(size.amount)
-
-
-def _rest_map(text: str) -> dict[str, Precision]:
-    made = {}
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        name, sign, value = part.partition("=")
-        if not sign:
-            raise InputError(f"--rest {part!r}; expected GROUP=PRECISION, such as attention=4g64")
-        if name.strip() in made:
-            raise InputError(f"--rest names {name.strip()} twice; expected each group once")
-        made[name.strip()] = parse_precision(value, Precision(8, 128, True))
-    return made
-
-
-def _calibration_of(options: argparse.Namespace) -> Any:
-    from mopeq.measure import Calibration
-
-    if options.data == "":
-        raise InputError("--data is empty; expected a text or JSONL file; leave it out for the bundled text")
-    return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed,
-                       options.modality_weight)  # fmt: skip
-
-
-def _dtype(options: argparse.Namespace) -> Any:
-    import torch
-
-    return getattr(torch, options.dtype) if options.dtype else None

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from mopeq.cli import commands
+from mopeq.cli.evaluate import add_eval, do_eval
 from mopeq.cli.export import add_export, do_export
-from mopeq.cli.fit import add_fit
+from mopeq.cli.fit import add_fit, add_fit_to_allocate
 from mopeq.cli.moqe import add_moqe
 from mopeq.cli.recipes import add_recipe
 from mopeq.cli.serve import add_serve, do_serve
+from mopeq.cli.spread import add_spread
+from mopeq.cli.talk import do_chat, do_run
 from mopeq.precision import DEFAULT_BITS
 
 __all__ = ["parser"]
@@ -52,12 +55,15 @@ def parser() -> argparse.ArgumentParser:
         "--metrics", default="frequency,gate_mass,fisher_error", help="names, comma-separated (default: %(default)s)"
     )
     _options(p)
+    add_spread(p)
     p.add_argument("-o", "--out", default="stats.json", help="file to write (default: %(default)s)")
 
     p = verb("allocate", commands.do_allocate, "give every expert a precision")
     p.add_argument("stats", help="stats.json from mopeq analyze")
     p.add_argument("--method", default="knapsack", choices=("knapsack", "kmeans", "uniform", "random"))
-    p.add_argument("--budget", help="3.0bpw (bits per routed-expert weight) or 1.4GB (the whole checkpoint)")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--budget", help="3.0bpw (bits per routed-expert weight) or 1.4GB (the whole checkpoint)")
+    add_fit_to_allocate(p, how)
     p.add_argument("--cost", help="cost metric of the knapsack (default: fisher_error, else output_error)")
     p.add_argument("--score", default="hessian_trace", help="metric, or product such as frequency*fisher, of kmeans")
     p.add_argument("--scope", default="model", choices=("layer", "model"), help="k-means per layer or over the model")
@@ -101,34 +107,28 @@ def parser() -> argparse.ArgumentParser:
         help="try N exchanges of precisions on text kept apart (default: 0)",
     )
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
+    add_spread(p)
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
     add_export(verb("export", do_export, "write a packed model for other runtimes"))
 
-    p = verb("run", commands.do_run, "generate text from a prompt")
+    p = verb("run", do_run, "generate text from a prompt")
     _model(p)
     p.add_argument("--prompt", required=True)
     _images(p)
     _sampling(p)
 
-    p = verb("chat", commands.do_chat, "talk to a model in the terminal", json=False)
+    p = verb("chat", do_chat, "talk to a model in the terminal", json=False)
     _model(p)
     _images(p)
     _sampling(p)
 
     add_serve(verb("serve", do_serve, "serve a model over HTTP, as OpenAI does", json=False))
 
-    p = verb("eval", commands.do_eval, "perplexity, divergence from the original, tasks, speed")
+    p = verb("eval", do_eval, "perplexity, divergence from the original, tasks, questions about images, speed")
     _model(p)
-    p.add_argument("--against", metavar="MODEL", help="the original: adds KL divergence and top-1 agreement")
-    p.add_argument("--perplexity", metavar="FILE", help="text to score (default: the bundled held-out text)")
-    p.add_argument("--tasks", help="lm-eval tasks, comma-separated")
-    p.add_argument("--task-path", metavar="DIR", help="folder with task YAML files")
-    p.add_argument("--speed", action="store_true", help="measure tokens per second")
-    p.add_argument("--windows", type=int, default=32, help="windows of text to score (default: %(default)s)")
-    p.add_argument("--length", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    add_eval(p)
     _seed(p)
-    p.add_argument("-o", "--out", help="file to write; for a packed folder default DIR/mopeq/evaluation.json")
 
     p = verb("report", commands.do_report, "make one HTML page from the files in DIR/mopeq")
     p.add_argument("folder", metavar="DIR")
@@ -148,8 +148,8 @@ def _model(p: argparse.ArgumentParser) -> None:
 def _calibration(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--data",
-        help="to calibrate on: .txt, .jsonl, .parquet, a folder, hf:OWNER/NAME; a mix such as a.jsonl:2,b.txt; or "
-        "self, which the model writes itself (default: the bundled text)",
+        help="calibrate on .txt, .jsonl, .parquet, a folder of them, hf:OWNER/NAME, a mix such as a.jsonl:2,b.txt, "
+        "or self, which the model writes itself (default: the bundled text)",
     )
     p.add_argument("--samples", type=int, default=64, help="sequences (default: %(default)s)")
     p.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopeq.cli import commands, show
+from mopeq.cli import given, show, talk
 from mopeq.errors import InputError
 from mopeq.progress import drawn
 
@@ -114,9 +114,9 @@ def do_build(options: argparse.Namespace) -> None:
                 options.model,
                 variants,
                 options.out,
-                calibration=commands._calibration_of(options),
-                rest=commands._rest_map(options.rest),
-                dtype=commands._dtype(options),
+                calibration=given.calibration_of(options),
+                rest=given.rest_of(options.rest),
+                dtype=given.dtype_of(options),
                 command=command,
                 track=track,
             )
@@ -164,7 +164,7 @@ def do_train(options: argparse.Namespace) -> None:
                 found = train_images(options.set, _needed(options.images, "--images DIR"), track=track, **common)
             else:
                 windows = {"prompt": options.prompt_tokens, "length": options.length}
-                dtype = commands._dtype(options)
+                dtype = given.dtype_of(options)
                 found = train(options.set, options.data, dtype=dtype, track=track, **windows, **common)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from stop
@@ -185,9 +185,9 @@ def do_run(options: argparse.Namespace) -> None:
     routes = opened.route([opened.encode(prompt) for prompt in options.prompt])
     if len(options.prompt) == 1:
         stream = None if options.json else show.write
-        made = [opened.generate(options.prompt[0], **commands._sampling_of(options), stream=stream)]
+        made = [opened.generate(options.prompt[0], **given.sampling_of(options), stream=stream)]
     else:
-        made = opened.generate(options.prompt, **commands._sampling_of(options))
+        made = opened.generate(options.prompt, **given.sampling_of(options))
     if options.json:
         done = [
             {"variant": name, "text": m.text, "tokens": len(m.tokens)} for name, m in zip(routes, made, strict=True)
@@ -245,10 +245,10 @@ def do_chat(options: argparse.Namespace) -> None:
     opened = _loaded(options)
 
     def answer(messages: list[dict[str, str]]) -> str:
-        text: str = opened.generate(tuple(messages), **commands._sampling_of(options), stream=show.write).text
+        text: str = opened.generate(tuple(messages), **given.sampling_of(options), stream=show.write).text
         return text
 
-    commands._converse(opened.tokenizer, answer)
+    talk.converse(opened.tokenizer, answer)
 
 
 def do_eval(options: argparse.Namespace) -> None:
@@ -340,6 +340,4 @@ def _interval(value: Estimate, form: str) -> str:
 def _loaded(options: argparse.Namespace) -> Any:
     from mopeq.moqe.model import load
 
-    return load(
-        options.set, resident=options.resident, dtype=commands._dtype(options), device=commands._device(options)
-    )
+    return load(options.set, resident=options.resident, dtype=given.dtype_of(options), device=given.device_of(options))

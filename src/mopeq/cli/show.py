@@ -94,7 +94,9 @@ def evaluation_table(found: Evaluation) -> None:
     if found.divergence:
         rows.append(("KL to the original, nats a token", _estimate(found.divergence.kl)))
         rows.append(("top-1 agreement", _estimate(found.divergence.agreement)))
-    rows += [(f"{task.task}, {task.metric}", _estimate(task.score)) for task in found.tasks]
+    for task in found.tasks:
+        than = "" if task.difference is None else f", {_estimate(task.difference)} above the original"
+        rows.append((f"{task.task}, {task.metric}", _estimate(task.score) + than))
     if found.speed:
         rows.append(("prefill", f"{found.speed.prefill:.1f} tokens/s"))
         rows.append(("decode", f"{found.speed.decode:.1f} tokens/s"))

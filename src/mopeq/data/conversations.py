@@ -7,13 +7,16 @@ is a path, from the file's folder on, or a ``data:`` address.
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -27,8 +30,10 @@ __all__ = [
     "IMAGE",
     "Conversation",
     "Question",
+    "asking",
     "conversation_batches",
     "has_images",
+    "listed",
     "question_batches",
     "read_conversations",
     "read_questions",
@@ -38,18 +43,26 @@ IMAGE = "<image>"
 """Where an image belongs in a string, whatever the model's own token is."""
 Conversation = Sequence[Mapping[str, Any]]
 """Messages whose contents are strings or lists of parts, images opened."""
-COLUMNS = ("index", "image", "question", "answer")
+COLUMNS = ("index", "question", "answer")
+REFERENCE = 64
+"""Most characters of an image field that is the index of another row, as VLMEvalKit has it."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a VQA table: an image in base64, what is asked about it, the answer and its kind."""
+    """One question of a VQA table.
+
+    images: in base64, or paths. options: the text of each by its letter. more: the row's other fields that are not
+    empty, such as ``hint``, ``image_path``, ``g_index``.
+    """
 
     index: str
-    image: str
+    images: tuple[str | Path, ...]
     text: str
     answer: str
     category: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, str] = field(default_factory=dict)
 
 
 def has_images(path: str | Path) -> bool:
@@ -173,35 +186,104 @@ def _batch(processor: Any, conversations: Sequence[Conversation]) -> dict[str, T
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """The questions of a table in VLMEvalKit's format: tab-separated, with a head line and images in base64.
+    """The questions of a table in VLMEvalKit's format: tab-separated, with a head line.
 
-    A row whose image is the index of another row has that row's image.
+    ``image`` has an image in base64, a list of them, or the index of the row whose images to take; where it is empty or
+    missing, ``image_path`` has a path, or a list of them, from the file's folder on. Columns A to Z are options.
+
+    Raises :class:`DataError` for files that are no such table, an index twice, and rows without an image or an answer.
     """
     path = Path(path)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # an image is one field
-    rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
-    missing = [name for name in COLUMNS if not rows or rows[0].get(name) is None]
-    if missing:
-        raise DataError(f"{path} has no {', '.join(missing)}; expected columns {', '.join(COLUMNS)} and a row or more")
-    images = {row["index"]: row["image"] for row in rows}
-    return [
-        Question(
-            row["index"],
-            images.get(row["image"], row["image"]),
-            row["question"],
-            row["answer"],
-            row.get("category") or "",
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t", restkey="", restval=None)
+        rows = list(reader)
+    except csv.Error as error:
+        raise DataError(f"{path} is no tab-separated table ({error}); expected one with a head line") from error
+    names = reader.fieldnames or ()
+    missing = [name for name in COLUMNS if name not in names]
+    if not {"image", "image_path"} & set(names):
+        missing.append("image")
+    if missing or not rows:
+        raise DataError(
+            f"{path} has no {', '.join(missing) or 'rows'}; expected a tab-separated table with columns "
+            f"{', '.join(COLUMNS)}, image or image_path, and a row or more"
         )
-        for row in rows
+    known: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        if "" in row or None in row.values():
+            found = sum(value is not None for value in row.values()) + (len(row[""]) - 1 if "" in row else 0)
+            raise DataError(
+                f"{path} row {number} has {found} fields; expected {len(names)}; quote tabs and line breaks"
+            )
+        if row["index"] in known:
+            raise DataError(f"{path} has index {row['index']!r} twice; expected each once; number the rows anew")
+        known[row["index"]] = row.get("image", "")
+    return [_question(row, known, path) for row in rows]
+
+
+def _question(row: Mapping[str, str], known: Mapping[str, str], path: Path) -> Question:
+    """A row; ``known`` are all rows' image fields by index."""
+    where = f"question {row['index']} of {path}"
+    image = row.get("image", "")
+    if image and len(image) <= REFERENCE:
+        if len(known.get(image, "")) <= REFERENCE:
+            raise DataError(f"{where} has image {image!r}; expected base64, or the index of a row that has an image")
+        image = known[image]
+    images: list[str | Path] = [*_listed(image)] or [path.parent / name for name in _listed(row.get("image_path", ""))]
+    if not images:
+        raise DataError(f"{where} has no image; expected one in the column image or image_path; remove the row")
+    if not row["answer"].strip():
+        raise DataError(f"{where} has no answer, so that it cannot be scored; give a split that has answers")
+    options = {name: row[name] for name in ascii_uppercase if row.get(name)}
+    more = {name: value for name, value in row.items() if value and name != "image" and len(name) > 1}
+    return Question(row["index"], tuple(images), row["question"], row["answer"], row.get("category", ""), options, more)
+
+
+def _listed(text: str) -> list[str]:
+    """The texts of a list in Python's or JSON's spelling, or the text itself, if there is one."""
+    return listed(text) or ([text] if text else [])
+
+
+def listed(text: str) -> list[str] | None:
+    """The items of a field that spells a list, as texts; None where it spells none."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return [str(item) for item in found] if isinstance(found, list) else None
+
+
+def asking(question: Question, text: str) -> list[dict[str, Any]]:
+    """The content of a message that asks: the images, then the text, or each where the text says ``<image 2>``.
+
+    Raises :class:`DataError` for images that cannot be used, and for places of images that there are not.
+    """
+    name = f"the image of question {question.index}"
+    images = [
+        open_image(f"data:image/png;base64,{one}", name) if isinstance(one, str) else open_image(one, f"{one}, {name}")
+        for one in question.images
     ]
+    pieces = re.split(r"<image (\d+)>", text)
+    if len(pieces) == 1:
+        return [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        if number % 2 and not 0 < int(piece) <= len(images):
+            raise DataError(f"question {question.index} names image {piece} and has {len(images)}; correct the row")
+        if number % 2:
+            parts.append({"type": "image", "image": images[int(piece) - 1]})
+        elif piece.strip():
+            parts.append({"type": "text", "text": piece})
+    return parts
 
 
 def question_batches(questions: Sequence[Question], processor: Any, batch_size: int) -> list[dict[str, Tensor]]:
     """Questions with their answers, in order, as :func:`conversation_batches` makes batches."""
     asked: list[Conversation] = []
     for question in questions:
-        image = open_image(f"data:image/png;base64,{question.image}", f"the image of question {question.index}")
-        parts = [{"type": "image", "image": image}, {"type": "text", "text": question.text}]
         answer = {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
-        asked.append([{"role": "user", "content": parts}, answer])
+        asked.append([{"role": "user", "content": asking(question, question.text)}, answer])
     return [_batch(processor, asked[i : i + batch_size]) for i in range(0, len(asked), batch_size)]

@@ -17,7 +17,7 @@ from mopeq.analyze.forward import inputs_of, logits_of
 from mopeq.data.text import Window, fingerprint
 from mopeq.errors import DataError, ModelError
 from mopeq.evaluate import Evaluation
-from mopeq.evaluate.bootstrap import Estimate, difference_estimate, ratio_estimate
+from mopeq.evaluate.bootstrap import RESAMPLES, Estimate, difference_estimate, ratio_estimate
 from mopeq.evaluate.divergence import Divergence
 from mopeq.evaluate.perplexity import summarize
 from mopeq.evaluate.speed import resident_bytes
@@ -30,17 +30,19 @@ __all__ = ["Answers", "answer_logits", "evaluate_answers", "judge_answers"]
 class Answers:
     """What one model makes of a table of questions.
 
-    categories: of each question. right: whether it answers exactly as expected.
+    categories: of each question. right: how right each answer is, 0 to 1; whether it is exactly as expected, 0 or 1.
     tokens: of each answer, with its end token. kl: sum over them of KL(original || model), nats; empty without one.
+    texts: what it answered; empty where the expected answers were judged instead of generating.
     """
 
     categories: tuple[str, ...]
-    right: tuple[bool, ...]
+    right: tuple[float, ...]
     tokens: tuple[int, ...]
     kl: tuple[float, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def accuracy(self, category: str | None = None) -> Estimate:
-        """Share of the questions, of one category or all, answered exactly, with its interval over questions."""
+        """Mean of ``right`` over the questions of one category or all, with its interval over questions."""
         chosen = [right for right, own in zip(self.right, self.categories, strict=True) if category in (None, own)]
         if not chosen:
             raise DataError(f"no question of category {category!r}; expected one of {sorted(set(self.categories))}")
@@ -81,39 +83,64 @@ def answer_logits(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], tra
 
 
 def evaluate_answers(
-    reference: nn.Module, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, track: Track = silent
+    reference: nn.Module | None,
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    track: Track = silent,
 ) -> Evaluation:
-    """Perplexity of both models on the answers of conversations, and the divergence between them; nothing else counts.
+    """Perplexity of a model on the answers of conversations, with an original also its own and the divergence from it.
 
-    ``batches`` are what :func:`mopeq.data.conversations.conversation_batches` makes; a conversation is a window.
+    ``batches`` are what :func:`mopeq.data.conversations.conversation_batches` makes; a conversation is a window, and
+    nothing but answers counts. Logits are kept for one batch at a time.
     """
     if not all("labels" in batch for batch in batches):
-        raise DataError("conversations kept apart for comparing have no answers; expected some; use --no-eval")
-    expected, found = (answer_logits(m, batches, track) for m in (reference, model))
-    windows, targets = [], []
-    for batch in batches:
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-            targets.append(labels[labels != -100])
-            windows.append(Window(ids[mask.bool()], len(targets[-1])))
-    nats, reference_nats = ([_nats(*pair) for pair in zip(rows, targets, strict=True)] for rows in (found, expected))
-    kl = [_kl(p, q) for p, q in zip(expected, found, strict=True)]
-    agreed = [int((p.argmax(-1) == q.argmax(-1)).sum()) for p, q in zip(expected, found, strict=True)]
+        raise DataError("conversations to judge by have no answers; expected some; give others, or use --no-eval")
+    windows: list[Window] = []
+    nats, reference_nats, kl = list[float](), list[float](), list[float]()
+    agreed: list[int] = []
+    for batch in track(batches, "conversations", len(batches)):
+        found = answer_logits(model, [batch])
+        expected = found if reference is None else answer_logits(reference, [batch])
+        for row, (p, q) in enumerate(zip(expected, found, strict=True)):
+            labels = batch["labels"][row]
+            targets = labels[labels != -100]
+            windows.append(Window(batch["input_ids"][row][batch["attention_mask"][row].bool()], len(targets)))
+            nats.append(_nats(q, targets))
+            if reference is None:
+                continue
+            if p.shape != q.shape:
+                raise ModelError(
+                    f"the model predicts {q.shape[-1]} tokens and its original {p.shape[-1]}; expected one vocabulary; "
+                    "compare a model with the one it was made from"
+                )
+            reference_nats.append(_nats(p, targets))
+            kl.append(_kl(p, q))
+            agreed.append(int((p.argmax(-1) == q.argmax(-1)).sum()))
     tokens = tuple(w.scored for w in windows)
+    drawn: dict[str, int] = {"seed": seed, "resamples": resamples}
+    compared: dict[str, Any] = {}
+    if reference is not None:
+        compared = {
+            "reference_resident_bytes": resident_bytes(reference),
+            "reference_perplexity": summarize(reference_nats, windows, None, **drawn),
+            "divergence": Divergence(
+                kl=ratio_estimate(kl, tokens, **drawn),
+                agreement=ratio_estimate(agreed, tokens, **drawn),
+                tokens=sum(tokens),
+                windows=fingerprint(windows),
+                window_tokens=tokens,
+                window_kl=tuple(kl),
+                window_agreed=tuple(agreed),
+            ),
+        }
     return Evaluation(
         resident_bytes=resident_bytes(model),
-        reference_resident_bytes=resident_bytes(reference),
-        perplexity=summarize(nats, windows, None),
-        reference_perplexity=summarize(reference_nats, windows, None),
-        divergence=Divergence(
-            kl=ratio_estimate(kl, tokens),
-            agreement=ratio_estimate(agreed, tokens),
-            tokens=sum(tokens),
-            windows=fingerprint(windows),
-            window_tokens=tokens,
-            window_kl=tuple(kl),
-            window_agreed=tuple(agreed),
-        ),
+        perplexity=summarize(nats, windows, None, **drawn),
         info={"text": "answers of conversations", "windows": len(windows)},
+        **compared,
     )
 
 

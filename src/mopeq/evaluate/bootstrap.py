@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from mopeq.errors import DataError
 
-__all__ = ["RESAMPLES", "Estimate", "difference_estimate", "ratio_estimate"]
+__all__ = ["RESAMPLES", "Estimate", "Ratio", "difference_estimate", "ratio_estimate", "ratios_estimate"]
 
 RESAMPLES = 1000
 COVERAGE = 0.95
+Ratio = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Totals and counts of every unit, float64 (units,)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,30 @@ def difference_estimate(
     return ratio_estimate([a - b for a, b in zip(first, second, strict=True)], counts, seed=seed, resamples=resamples)
 
 
+def ratios_estimate(
+    parts: Sequence[Ratio], minus: Sequence[Ratio] = (), *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """A sum of ratios ``sum(totals) / sum(counts)``, each over units of its own, which are drawn apart.
+
+    With ``minus``, ratios over the same units in the same order, less their sum: the units are drawn together. A ratio
+    whose counts add up to 0 is 0.
+    """
+    value, drawn = 0.0, np.zeros(resamples)
+    for number, part in enumerate(parts):
+        count = len(part[0])
+        weights = _draws(count, [seed, number], resamples)
+        for sign, one in ((1, part), *((-1, other) for other in minus[number : number + 1])):
+            value += sign * float(_ratio(one, np.ones((1, count)))[0])
+            drawn += sign * _ratio(one, weights)
+    return Estimate(value, *_interval(drawn)) if any(len(totals) > 1 for totals, _ in parts) else Estimate(value)
+
+
+def _ratio(part: Ratio, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """weights: (resamples, units), how often each is drawn; returns (resamples,)."""
+    above, below = weights @ part[0], weights @ part[1]
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
 def _check(totals: Sequence[float], counts: Sequence[int]) -> None:
     if len(totals) != len(counts):
         raise DataError(f"{len(totals)} totals for {len(counts)} windows; expected one for each")
@@ -77,7 +103,7 @@ def _check(totals: Sequence[float], counts: Sequence[int]) -> None:
         raise DataError("no token was scored; expected at least one; give more text")
 
 
-def _draws(n: int, seed: int, resamples: int) -> NDArray[np.float64]:
+def _draws(n: int, seed: int | Sequence[int], resamples: int) -> NDArray[np.float64]:
     """How often each of ``n`` windows is drawn in each resample: (resamples, n)."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 

@@ -24,17 +24,29 @@ __all__ = ["TaskScore", "run_tasks"]
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task. The interval resamples documents; it is absent where the metric is no mean over them."""
+    """One metric of one task. The interval resamples documents; it is absent where the metric is no mean over them.
+
+    reference, difference: the original's score, and how much higher the model's is; None where it was not asked.
+    """
 
     task: str
     metric: str
     score: Estimate
     documents: int
+    reference: Estimate | None = None
+    difference: Estimate | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskScore:
         """Inverse of ``dataclasses.asdict``."""
-        return cls(str(data["task"]), str(data["metric"]), Estimate.from_json(data["score"]), int(data["documents"]))
+        beside = (data.get(name) for name in ("reference", "difference"))
+        return cls(
+            str(data["task"]),
+            str(data["metric"]),
+            Estimate.from_json(data["score"]),
+            int(data["documents"]),
+            *(None if one is None else Estimate.from_json(one) for one in beside),
+        )
 
 
 def run_tasks(

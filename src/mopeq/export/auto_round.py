@@ -20,7 +20,7 @@ from mopeq.export.folder import PackedFolder
 from mopeq.precision import FULL, Precision
 from mopeq.qtensor import QTensor, pack_bits
 
-__all__ = ["Kept", "packed", "plan", "quantization_config"]
+__all__ = ["Kept", "named", "packed", "plan", "quantization_config"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,23 @@ def plan(folder: PackedFolder) -> dict[str, Kept | Field]:
         base: Kept(precision) if precision != FULL and all(n % 32 == 0 for n in shape) else Field(16)
         for base, shape, precision in folder.manifest.matrices()
     }
+
+
+def named(folder: PackedFolder, name: str) -> str:
+    """The name that transformers' modules give a tensor or module: AutoRound switches the conversion of names off.
+
+    Experts are ``<module>.<expert>.gate_proj``, ``up_proj`` and ``down_proj``, whatever a family's files say.
+    """
+    for places in folder.manifest.experts.values():
+        block = places.tensors.removesuffix("experts")
+        if name.startswith(block):
+            inside = places.module.removesuffix("experts") + name.removeprefix(block)
+            if not name.startswith(places.tensors + "."):
+                return inside
+            number, matrix, *suffix = name.removeprefix(places.tensors + ".").split(".")
+            plain = ("gate_proj", "up_proj", "down_proj")[places.names.index(matrix)]
+            return ".".join([places.module, number, plain, *suffix])
+    return name
 
 
 def packed(matrix: QTensor) -> dict[str, Tensor]:
@@ -72,7 +89,7 @@ def quantization_config(folder: PackedFolder, plan: Mapping[str, Kept | Field]) 
         "packing_format": "auto_round",
         "data_type": "int",
         **_scheme(first),
-        "extra_config": {base: _scheme(p) for base, p in made.items() if p != first},
+        "extra_config": {named(folder, base): _scheme(p) for base, p in made.items() if p != first},
     }
 
 

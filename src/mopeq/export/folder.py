@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from mopeq.precision import Precision
 from mopeq.qtensor import QTensor, packed_shapes
 from mopeq.stats import write_json
 
-__all__ = ["FolderWriter", "PackedFolder", "open_packed"]
+__all__ = ["FolderWriter", "PackedFolder", "open_packed", "unfinished"]
 
 SHARD_BYTES = 1 << 30
 """A shard is held in memory until it is full."""
@@ -88,6 +89,18 @@ def open_packed(path: str | Path) -> PackedFolder:
 @lru_cache(maxsize=8)
 def _opened(file: Path) -> Any:
     return safe_open(file, "pt")
+
+
+@contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """A file beside ``out`` that takes its name if the block ends well, and is removed otherwise."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class FolderWriter:

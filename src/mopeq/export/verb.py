@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mopeq.adapters import spec_from
 from mopeq.errors import InputError, ModelError
-from mopeq.export import auto_round, compressed_tensors
+from mopeq.export import auto_round, compressed_tensors, gguf_model
 from mopeq.export.fields import Field, Stored
-from mopeq.export.folder import FolderWriter, PackedFolder, open_packed
+from mopeq.export.folder import FolderWriter, PackedFolder, open_packed, unfinished
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
 from mopeq.qtensor import dequantize
@@ -23,7 +23,7 @@ from mopeq.quantize import require_new
 
 __all__ = ["DTYPES", "FORMATS", "Plan", "Row", "plan_export", "write_export"]
 
-FORMATS = ("compressed-tensors", "auto-round", "dequantized")
+FORMATS = ("compressed-tensors", "auto-round", "gguf", "dequantized")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -64,15 +64,20 @@ class Plan:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the exported folder."""
+        for name, tensor in self._tensors():
+            yield (auto_round.named(self.folder, name) if self.format == "auto-round" else name), tensor
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Under the names of the packed folder's own family."""
         for base, shape, precision in self.folder.manifest.matrices():
             matrix, stored = self.folder.matrix(base, shape, precision), self.stored[base]
-            if isinstance(stored, Field) and stored.bits >= 16:
-                yield f"{base}.weight", dequantize(matrix, DTYPES[self.dtype])
-                continue
-            packed = (
-                compressed_tensors.packed(matrix, stored) if isinstance(stored, Field) else auto_round.packed(matrix)
-            )
-            yield from ((f"{base}.{suffix}", tensor) for suffix, tensor in packed.items())
+            if not isinstance(stored, Field):
+                made = auto_round.packed(matrix)
+            elif stored.bits >= 16:
+                made = {"weight": dequantize(matrix, DTYPES[self.dtype])}
+            else:
+                made = compressed_tensors.packed(matrix, stored)
+            yield from ((f"{base}.{suffix}", tensor) for suffix, tensor in made.items())
         for key in self.folder.others():
             yield key, self._kept(self.folder.tensor(key))
 
@@ -114,17 +119,28 @@ def plan_export(path: str | Path, kind: str, *, uniform: str = "layer", dtype: s
         stored = compressed_tensors.plan(folder, uniform)
     elif kind == "auto-round":
         stored = auto_round.plan(folder)
+    elif kind == "gguf":
+        stored = gguf_model.plan(folder, dtype)
     else:
         stored = {base: Field(32 if dtype == "float32" else 16) for base, _, _ in folder.manifest.matrices()}
     return Plan(folder, kind, stored, dtype)
 
 
 def write_export(plan: Plan, out: str | Path, track: Track = silent) -> int:
-    """Carry out a plan; returns the bytes of the weights. Raises :class:`OutputError` where ``out`` exists."""
+    """Carry out a plan; returns the bytes of the weights. ``out`` is a folder to make, for ``gguf`` a file.
+
+    Raises :class:`OutputError` where ``out`` exists.
+    """
     require_new(Path(out))
     total = len(plan.stored) + len(plan.folder.others())
+    label = f"export to {plan.format}"
+    if plan.format == "gguf":
+        with unfinished(Path(out)) as path:
+            for _ in track(gguf_model.write(plan.folder, plan.stored, plan.dtype, path), label, total):
+                pass
+        return Path(out).stat().st_size
     with FolderWriter(out) as writer:
-        for name, tensor in track(plan.tensors(), f"export to {plan.format}", total):
+        for name, tensor in track(plan.tensors(), label, total):
             writer.add(name, tensor)
         return writer.finish(plan.config(), plan.folder.path)
 

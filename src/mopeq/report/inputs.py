@@ -61,6 +61,8 @@ class Task:
     metric: str
     score: Estimate
     documents: int
+    reference: Estimate | None = None
+    difference: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ def _judged(data: Mapping[str, Any]) -> Judged:
     for task in data.get("tasks") or ():
         score = _estimate(task["score"])
         if score is not None:
-            tasks.append(Task(str(task["task"]), str(task["metric"]), score, int(task["documents"])))
+            beside = (_estimate(task.get(name)) for name in ("reference", "difference"))
+            tasks.append(Task(str(task["task"]), str(task["metric"]), score, int(task["documents"]), *beside))
     return Judged(
         perplexity=_estimate(own.get("perplexity")),
         reference_perplexity=_estimate(original.get("perplexity")),

@@ -152,11 +152,21 @@ def task_table(inputs: Inputs) -> Table | None:
     """Scores of tasks."""
     if inputs.judged is None or not inputs.judged.tasks:
         return None
-    rows = []
-    for t in inputs.judged.tasks:
-        span = "" if t.score.low is None or t.score.high is None else f"{t.score.low:.4f} to {t.score.high:.4f}"
-        rows.append((t.task, t.metric, f"{t.score.value:.4f}", span, f"{t.documents:,}" if t.documents else ""))
-    return Table("Tasks", ("task", "metric", "score", "95 % interval", "documents"), tuple(rows))
+    heads = ["task", "metric", "score", "95 % interval", "documents"]
+    rows = [
+        [t.task, t.metric, f"{t.score.value:.4f}", _span(t.score), f"{t.documents:,}" if t.documents else ""]
+        for t in inputs.judged.tasks
+    ]
+    if any(t.difference is not None for t in inputs.judged.tasks):
+        heads += ["original", "difference", "its 95 % interval"]
+        for t, row in zip(inputs.judged.tasks, rows, strict=True):
+            row += ["" if one is None else f"{one.value:.4f}" for one in (t.reference, t.difference)]
+            row.append("" if t.difference is None else _span(t.difference))
+    return Table("Tasks", tuple(heads), tuple(map(tuple, rows)))
+
+
+def _span(value: Estimate) -> str:
+    return "" if value.low is None or value.high is None else f"{value.low:.4f} to {value.high:.4f}"
 
 
 def layer_table(stats: Stats | None, precisions: PrecisionMap | None) -> Table | None:

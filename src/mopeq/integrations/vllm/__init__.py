@@ -9,4 +9,8 @@ __all__ = ["register"]
 
 def register() -> None:
     """Make vLLM know ``quant_method`` mopeq. vLLM calls it in each of its processes, in some more than once."""
+    from vllm import ModelRegistry
+
     from mopeq.integrations.vllm import config  # noqa: F401  (its decorator registers)
+
+    ModelRegistry.register_model("DeepseekVLV2ForCausalLM", "mopeq.integrations.vllm.deepseek_vl2:DeepseekVL2")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -39,6 +39,8 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
         self.linears: dict[str, PackedLinear] = {v.tensors: v for v in manifest.linears.values()}
         self.renormalize = False
         """Whether routing weights still have to be divided by their sum."""
+        self.within = ""
+        """The module whose linears vLLM builds without a name."""
 
     @classmethod
     def get_name(cls) -> str:
@@ -73,9 +75,9 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
             verify(model_name, hashes=False)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Names as the model's class has them."""
-        self.experts = hf_to_vllm_mapper.apply_dict(self.experts)
-        self.linears = hf_to_vllm_mapper.apply_dict(self.linears)
+        """Names as the model's class has them; DeepSeek-VL2's gives its decoder the checkpoint's."""
+        self.experts |= hf_to_vllm_mapper.apply_dict(self.experts)
+        self.linears |= hf_to_vllm_mapper.apply_dict(self.linears)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; None leaves vLLM's own."""
@@ -95,6 +97,8 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
             shape = self.manifest.inventory.layers[index]
             return PackedExpertsMethod(layer.moe_config, prefix, shape, precisions, self.renormalize)
         if isinstance(layer, LinearBase | ParallelLMHead):
+            if not prefix:
+                prefix = f"{self.within}.{'qkv_proj' if isinstance(layer, QKVParallelLinear) else 'o_proj'}"
             parts = self._parts(prefix)
             if all(part.precision == FULL for part in parts):
                 return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

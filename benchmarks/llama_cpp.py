@@ -1,0 +1,200 @@
+"""mopeq beside llama.cpp on the CPU: decode and prefill of an OLMoE-1B-7B of random weights.
+
+    python benchmarks/llama_cpp.py --tools llama.cpp/build/bin --threads 2
+
+``--tools`` is where llama-bench and llama-quantize are, built from the sources that come with llama-cpp-python
+(``cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON``, targets llama-bench and llama-quantize). A GGUF file of
+random bfloat16 weights is quantized by llama-quantize to every type; mopeq's models have random codes, for speed does
+not depend on them. A round takes, one after the other, a plain read, mopeq, and every type of llama.cpp; medians of
+rounds are compared. ``--scratch`` keeps the files of llama.cpp for another run; ``--layers`` makes all models smaller.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+import mopeq
+from common import arguments, store, table
+from cpu_runtime import NEW, active_bytes, decoded, read, timed
+from random_packed import OLMOE_1B_7B, write_random
+
+TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q8_0")
+PROMPT = 512
+STEP = 1 << 24
+
+
+def write_gguf(
+    path: Path, config: dict[str, Any], tokenizer: dict[str, Any] | None = None, *, quantized: bool = False
+) -> None:
+    """An OLMoE of random weights, bfloat16 or Q4_0; ``tokenizer`` is a tokenizer.json, None is no vocabulary."""
+    hidden, inner, experts = (config[k] for k in ("hidden_size", "intermediate_size", "num_experts"))
+    words = config["vocab_size"]
+    shapes = {"token_embd": (words, hidden), "output_norm": (hidden,), "output": (words, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        norms = ("attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm")
+        parts: dict[str, tuple[int, ...]] = dict.fromkeys(norms, (hidden,))
+        parts |= {f"attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")}
+        parts |= {"ffn_gate_inp": (experts, hidden), "ffn_gate_exps": (experts, inner, hidden),
+                  "ffn_up_exps": (experts, inner, hidden), "ffn_down_exps": (experts, hidden, inner)}  # fmt: skip
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in parts.items()}
+    made = gguf.GGUFWriter(path, "olmoe")
+    made.add_block_count(config["num_hidden_layers"])
+    made.add_context_length(4096)
+    made.add_embedding_length(hidden)
+    made.add_feed_forward_length(inner)
+    made.add_head_count(config["num_attention_heads"])
+    made.add_head_count_kv(config["num_key_value_heads"])
+    made.add_layer_norm_rms_eps(1e-5)
+    made.add_rope_freq_base(10000.0)
+    made.add_expert_count(experts)
+    made.add_expert_used_count(config["num_experts_per_tok"])
+    made.add_vocab_size(words)
+    made.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0 if quantized else gguf.LlamaFileType.MOSTLY_BF16)
+    kind = gguf.GGMLQuantizationType.Q4_0 if quantized else gguf.GGMLQuantizationType.BF16
+    if tokenizer is None:
+        made.add_tokenizer_model("no_vocab")
+    else:
+        known = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].__getitem__)
+        special = {token["content"] for token in tokenizer["added_tokens"]}
+        made.add_tokenizer_model("gpt2")
+        made.add_tokenizer_pre("gpt-2")
+        made.add_token_list(known)
+        made.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in known])
+        made.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+        made.add_eos_token_id(config["eos_token_id"])
+        made.add_add_bos_token(False)
+    made.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    wide = {name: len(shape) == 1 or name.endswith("gate_inp") for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        count = int(np.prod(shape))
+        if wide[name]:
+            made.add_tensor_info(f"{name}.weight", shape, np.dtype(np.float32), 4 * count)
+        else:
+            size = shape[-1] // 32 * 18 if quantized else 2 * shape[-1]
+            made.add_tensor_info(f"{name}.weight", (*shape[:-1], size), np.dtype(np.uint8), count // shape[-1] * size,
+                                 raw_dtype=kind)  # fmt: skip
+    made.write_header_to_file()
+    made.write_kv_data_to_file()
+    made.write_ti_data_to_file()
+    draw = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            made.write_tensor_data(np.ones(shape, np.float32))
+        elif wide[name]:
+            made.write_tensor_data(draw.standard_normal(shape, dtype=np.float32) / 50)
+        else:
+            made.write_tensor_data(_four(draw, shape) if quantized else _brain(draw, shape))
+    made.close()
+
+
+def _brain(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal bfloat16 numbers of deviation 1/50, as bytes."""
+    flat = np.empty(int(np.prod(shape)), np.uint16)
+    for first in range(0, len(flat), STEP):
+        wide = draw.standard_normal(min(STEP, len(flat) - first), dtype=np.float32) / 50
+        flat[first : first + STEP] = wide.view(np.uint32) >> 16
+    return flat.reshape(shape).view(np.uint8)
+
+
+def _four(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random Q4_0 blocks of 32, the scales 1/200: numbers of deviation about 1/43, as bytes."""
+    blocks = draw.integers(0, 256, (*shape[:-1], shape[-1] // 32, 18), np.uint8)
+    blocks[..., :2] = np.frombuffer(np.float16(1 / 200).tobytes(), np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def quantized(tools: Path, scratch: Path, config: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Path]:
+    """A GGUF file of each type, made where it is not there yet."""
+    files = {kind: scratch / f"olmoe-{config['num_hidden_layers']}-{kind}.gguf" for kind in kinds}
+    original = scratch / f"olmoe-{config['num_hidden_layers']}.gguf"
+    for kind, file in files.items():
+        if not file.exists():
+            if not original.exists():
+                write_gguf(original, config)
+            partial = file.with_suffix(".partial")
+            subprocess.run([tools / "llama-quantize", original, partial, kind, "2"], check=True, capture_output=True)
+            partial.rename(file)
+    original.unlink(missing_ok=True)
+    return files
+
+
+def token_bytes(file: Path, config: dict[str, Any]) -> int:
+    """Bytes of weights that a token reads, of the embedding one row."""
+    share = config["num_experts_per_tok"] / config["num_experts"]
+    sizes = {t.name: int(t.n_bytes) for t in gguf.GGUFReader(file).tensors if not t.name.startswith("token_embd")}
+    return int(sum(size * (share if "_exps" in name else 1) for name, size in sizes.items()))
+
+
+def bench(tools: Path, file: Path, threads: int) -> dict[str, float]:
+    """Tokens a second of one run of llama-bench."""
+    words = [tools / "llama-bench", "-m", file, "-t", threads, "-p", PROMPT, "-n", NEW, "-r", 1, "-o", "json"]
+    done = subprocess.run([*map(str, words)], check=True, capture_output=True, text=True)
+    rows = json.loads(done.stdout)
+    return {"decode" if row["n_gen"] else "prefill": row["avg_ts"] for row in rows}
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", "llama_cpp")
+    parser.add_argument("--tools", type=Path, required=True, help="folder of llama-bench and llama-quantize")
+    parser.add_argument("--types", nargs="+", default=list(TYPES))
+    parser.add_argument("--bits", nargs="+", default=["2", "3", "4", "8", "2,3"], help="widths of experts")
+    parser.add_argument("--rest", type=int, default=4, help="width of attention and head")
+    parser.add_argument("--layers", type=int, default=OLMOE_1B_7B["num_hidden_layers"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scratch", type=Path, help="folder for files (default: the system's, and deleted)")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    config = {**OLMOE_1B_7B, "num_hidden_layers": asked.layers}
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = asked.scratch or Path(temporary)
+        files = quantized(asked.tools, scratch, config, tuple(asked.types))
+        found: dict[str, Any] = {"layers": asked.layers, "threads": asked.threads, "prompt": PROMPT, "runs": {}}
+        for bits in asked.bits:
+            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                widths = tuple(int(b) for b in bits.split(","))
+                size = write_random(Path(folder) / "packed", widths, asked.rest, config=config)
+                model: Any = mopeq.load(Path(folder) / "packed")
+            found["runs"][bits] = rows = measured(model, asked, files, config)
+            rows["mopeq"]["file bytes"] = size
+            del model
+            cells = [[name, f"{row['bytes'] / 1e6:.0f}", f"{row['decode']:.1f}", f"{row.get('prefill', 0):.0f}"]
+                     for name, row in rows.items()]  # fmt: skip
+            print(f"\nexperts at {bits} bits, {asked.threads} threads")
+            print(table(["", "MB a token", "decode, tokens/s", "prefill, tokens/s"], cells), flush=True)
+            store(asked.out, found)
+
+
+@torch.no_grad()
+def measured(model: Any, asked: Any, files: dict[str, Path], config: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Medians over rounds: tokens a second and bytes a token of a plain read, mopeq and every type."""
+    prompt = torch.randint(1000, 50000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    size = active_bytes(model)
+    runs: dict[str, list[dict[str, float]]] = {}
+    for number in range(asked.rounds + 1):
+        made = {"plain read": {"decode": 1 / read(model, size)[0]}}
+        one_token = decoded(model, prompt[:, :64], native=True)[0]
+        whole = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))[0]
+        made["mopeq"] = {"decode": 1 / one_token, "prefill": PROMPT / whole}
+        made |= {f"llama.cpp {kind}": bench(asked.tools, file, asked.threads) for kind, file in files.items()}
+        if number:  # the first round warms up
+            for name, row in made.items():
+                runs.setdefault(name, []).append(row)
+    bytes_of = {"plain read": size, "mopeq": size}
+    bytes_of |= {f"llama.cpp {kind}": token_bytes(file, config) for kind, file in files.items()}
+    return {
+        name: {"bytes": bytes_of[name], **{what: statistics.median(r[what] for r in rows) for what in rows[0]}}
+        for name, rows in runs.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
