@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-transformers-matrix test-vllm test-ray test-export test-vlmeval check lint types format benchmarks sanitize clean
+.PHONY: demo test test-transformers-matrix test-vllm test-ray test-export test-vlmeval check lint types format benchmarks sanitize sanitize-threads wheel clean
 
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/mopeq/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,6 +55,17 @@ sanitize: $(STAMP)  ## the kernel's tests under AddressSanitizer and UndefinedBe
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -m pytest tests/kernels -k "not environment and not fork and not shapes_without"; \
 	  status=$$?; $(BIN)/python hatch_build.py && exit $$status
+
+WITHOUT_POOL = import sys, pytest; from mopeq.kernels import cpu; cpu._torch_pool = lambda: None; sys.exit(pytest.main(sys.argv[1:]))
+
+sanitize-threads: $(STAMP)  ## the kernel's tests of threads under ThreadSanitizer (gcc), on threads of its own, as torch's pool is not instrumented
+	CXX=g++ CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=thread" $(BIN)/python hatch_build.py
+	LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" TSAN_OPTIONS=exitcode=66:ignore_noninstrumented_modules=1 \
+	  $(BIN)/python -c "$(WITHOUT_POOL)" tests/kernels -s -k "(thread or nothing or repacks) and not environment"; \
+	  status=$$?; $(BIN)/python hatch_build.py && exit $$status
+
+wheel: $(STAMP)  ## the wheel of this machine in dist/, repaired by auditwheel and tried, and one made without a compiler tried too
+	scripts/wheel_check.sh $(BIN)/python dist
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

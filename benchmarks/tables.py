@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from common import RESULTS, table
 from mopeq.evaluate.bootstrap import Estimate, ratio_estimate
-from moqe_tables import moqe
+from serving_tables import moqe, serving, soak
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"random \d+ =")
@@ -242,13 +242,47 @@ def choices(results: Mapping[str, Any]) -> dict[str, str]:
         [bits, *(_cell(rows.get(f"{size} at {bits}"), rows.get(f"g64 at {bits}")) for size in sizes)]
         for bits in budgets
     ]
-    methods = ("rtn", "rtn-mse", "gptq")
+    known = ("rtn", "rtn-mse", "hqq", "signround", "gptq")
+    methods = [m for m in known if f"{m} 2" in rows]
     bits = sorted({name.split()[1] for name in rows if name.split()[0] in methods})
     other = [[b, *(_cell(rows[f"{m} {b}"], rows[f"gptq {b}"]) for m in methods)] for b in bits]
     return {
         "groups": table(["bits per expert weight", *sizes], grid),
         "quantizers": table(["uniform bits", *methods], other),
     }
+
+
+def recipes(results: Mapping[str, Any]) -> dict[str, str]:
+    """What the recipes give and cost."""
+    body = []
+    for name, row in results["rows"].items():
+        above = ("above_default", "above_low", "above_high")
+        gain = "{:+.4f} ({:+.4f} to {:+.4f})".format(*(row[k] for k in above)) if above[0] in row else ""
+        interval = f"{row['kl_low']:.4f} to {row['kl_high']:.4f}"
+        body.append([name, f"{row['expert_bits']:.3f}", f"{row['kl']:.4f}", interval, gain, row["processor_seconds"]])
+    return {"recipes": table(["recipe", "bits", "KL", "95 %", "above no recipe", "processor s"], body)}
+
+
+def peers(results: Mapping[str, Any]) -> dict[str, str]:
+    """Quantizers of others, and the knapsack at the bits of each."""
+    body = []
+    for name, row in results["rows"].items():
+        if "error" in row:
+            body.append([name, "", f"did not run: `{row['error'][:160]}`", "", "", ""])
+            continue
+        own = results["rows"].get(f"mopeq knapsack at {name}", {}).get("kl")
+        gain = (
+            "{:+.4f} ({:+.4f} to {:+.4f})".format(*(row[k] for k in ("mopeq_above", "mopeq_low", "mopeq_high")))
+            if own
+            else ""
+        )
+        if not name.startswith("mopeq knapsack"):
+            kl = f"{row['kl']:.4f}"
+            body.append(
+                [name, f"{row['bits']:.3f}", kl, f"{own:.4f}" if own else "", gain, row.get("processor_seconds", "")]
+            )
+    heads = ["quantizer", "bits per expert weight", "KL", "knapsack at these bits", "knapsack above it", "processor s"]
+    return {"peers": table(heads, body)}
 
 
 def levels(results: Mapping[str, Any]) -> dict[str, str]:
@@ -303,6 +337,33 @@ def memory(results: Mapping[str, Any]) -> dict[str, str]:
             "first copy MB", "constant MB", "peak loading MB", "peak forward MB", "peak quantize MB",
             "quantize s"]  # fmt: skip
     return {"memory": table(head, rows)}
+
+
+def peers_speed(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [name, r["version"], f"{r['processor_seconds']:.1f}", f"{r['seconds_a_layer']:.0f}",
+         f"{r['peak_bytes'] / 1e9:.2f}", f"{100 * r['error_calibration']:.3f}", f"{100 * r['error_heldout']:.3f}"]
+        for name, r in results["rows"].items() if "error" not in r
+    ]  # fmt: skip
+    failed = [f"{name}: {r['error']}." for name, r in results["rows"].items() if "error" in r]
+    head = ["", "version", "processor s", "s a layer of 64", "peak GB", "error of the output, %", "on other text, %"]
+    return {"peers": table(head, rows) + "".join(f"\n{line}\n" for line in failed)}
+
+
+def floor(results: Mapping[str, Any]) -> dict[str, str]:
+    stages = results["rows"]
+    rows = [[n, f"{r['seconds']:.2f}", f"{r['operations'] / 1e9:.1f}", f"{r['floor']:.2f}"] for n, r in stages.items()]
+    total = {key: sum(r[key] for r in stages.values()) for key in ("seconds", "operations", "floor")}
+    rows.append(["all", f"{total['seconds']:.2f}", f"{total['operations'] / 1e9:.1f}", f"{total['floor']:.2f}"])
+    head = ["of one expert", "processor s", "10^9 operations", f"s at {results['rate'] / 1e9:.0f} GFLOP/s"]
+    return {"floor": table(head, rows)}
+
+
+def ray(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [[name, f"{r['seconds']:.0f}", f"{r['load_average']:.0f}", f"{r['waiting_seconds']:.1f}"]
+            for name, r in results["rows"].items()]  # fmt: skip
+    waiting = f"{results['waiting_units']} units that wait {results['wait']:g} s, s"
+    return {"ray": table(["", f"a layer of {results['experts']} experts, s", "load average", waiting], rows)}
 
 
 def streaming(results: Mapping[str, Any]) -> dict[str, str]:
@@ -405,10 +466,17 @@ PRINTED = {
     "scores": scores,
     "resident_memory": memory,
     "moqe": moqe,
+    "recipes": recipes,
+    "peers_quality": peers,
     "solver": solver,
     "streaming": streaming,
+    "peers_speed": peers_speed,
+    "floor": floor,
+    "ray": ray,
     "economy": economy,
     "vlm_study": vlm,
+    "soak": soak,
+    "serving": serving,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
     "llama_cpp": llama_cpp,

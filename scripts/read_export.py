@@ -6,6 +6,7 @@ With ``words`` TOKENS is a text, and OUT gets the numbers of its tokens, as llam
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,15 +44,21 @@ def transformers(path: str, tokens: list[int], dtype: str = "float32") -> Logits
 
 
 def vllm(path: str, tokens: list[int]) -> Logits:
-    """VLLM on a CPU, in bfloat16."""
-    from vllm import LLM, SamplingParams, TokensPrompt
+    """Log-probabilities of the token after the last, by vLLM on a CPU."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+                   "VLLM_PLUGINS": "", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    from vllm import LLM, SamplingParams
 
-    model = LLM(path, dtype="bfloat16", max_model_len=64, enforce_eager=True, max_logprobs=-1, seed=0)
-    made = model.generate(
-        [TokensPrompt(prompt_token_ids=tokens)], SamplingParams(max_tokens=1, temperature=0, logprobs=-1)
-    )
-    found = made[0].outputs[0].logprobs[0]
-    return [[found[token].logprob for token in range(len(found))]]
+    packed = "quantization_config" in json.loads((Path(path) / "config.json").read_text())
+    dtype = "bfloat16" if packed else "float32"  # its CPU kernels for integers know no float32
+    model = LLM(path, dtype=dtype, max_model_len=128, enforce_eager=True, max_num_seqs=1, max_logprobs=-1)
+    try:
+        asked = SamplingParams(max_tokens=1, temperature=0, logprobs=-1)
+        (made,) = model.generate([{"prompt_token_ids": tokens}], asked, use_tqdm=False)
+        found = made.outputs[0].logprobs[0]
+        return [[found[token].logprob for token in sorted(found)]]
+    finally:
+        model.llm_engine.engine_core.shutdown()
 
 
 READERS: dict[str, Callable[[str, Any], Any]] = {

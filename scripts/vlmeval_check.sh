@@ -21,4 +21,4 @@ if [ "$("$env/bin/python" -m pip freeze | grep '^ms-vlmeval==')" != "ms-vlmeval=
 fi
 "$env/bin/python" -m pip install --quiet --no-deps --editable "$root"
 cd "$root"
-HF_HUB_OFFLINE=1 exec "$env/bin/python" -m pytest -p no:cacheprovider tests/evaluate/test_vlmevalkit.py "$@"
+HF_HUB_OFFLINE=1 exec "$env/bin/python" -m pytest -p no:cacheprovider tests/evaluate/test_vlmevalkit.py tests/serve/test_vlmevalkit_served.py "$@"

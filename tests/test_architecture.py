@@ -21,7 +21,7 @@ LEVELS = [
     {"integrations"},
     {"load"},
     {"evaluate", "fit", "report", "stream"},
-    {"measure"},
+    {"measure", "refine"},
     {"pack", "trial"},
     {"quantize"},
     {"quickstart", "serve", "moqe", "export"},

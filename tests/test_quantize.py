@@ -148,7 +148,7 @@ def test_refusals(tiny_model: Make, tmp_path: Path) -> None:
     folder = tiny_model("olmoe")
     with pytest.raises(InputError, match="give one of a precision map, a uniform precision and a budget"):
         quantize(folder, tmp_path / "out")
-    with pytest.raises(InputError, match="no quantizer 'magic'; there are rtn, rtn-mse, gptq"):
+    with pytest.raises(InputError, match="no quantizer 'magic'; there are rtn, rtn-mse, hqq, gptq, signround"):
         quantize(folder, tmp_path / "out", uniform=Precision(4), method="magic")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -148,6 +148,9 @@ def test_a_budget_is_guarded_and_says_so(tiny_model: Make, tmp_path: Path, calib
     assert PrecisionMap.from_json(read_json(packed.path / "mopeq" / "precision.json")) == packed.precisions
     again = quantize(folder, tmp_path / "guarded", **common, resume=True)
     assert (again.guard, again.precisions.experts) == (packed.guard, packed.precisions.experts)
+    better = quantize(folder, tmp_path / "refined", **common, refine=3)
+    assert "of 3 exchanges taken, KL " in better.guard
+    assert "uniform 3g32" in better.guard
     free = quantize(folder, tmp_path / "free", **common, guard=False)
     assert free.guard == ""
     assert free.precisions.note["method"] == "knapsack"
@@ -163,5 +166,5 @@ def test_without_enough_text_the_map_stays(tiny_model: Make, tmp_path: Path, cal
 
 
 def test_a_map_or_a_uniform_precision_has_nothing_to_guard(tiny_model: Make, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="guard compares what a budget led to"):
+    with pytest.raises(InputError, match="guard and exchanges, 0 or more, are for what a budget led to"):
         quantize(tiny_model("olmoe"), tmp_path / "out", uniform=BITS[0], method="rtn", guard=True)

@@ -25,7 +25,7 @@ disable_progress_bar()
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 PAD, BOS, EOS = 256, 257, 258
 VOCABULARY = 264
-VLM = ("aria", "deepseek_vl_v2", "glm4v_moe", "internvl", "kimi_k25", "llama4", "molmo", "qwen3_vl_moe")
+VLM = ("aria", "deepseek_vl_v2", "glm4v_moe", "internvl", "kimi_k25", "llama4", "molmo", "qwen3_5_moe", "qwen3_vl_moe")
 
 _TEXT = {
     "vocab_size": VOCABULARY,
@@ -121,6 +121,39 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "intermediate_size": 32,
             "out_hidden_size": 64,
             "deepstack_visual_indexes": [0],
+            "patch_size": 4,
+            "num_position_embeddings": 16,
+        },
+        "image_token_id": 259,
+        "vision_start_token_id": 260,
+        "vision_end_token_id": 261,
+    },
+    "qwen3_5_moe": {
+        "text_config": {
+            **_TEXT,
+            "layer_types": ["linear_attention", "full_attention"],
+            "head_dim": 16,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 96,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 48,
+            "out_hidden_size": 64,
             "patch_size": 4,
             "num_position_embeddings": 16,
         },

@@ -57,14 +57,14 @@ from mopeq.progress import Track, silent
 from mopeq.quantizers import DATA_FREE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
-from mopeq.stats import write_json
+from mopeq.stats import Stats, write_json
 from mopeq.stream import Shell, Store, forward, stored_dtype
-from mopeq.trial import JUDGED_WINDOWS, compared, guarded, tried
+from mopeq.trial import JUDGED_WINDOWS, Choice, compared, settled, tried
 
 __all__ = ["Packed", "pack_model", "quantize", "require_new", "run_record"]
 
-GUARDED = "compare with uniform"
-"""The step of the journal in which the map was compared with a uniform one."""
+TRIED = "try the map"
+"""The step of the journal in which a map was tried on held-out text."""
 
 
 def quantize(
@@ -84,6 +84,7 @@ def quantize(
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
     guard: bool | None = None,
+    refine: int = 0,
     resume: bool = False,
     max_memory: int | None = None,
     command: str = "",
@@ -114,6 +115,7 @@ def quantize(
         evaluated: compare the result with the original, if both fit in memory together; ``Packed.note`` says if not.
         guard: with a budget, pack the uniform map instead where the allocated one is not better on held-out text; None
             does it where the result is ``evaluated``. ``Packed.guard`` says what was found.
+        refine: with a budget, exchanges of precisions to try on held-out text (:mod:`mopeq.refine`).
         resume: go on with what the same call left unfinished; the result is the same as without the interruption.
         max_memory: bytes that this process may have resident; None for what the machine has. Less than the least
             possible is an :class:`InputError` with the number needed.
@@ -126,8 +128,8 @@ def quantize(
         raise InputError("give one of a precision map, a uniform precision and a budget")
     if precisions is not None and rest:
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
-    if guard and budget is None:
-        raise InputError("the guard compares what a budget led to with a uniform map; leave it out, or give a budget")
+    if refine < 0 or ((guard or refine) and budget is None):
+        raise InputError("a guard and exchanges, 0 or more, are for what a budget led to; leave them out, or give one")
     check_method(method)
     if not resume:
         require_new(Path(out))
@@ -148,9 +150,8 @@ def quantize(
     if precisions is not None:
         opened.inventory.check(precisions)
     guard = budget is not None and (evaluated if guard is None else guard)
-    if (evaluated or guard) and not has_pictures(
-        calibration
-    ):  # text that cannot be scored is found before hours of work
+    judged = evaluated or guard or refine > 0
+    if judged and not has_pictures(calibration):  # text that cannot be scored is found before hours of work
         try:
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
@@ -161,7 +162,7 @@ def quantize(
         opened = calibrated(opened, calibration, texts=training)
     plan = _Plan(
         opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, rest, calibration,
-        dtype, max_memory, heldout if guard else None,
+        dtype, max_memory, heldout, guard, refine,
     )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
@@ -178,14 +179,14 @@ def quantize(
             again = f"where there is more, mopeq eval {packed.path} --against {model} compares them"
             return replace(packed, note=f"not compared with the original: {why}; {again}")
         try:
-            judged = compared(opened, packed.path, heldout, calibration, dtype, track)
+            found = compared(opened, packed.path, heldout, calibration, dtype, track)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(
                 f"interrupted while comparing; {out} is complete, mopeq eval {out} --against {model} compares it"
             ) from stop
         clock("evaluate")
-        write_json(packed.path / "mopeq" / "evaluation.json", judged.to_json())
-        packed = replace(packed, evaluation=judged)
+        write_json(packed.path / "mopeq" / "evaluation.json", found.to_json())
+        packed = replace(packed, evaluation=found)
         write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
     return packed
 
@@ -206,8 +207,9 @@ class _Plan:
     calibration: Calibration
     dtype: torch.dtype | None
     max_memory: int | None
-    heldout: Sequence[Any] | None
-    """What the map is compared with a uniform one on, if it is."""
+    heldout: Sequence[Any]
+    guard: bool
+    refine: int
 
     @property
     def footprint(self) -> Footprint:
@@ -275,11 +277,13 @@ class _Plan:
             known = {"map": made.to_json()}
             journal.record("allocate", known)
         clock("allocate")
-        if self.heldout is not None and (known := journal.done(GUARDED)) is None:
-            known = self._guarded(journal, PrecisionMap.from_json(journal.steps["allocate"]["facts"]["map"]), track)
-            journal.record(GUARDED, known)
-            clock("guard")
         precisions = PrecisionMap.from_json(known["map"])
+        if self.guard or self.refine:
+            if (known := journal.done(TRIED)) is None:
+                known = self._tried(journal, precisions, stats, track)
+                journal.record(TRIED, known)
+            precisions = PrecisionMap.from_json(known["map"])
+            clock("try")
 
         def taken(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
             short += [unit for unit in fallbacks if int(unit.partition(".")[0]) == layer.index]
@@ -288,19 +292,20 @@ class _Plan:
         packed = write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
         return replace(packed, guard=known.get("sentence", ""))
 
-    def _guarded(self, journal: Journal, made: PrecisionMap, track: Track) -> dict[str, Any]:
-        """The map to pack, compared with a uniform one if there is memory and text for that, and why it is that one."""
+    def _tried(self, journal: Journal, made: PrecisionMap, stats: Stats, track: Track) -> dict[str, Any]:
+        """The map to pack, tried out where there is memory and text for it, and a sentence that says why it is it."""
+        what = " and ".join([*["refined"] * bool(self.refine), *["compared with uniform precision"] * self.guard])
         if why := self.too_large(self.opened.inventory.total_bytes(made)):
-            return {"map": made.to_json(), "sentence": f"the map was not compared with uniform precision: {why}"}
-        source = self.opened.source
-        stocks = {at.index: Stock(journal, measured_step(at), source, at) for at in self.opened.spec.layers}
-        units = {index: stock.unit for index, stock in stocks.items()}
-        original = load_source(source, self.dtype)
+            return {"map": made.to_json(), "sentence": f"the map was not {what}: {why}"}
+        layers, source = self.opened.spec.layers, self.opened.source
+        units = {layer.index: Stock(journal, measured_step(layer), source, layer).unit for layer in layers}
+        original, cache = load_source(source, self.dtype), journal.folder if self.refine else None
         try:
-            with tried(original, self.opened, units, self.heldout or (), self.calibration, track=track) as judge:
-                found = guarded(made, self.opened, self.options, self.budget or "", judge)
+            with tried(original, self.opened, units, self.heldout, self.calibration, cache=cache, track=track) as judge:
+                choice = Choice(stats, self.cost, self.options, self.granularity, self.budget or "")
+                found = settled(made, self.opened, choice, judge, self.refine, self.guard, track)
         except DataError as error:
-            return {"map": made.to_json(), "sentence": f"the map was not compared with uniform precision: {error}"}
+            return {"map": made.to_json(), "sentence": f"the map was not {what}: {error}"}
         return {"map": found.precisions.to_json(), "sentence": found.sentence}
 
     def too_large(self, packed_bytes: int) -> str:
@@ -346,7 +351,11 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
         "map": None if plan.precisions is None else _hash(plan.precisions.to_json()),
         "method": plan.method,
         **({"options": [str(p) for p in plan.options], "cost": plan.cost} if plan.budget is not None else {}),
-        **({"granularity": plan.granularity, "guard": plan.heldout is not None} if plan.budget is not None else {}),
+        **(
+            {"granularity": plan.granularity, "guard": plan.guard, "refine": plan.refine}
+            if plan.budget is not None
+            else {}
+        ),
         **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
@@ -378,7 +387,7 @@ def _finished(out: Path, plan: _Plan, job: Mapping[str, Any]) -> Packed | None:
     original = sum(stored_bytes(source, key) for key in source.shapes)
     packed = (found[1][packed_step(layer)] for layer in plan.opened.spec.layers)
     fallbacks = tuple(unit for facts in packed for unit in facts["fallbacks"])
-    sentence = found[1].get(GUARDED, {}).get("sentence", "")
+    sentence = found[1].get(TRIED, {}).get("sentence", "")
     return Packed(out, manifest.precisions, size, original, 0.0, fallbacks, manifest.inventory, guard=sentence)
 
 

@@ -31,10 +31,23 @@ from mopeq.measure import Calibration, Prepared, has_pictures
 from mopeq.precision import GROUPS, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Track, silent
 from mopeq.qtensor import QTensor
+from mopeq.refine import refined
 from mopeq.runtime.experts import MixedExperts, pack_experts
 from mopeq.runtime.packed import prepare
+from mopeq.stats import Stats
 
-__all__ = ["JUDGED_WINDOWS", "Judge", "Trial", "Verdict", "compared", "guarded", "spare_windows", "tried"]
+__all__ = [
+    "JUDGED_WINDOWS",
+    "Choice",
+    "Judge",
+    "Trial",
+    "Verdict",
+    "compared",
+    "guarded",
+    "settled",
+    "spare_windows",
+    "tried",
+]
 
 JUDGED_WINDOWS = 32
 """Windows of held-out text on which a new checkpoint is compared with its original, and as many to try maps on."""
@@ -209,3 +222,45 @@ def guarded(made: PrecisionMap, opened: Prepared, options: Sequence[Precision], 
     note = {**uniform.note, "in_place_of": {k: made.note[k] for k in ("method", "cost") if k in made.note}}
     sentence = f"uniform {level} in place of the map, which is not better: {seen}; --no-guard keeps the map"
     return Verdict(replace(uniform, note=note), sentence)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a map was chosen from, and within what."""
+
+    stats: Stats
+    cost: str
+    options: Sequence[Precision]
+    granularity: str
+    budget: str
+
+
+def settled(
+    made: PrecisionMap,
+    opened: Prepared,
+    choice: Choice,
+    judge: Judge,
+    exchanges: int,
+    guard: bool,
+    track: Track = silent,
+) -> Verdict:
+    """``made`` after exchanges (:func:`~mopeq.refine.refined`), if any, and past the guard, if it is to be."""
+    said = []
+    if exchanges:
+        found = refined(
+            made,
+            choice.stats,
+            choice.cost,
+            choice.options,
+            judge,
+            exchanges,
+            granularity=choice.granularity,
+            track=track,
+        )
+        made = found.precisions
+        said.append(f"{found.taken} of {found.tried} exchanges taken, KL {found.before:.4g} to {found.after:.4g}")
+    if guard:
+        verdict = guarded(made, opened, choice.options, choice.budget, judge)
+        made = verdict.precisions
+        said.append(verdict.sentence)
+    return Verdict(made, "; ".join(said))

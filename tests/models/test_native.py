@@ -44,6 +44,10 @@ INPUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "internvl": (259, {**prompt(259, 4), "pixel_values": image(1, 3, 16, 16)}),
     "kimi_k25": (259, {**prompt(259, 4), "pixel_values": image(16, 3, 4, 4), "image_grid_thw": GRID}),
     "llama4": (259, {**prompt(259, 4), "pixel_values": image(1, 3, 16, 16)}),
+    "qwen3_5_moe": (259, {
+        **prompt(259, 4, (260,), (261,)), "pixel_values": image(16, 3 * 2 * 4 * 4), "image_grid_thw": GRID,
+        "mm_token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]]),
+    }),
     "qwen3_vl_moe": (259, {
         **prompt(259, 4), "pixel_values": image(16, 3 * 2 * 4 * 4), "image_grid_thw": GRID,
         "mm_token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 0]]),

@@ -86,6 +86,17 @@ _LLAMA4_TEXT = Family(
     shared="shared_expert",
 )
 
+_DELTA_NET = {
+    "linear_attn.in_proj_qkv": 1,
+    "linear_attn.in_proj_z": 1,
+    "linear_attn.in_proj_a": 1,
+    "linear_attn.in_proj_b": 1,
+    "linear_attn.out_proj": 0,
+}
+"""Matrices of a gated delta net, the linear attention of Qwen3.5."""
+_DELTA_REST = ("conv1d.weight", "norm.weight", "dt_bias", "A_log")
+_QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+
 _LLAVA_NAMES = (
     (r"\Alanguage_model\.model\.", "model.language_model."),
     (r"\Alanguage_model\.lm_head\.", "lm_head."),
@@ -134,6 +145,26 @@ FAMILIES: dict[str, Family] = {
             "model.visual.merger.": "projector",
             "model.visual.deepstack_merger_list.": "projector",
         },
+    ),
+    "qwen3_5_moe": replace(  # attention in some layers, gated delta nets in the others
+        _QWEN3_MOE,
+        is_moe=_every,
+        shared="shared_expert",
+        router_keys=r"mlp\.(gate|shared_expert_gate)\.weight",
+        attention={**QKVO, **_DELTA_NET},
+        alternatives=frozenset({*QKVO, *_DELTA_NET}),
+        mixers={
+            "full_attention": (*(f"{name}.weight" for name in QKVO), *_QK_NORMS),
+            "linear_attention": (
+                *(f"{name}.weight" for name in _DELTA_NET),
+                *(f"linear_attn.{name}" for name in _DELTA_REST),
+            ),
+        },
+        other=r"linear_attn\.(conv1d\.weight|norm\.weight|dt_bias|A_log)",
+        text="text_config",
+        prefix="model.language_model.",
+        towers={"model.visual.": "vision", "model.visual.merger.": "projector"},
+        dropped=r"mtp\..*",
     ),
     "deepseek_v2": replace(_DEEPSEEK_V3, is_moe=_after_first(0), router_keys=r"mlp\.gate\.weight", extra_layers=False),
     "deepseek_v3": _DEEPSEEK_V3,

@@ -40,7 +40,8 @@ class Family:
     differs. router: module of the router. router_keys: tensors of routers and shared-expert gates (regular expression).
     layouts: how experts are stored, tried in turn. matrices: names of gate, up and down in packed tensors.
     is_moe: whether layer ``i`` has routed experts. width: configuration entry of an expert's intermediate size.
-    attention: matrices of attention; alternatives: those of them that not every model has.
+    attention: matrices of attention; alternatives: those of them that not every model has. mixers: ``{entry of
+    layer_types: tensors that its layers have instead of others' attention}`` of hybrid models.
     shared: module of the shared experts inside the block. biases, other: tensors kept (regular expressions).
     text: entry of the language model's configuration in that of a vision-language model. decoders: the
     language models it may have, where it may have others too. prefix, head: of the language
@@ -61,6 +62,7 @@ class Family:
     width: str = "intermediate_size"
     attention: Mapping[str, int | None] = field(default_factory=lambda: dict(QKVO))
     alternatives: frozenset[str] = frozenset()
+    mixers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shared: str = ""
     biases: str = r"(?!)"
     other: str = r"(?!)"
@@ -264,7 +266,8 @@ def _account(model_type: str, family: Family, config: Config, shapes: Shapes) ->
         raise _not_understood(model_type, unknown, sizes)
     _check_extra(max(by_layer, default=0), depth, text)
     _check_outside(family, shapes, tied, sizes.hidden)
-    _check_layers(family, {i: by_layer.get(i, set()) for i in range(depth)}, set(sparse), shapes, sizes)
+    types = _layer_types(model_type, family, text, depth)
+    _check_layers(family, {i: by_layer.get(i, set()) for i in range(depth)}, set(sparse), types, shapes, sizes)
     return MoESpec(model_type, layers, tuple(linears), tuple(kept), tuple(ignored))
 
 
@@ -375,8 +378,26 @@ def _check_outside(family: Family, shapes: Shapes, tied: bool, hidden: int) -> N
         raise shape_error(embedding, shapes[embedding], (*shapes[embedding][:1], hidden))
 
 
+def _layer_types(model_type: str, family: Family, text: Config, depth: int) -> list[str]:
+    """Which of the family's mixers each layer has; empty where there is one kind of layers."""
+    if not family.mixers:
+        return [""] * depth
+    found = text.get("layer_types")
+    if not isinstance(found, list) or len(found) != depth or not set(map(str, found)) <= set(family.mixers):
+        raise ModelError(
+            f"config.json of this {model_type} has layer_types = {found!r}; expected {depth} of "
+            f"{', '.join(family.mixers)}; use the model's own config.json"
+        )
+    return found
+
+
 def _check_layers(
-    family: Family, names: Mapping[int, set[str]], moe_layers: set[int], shapes: Shapes, sizes: Sizes
+    family: Family,
+    names: Mapping[int, set[str]],
+    moe_layers: set[int],
+    types: list[str],
+    shapes: Shapes,
+    sizes: Sizes,
 ) -> None:
     """Every MoE layer has a router over its experts, every layer what the layers of its kind have."""
     for index in sorted(moe_layers):
@@ -391,13 +412,17 @@ def _check_layers(
     blocks = (f"{family.block}.", f"{family.block_key}.")
     always = {"input_layernorm.weight", "post_attention_layernorm.weight"}
     always |= {f"{name}.weight" for name in family.attention if name not in family.alternatives}
-    always |= {name for found in names.values() for name in found if not name.startswith(blocks)}
+    common = {i: {name for name in found if not name.startswith(blocks)} for i, found in names.items()}
+    own = {
+        kind: always.union(family.mixers.get(kind, ()), *(common[i] for i in names if types[i] == kind))
+        for kind in set(types)
+    }
     for kind in (moe_layers, set(names) - moe_layers):
-        expected = always.union(*(names[index] for index in kind))
+        blocks_have = set[str]().union(*(names[index] - common[index] for index in kind))
         if kind != moe_layers:
-            expected |= {f"{family.block}.{name}.weight" for name in MLP}
+            blocks_have |= {f"{family.block}.{name}.weight" for name in MLP}
         for index in sorted(kind):
-            if lacking := sorted(expected - names[index]):
+            if lacking := sorted((own[types[index]] | blocks_have) - names[index]):
                 raise ModelError(
                     f"layer {index} lacks {', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}; "
                     f"expected what the other layers of this architecture have; download the checkpoint again"

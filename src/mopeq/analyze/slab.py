@@ -1,15 +1,17 @@
 """A layer's experts a few at a time, with what their quantizer needs: the unit of work whose memory is bounded.
 
 Slabs do not depend on each other but for one number, the mean of the moments of all experts, by which those with few
-tokens are filled up. So :func:`mapped` works on them with any :class:`Map`: :func:`here` one after the other, or that
-of mopeq/integrations/ray.py on a cluster. The parts, and the order in which their sums are added, are the same whoever
-works on them, and so are all bits of the result.
+tokens are filled up. So :func:`mapped` works on them with any :class:`Map`: :func:`here` one after the other,
+:func:`over` several devices at once, or that of mopeq/integrations/ray.py on a cluster. The parts, and the order in
+which their sums are added, are the same whoever works on them, and so are all bits of the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -23,7 +25,7 @@ from mopeq.quantizers import fallback_moments
 from mopeq.source import Source, close_files, read_group
 from mopeq.spec import MoELayer
 
-__all__ = ["Layer", "Map", "Slab", "here", "mapped", "on", "slabs"]
+__all__ = ["Layer", "Map", "Slab", "here", "mapped", "on", "over", "slabs"]
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -49,6 +51,27 @@ def on(device: torch.device | str) -> Map:
 
 
 here = on("cpu")
+
+
+def over(devices: Sequence[torch.device | str]) -> Map:
+    """Several items at once in threads of this process, one on each device."""
+
+    def side_by_side(work: Callable[[Any, Item, torch.device], T], shared: Any, items: Sequence[Item]) -> Iterator[T]:
+        free: SimpleQueue[torch.device] = SimpleQueue()
+        for device in devices:
+            free.put(torch.device(device))
+
+        def one(item: Item) -> T:
+            device = free.get()
+            try:
+                return work(shared, item, device)
+            finally:
+                free.put(device)
+
+        with ThreadPoolExecutor(len(devices), "mopeq-slab") as pool:
+            yield from pool.map(one, items)
+
+    return side_by_side
 
 
 @dataclass(frozen=True)

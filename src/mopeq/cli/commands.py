@@ -18,8 +18,8 @@ from mopeq.cli.given import (
     size_of,
 )
 from mopeq.cli.images import do_quickstart_vlm
-from mopeq.cli.ray import spread
 from mopeq.cli.recipes import recipe_line
+from mopeq.cli.spread import spread
 from mopeq.precision import DEFAULT_REST, PrecisionMap
 from mopeq.progress import drawn
 from mopeq.stats import Stats, read_json, write_json
@@ -184,6 +184,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             dtype=dtype_of(options),
             evaluated=not options.no_eval,
             guard=options.guard,
+            refine=options.refine,
             resume=options.resume,
             max_memory=size_of(options.max_memory),
             recipe=recipe_line(options),

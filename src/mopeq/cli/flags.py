@@ -11,9 +11,9 @@ from mopeq.cli.evaluate import add_eval, do_eval
 from mopeq.cli.export import add_export, do_export
 from mopeq.cli.fit import add_fit, add_fit_to_allocate
 from mopeq.cli.moqe import add_moqe
-from mopeq.cli.ray import add_ray
 from mopeq.cli.recipes import add_recipe
 from mopeq.cli.serve import add_serve, do_serve
+from mopeq.cli.spread import add_spread
 from mopeq.cli.talk import do_chat, do_run
 from mopeq.precision import DEFAULT_BITS
 
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--metrics", default="frequency,gate_mass,fisher_error", help="names, comma-separated (default: %(default)s)"
     )
     _options(p)
-    add_ray(p)
+    add_spread(p)
     p.add_argument("-o", "--out", default="stats.json", help="file to write (default: %(default)s)")
 
     p = verb("allocate", commands.do_allocate, "give every expert a precision")
@@ -99,8 +99,15 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="pack a uniform map where the allocated one is not better on text kept apart (default, unless --no-eval)",
     )
+    p.add_argument(
+        "--refine",
+        type=int,
+        default=0,
+        metavar="N",
+        help="try N exchanges of precisions on text kept apart (default: 0)",
+    )
     p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
-    add_ray(p)
+    add_spread(p)
     p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
     add_export(verb("export", do_export, "write a packed model for other runtimes"))

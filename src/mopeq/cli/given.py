@@ -21,6 +21,7 @@ __all__ = [
     "rest_of",
     "sampling_of",
     "size_of",
+    "usable",
 ]
 
 
@@ -35,11 +36,14 @@ def load_any(model: str, options: argparse.Namespace) -> Any:
 
 def device_of(options: argparse.Namespace) -> str | None:
     """The device asked for, if this machine has it."""
+    name: str | None = getattr(options, "device", None)
+    return None if name is None else usable(name)
+
+
+def usable(name: str) -> str:
+    """A device's name, if this machine has it."""
     import torch
 
-    name: str | None = getattr(options, "device", None)
-    if name is None:
-        return None
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
