@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 
 from common import RESULTS, table
 from mopeq.evaluate.bootstrap import Estimate, ratio_estimate
+from moqe_tables import moqe
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"random \d+ =")
@@ -177,6 +178,59 @@ def correlated(run: Mapping[str, Any]) -> list[str]:
         for cost in ("fisher_error", "output_error")
     ]
     return [str(run["seed"]), str(len(rows)), *(f"{value:.3f}" for value in found)]
+
+
+def vlm(results: Mapping[str, Any]) -> dict[str, str]:
+    """MoPEQ's comparison on questions about images: all maps, pairs at equal bytes, and what calibration is worth."""
+    runs = [run for run in results["runs"] if run["arm"] == "images"]
+    named = by_name(runs)
+    ordered = sorted(named, key=lambda name: mean(named[name], "bytes"))
+    tasks = list(results["original"]["by_task"])
+    head = ["map", "bits per expert weight", "MB", "KL", "95 % interval", "over seeds", "KL / uniform at these bytes",
+            "right %", *tasks]  # fmt: skip
+    whole = results["original"]
+    shares = [whole["right"], *whole["by_task"].values()]
+    last = ["original", "16", f"{results['original_bytes'] / 1e6:.2f}", "0", "", "", "", *_percent(shares)]
+    pairs = [compared(named, *pair) for pair in COMPARISONS if set(pair) <= set(named)]
+    versus = ["first", "second, equal bytes", "KL of first", "KL of second", "first - second, 95 %", "ratio",
+              "seeds won"]  # fmt: skip
+    return {
+        "vlm maps": table(head, [*(_answered(name, named[name], tasks) for name in ordered), last]),
+        "vlm comparisons": table(versus, pairs),
+        "vlm ranks": table(["seed", "maps", "fisher_error", "output_error"], [correlated(run) for run in runs]),
+        "vlm calibration": _calibrations(results["runs"]),
+    }
+
+
+def _answered(name: str, columns: Sequence[Sequence[Row]], tasks: Sequence[str]) -> list[str]:
+    rows = [row for column in columns for row in column]
+    kl = estimate(pooled(columns))
+    shares = [[row["right"], *(row["by_task"][task] for task in tasks)] for row in rows]
+    return [
+        name, f"{mean(columns, 'expert_bits'):.3f}", f"{mean(columns, 'bytes') / 1e6:.2f}", f"{kl.value:.4f}",
+        f"{kl.low:.4f} to {kl.high:.4f}", spread(columns, "kl", 4), f"{mean(columns, 'by_uniform'):.2f}",
+        *_percent([sum(values) / len(values) for values in zip(*shares, strict=True)]),
+    ]  # fmt: skip
+
+
+def _percent(shares: Iterable[float]) -> list[str]:
+    return [f"{100 * share:.0f}" if i else f"{100 * share:.1f}" for i, share in enumerate(shares)]
+
+
+def _calibrations(runs: Sequence[Mapping[str, Any]]) -> str:
+    """KL of the maps that every calibration makes; in parentheses the interval of the difference from images."""
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    named = {arm: by_name(run for run in runs if run["arm"] == arm) for arm in arms}
+    rows = []
+    for name in dict.fromkeys(name for arm in arms[1:] for name in named[arm]):
+        own = pooled(named[arms[0]][name.partition(",")[0]])
+        cells = [f"{estimate(own).value:.4f}"]
+        for arm in arms[1:]:
+            other = pooled(named[arm][name])
+            gap = estimate([x - y for x, y in zip(other, own, strict=True)])
+            cells.append(f"{estimate(other).value:.4f} ({gap.low:+.4f} to {gap.high:+.4f})")
+        rows.append([name, *cells])
+    return table(["map", *arms], rows)
 
 
 def choices(results: Mapping[str, Any]) -> dict[str, str]:
@@ -400,104 +454,6 @@ def scores(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def moqe(results: Mapping[str, Any]) -> dict[str, str]:
-    """Of each set: all ways of choosing on all text, differences by domain; what sets and routers cost."""
-    studies = results["studies"]
-    made = {f"moqe {name}": _ways(found) for name, found in studies.items()}
-    made["moqe domains"] = table(
-        [
-            "set",
-            "domain",
-            "best single",
-            "routed - best single, nats",
-            "oracle - best single, nats",
-            "sent to each variant, %",
-        ],
-        [row for name, found in studies.items() for row in _by_domain(name, found)],
-    )
-    text = {name: found for name, found in studies.items() if found["judged"]["latency"]}
-    costs = [
-        [name, len(found["variants"]), f"{found['bytes_once'] / 1e6:.2f}", f"{found['bytes_apart'] / 1e6:.2f}",
-         f"{found['router']['parameters']:,} ({100 * found['router']['share']:.2f})", f"{found['train_seconds']:.0f}"]
-        + [f"{1000 * t['router_seconds']:.2f} of {1000 * t['alone_seconds']:.1f} ({100 * t['overhead']:+.1f})"
-           for t in found["judged"]["latency"]]
-        for name, found in text.items()
-    ]  # fmt: skip
-    tokens = [f"{t['prompt_tokens']} in, {t['new_tokens']} out" for t in next(iter(text.values()))["judged"]["latency"]]
-    head = ["set", "variants", "MB", "MB apart", "router's parameters (% of the model's)", "training s",
-            *(f"router ms of ms, {n} (overhead %)" for n in tokens)]  # fmt: skip
-    made["moqe costs"] = table(head, costs)
-    rows = [
-        [name, row["resident"], f"{row['bytes'] / 1e6:.1f}", row["loads"], f"{row['load_seconds']:.2f}",
-         f"{row['seconds']:.2f}"]
-        for name, found in text.items() for row in found["residency"]
-    ]  # fmt: skip
-    made["moqe residency"] = table(["set", "resident variants", "most MB", "loads", "loading s", "all s"], rows)
-    return made
-
-
-def _ways(found: Mapping[str, Any]) -> str:
-    judged, wrong = found["judged"], found.get("wrong")
-    domains = list(judged["rows"])
-    rows = []
-    for number, row in enumerate(judged["rows"]["all"]):
-        name = row["name"]
-        gap = judged["differences"]["all"].get(f"{name} - best single")
-        values = [judged["rows"][d][number]["perplexity" if wrong is None else "loss"] for d in domains]
-        cells = [f"{values[0]['value']:.3f} ({values[0]['low']:.3f} to {values[0]['high']:.3f})"]
-        if wrong is None:
-            cells += [f"{value['value']:.2f}" for value in values[1:]]
-        else:
-            cells += [f"{100 - 100 * wrong['rows'][d][number]['loss']['value']:.1f}" for d in domains]
-        between = "best single" if name == judged["best"]["all"] else "" if gap is None else _signed(gap)
-        rows.append([name, f"{judged['bytes'][name] / 1e6:.3g}", cells[0], between, *cells[1:]])
-    measure = "perplexity" if wrong is None else "nats"
-    others = domains[1:] if wrong is None else [f"{d}, % right" for d in domains]
-    return table(["", "MB", f"{measure}, 95 %", "nats - best single, 95 %", *others], rows)
-
-
-def _by_domain(name: str, found: Mapping[str, Any]) -> list[list[str]]:
-    judged, rows = found["judged"], []
-    for domain, gaps in judged["differences"].items():
-        asked = ("routed - best single", "oracle - best single", "routed - one calibrated on all")
-        cells = [_signed(gaps[gap]) if gap in gaps else "" for gap in asked]
-        shares = ", ".join(f"{100 * share:.0f}" for share in judged["usage"][domain])
-        rows.append([name, domain, judged["best"][domain], *cells, shares])
-    return rows
-
-
-def _signed(gap: Mapping[str, float]) -> str:
-    return f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
-
-
-def soak(results: Mapping[str, Any]) -> dict[str, str]:
-    seen, samples = results["requests"], results["samples"]
-    kinds = {
-        "good, whole": "ask", "good, streamed": "stream", "bad": "send_bad", "left by the client": "leave",
-        "sent slowly": "send_slowly", "read slowly": "read_slowly", "never ended by the client": "never_end",
-        "good, at the end": "once more",
-    }  # fmt: skip
-    rows = [[name, seen[key]] for name, key in kinds.items()]
-    rows += [["hangs", seen.get("hangs", 0)], ["wrong answers", results["wrong_count"]]]
-    tenth = len(samples) // 10
-    over = [[f"{samples[i]['seconds'] / 60:.0f}", f"{samples[i]['resident_bytes'] / 1e6:.0f}", samples[i]["threads"],
-             samples[i]["files"]] for i in [*range(0, len(samples) - tenth, 2 * tenth), -1]]  # fmt: skip
-    return {
-        "soak": table(["requests", "number"], rows),
-        "soak memory": table(["minute", "resident MB", "threads", "files"], over),
-    }
-
-
-def serving(results: Mapping[str, Any]) -> dict[str, str]:
-    rows = [
-        [name, clients, *(f"{row[key]:.2f}" for key in ("tokens_per_second", "first_p50", "first_p99", "p50", "p99")),
-         f"{found['memory_bytes'] / 2**30:.2f}", f"{row['busy']:.2f}"]
-        for name, found in results["servers"].items() for clients, row in found["clients"].items()
-    ]  # fmt: skip
-    head = ["server", "clients", "tokens/s", "first text, s, p50", "p99", "answer, s, p50", "p99", "memory GiB", "busy"]
-    return {"serving": table(head, rows)}
-
-
 PRINTED = {
     "fidelity": maps,
     "choices": choices,
@@ -520,6 +476,7 @@ PRINTED = {
     "economy": economy,
     "soak": soak,
     "serving": serving,
+    "vlm_study": vlm,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
     "llama_cpp": llama_cpp,
