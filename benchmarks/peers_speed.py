@@ -72,7 +72,7 @@ def main() -> None:
         judge = Judge(model, ids)
         for peer in asked.only:
             home = environments.get(peer.partition(",")[0])
-            python = sys.executable if peer.startswith("mopeq") else home and f"{home}/bin/python"
+            python = sys.executable if peer.startswith("mopeq") else home and str(Path(home).absolute() / "bin" / "python")
             if not python:
                 continue
             rows[peer] = ran(python, peer, folder, asked)
