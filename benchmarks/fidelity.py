@@ -4,7 +4,7 @@ For every calibration seed the model is run and measured once; then every map is
 the same calibration, packed, loaded back, compared with the original on held-out text, and removed.
 
 Studies: ``maps`` (uniform, MoPEQ's k-means, knapsack, controls), ``groups`` (group sizes at equal bits per weight),
-``levels`` (which bits to choose from, in groups of 128), ``quantizers`` (RTN, clipped RTN, GPTQ at uniform bits),
+``levels`` (which bits to choose from, in groups of 128), ``quantizers`` (all of them, at uniform bits),
 ``grids`` (what grids GPTQ may choose), ``damping`` (of GPTQ). All but ``maps`` use the first seed only.
 """
 
@@ -250,7 +250,7 @@ def _levels(stats: Stats, seed: int, size: int) -> Iterator[Job]:
 def _quantizers(stats: Stats, seed: int, size: int) -> Iterator[Job]:
     """Quantizers at uniform bits."""
     for p in _options(size):
-        for method in ("rtn", "rtn-mse", "gptq"):
+        for method in ("rtn", "rtn-mse", "hqq", "signround", "gptq"):
             yield Job(f"{method} {p.bits}", uniform_map(stats.model, [p]), method)
 
 

@@ -38,7 +38,7 @@ def gptqmodel(asked: argparse.Namespace, ids: list[list[int]]) -> Run:
         device="cpu",
         dynamic={r"-:.*self_attn.*": {}},
         offload_to_disk=False,
-        format="gptq_v2",
+        format="gptq_v2",  # the first format stores zero points less one, which dequantize_weight does not add again
     )
     model = GPTQModel.load(str(asked.model), config)
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]

@@ -188,13 +188,47 @@ def choices(results: Mapping[str, Any]) -> dict[str, str]:
         [bits, *(_cell(rows.get(f"{size} at {bits}"), rows.get(f"g64 at {bits}")) for size in sizes)]
         for bits in budgets
     ]
-    methods = ("rtn", "rtn-mse", "gptq")
+    known = ("rtn", "rtn-mse", "hqq", "signround", "gptq")
+    methods = [m for m in known if f"{m} 2" in rows]
     bits = sorted({name.split()[1] for name in rows if name.split()[0] in methods})
     other = [[b, *(_cell(rows[f"{m} {b}"], rows[f"gptq {b}"]) for m in methods)] for b in bits]
     return {
         "groups": table(["bits per expert weight", *sizes], grid),
         "quantizers": table(["uniform bits", *methods], other),
     }
+
+
+def recipes(results: Mapping[str, Any]) -> dict[str, str]:
+    """What the recipes give and cost."""
+    body = []
+    for name, row in results["rows"].items():
+        above = ("above_default", "above_low", "above_high")
+        gain = "{:+.4f} ({:+.4f} to {:+.4f})".format(*(row[k] for k in above)) if above[0] in row else ""
+        interval = f"{row['kl_low']:.4f} to {row['kl_high']:.4f}"
+        body.append([name, f"{row['expert_bits']:.3f}", f"{row['kl']:.4f}", interval, gain, row["processor_seconds"]])
+    return {"recipes": table(["recipe", "bits", "KL", "95 %", "above no recipe", "processor s"], body)}
+
+
+def peers(results: Mapping[str, Any]) -> dict[str, str]:
+    """Quantizers of others, and the knapsack at the bits of each."""
+    body = []
+    for name, row in results["rows"].items():
+        if "error" in row:
+            body.append([name, "", f"did not run: `{row['error'][:160]}`", "", "", ""])
+            continue
+        own = results["rows"].get(f"mopeq knapsack at {name}", {}).get("kl")
+        gain = (
+            "{:+.4f} ({:+.4f} to {:+.4f})".format(*(row[k] for k in ("mopeq_above", "mopeq_low", "mopeq_high")))
+            if own
+            else ""
+        )
+        if not name.startswith("mopeq knapsack"):
+            kl = f"{row['kl']:.4f}"
+            body.append(
+                [name, f"{row['bits']:.3f}", kl, f"{own:.4f}" if own else "", gain, row.get("processor_seconds", "")]
+            )
+    heads = ["quantizer", "bits per expert weight", "KL", "knapsack at these bits", "knapsack above it", "processor s"]
+    return {"peers": table(heads, body)}
 
 
 def levels(results: Mapping[str, Any]) -> dict[str, str]:
@@ -476,6 +510,8 @@ PRINTED = {
     "scores": scores,
     "resident_memory": memory,
     "moqe": moqe,
+    "recipes": recipes,
+    "peers_quality": peers,
     "solver": solver,
     "streaming": streaming,
     "peers_speed": peers_speed,
