@@ -347,7 +347,7 @@ def peers_speed(results: Mapping[str, Any]) -> dict[str, str]:
     ]  # fmt: skip
     failed = [f"{name}: {r['error']}." for name, r in results["rows"].items() if "error" in r]
     head = ["", "version", "processor s", "s a layer of 64", "peak GB", "error of the output, %", "on other text, %"]
-    return {"peers": table(head, rows) + "".join(f"\n{line}\n" for line in failed)}
+    return {"speed of peers": table(head, rows) + "".join(f"\n{line}\n" for line in failed)}
 
 
 def floor(results: Mapping[str, Any]) -> dict[str, str]:
