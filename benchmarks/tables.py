@@ -454,13 +454,20 @@ def soak(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def loading(results: Mapping[str, Any]) -> dict[str, str]:
+    steps = results["median"]
+    rows = [[step, *(f"{value:.2f}" for value in row.values())] for step, row in steps.items()]
+    return {"loading": table(["until", *next(iter(steps.values()))], rows)}
+
+
 def serving(results: Mapping[str, Any]) -> dict[str, str]:
     rows = [
         [name, clients, *(f"{row[key]:.2f}" for key in ("tokens_per_second", "first_p50", "first_p99", "p50", "p99")),
-         f"{found['memory_bytes'] / 2**30:.2f}", f"{row['busy']:.2f}"]
+         f"{found['memory_bytes'] / 2**30:.2f}", f"{row['busy']:.2f}", f"{row['tokens_per_second'] / row['busy']:.1f}"]
         for name, found in results["servers"].items() for clients, row in found["clients"].items()
     ]  # fmt: skip
-    head = ["server", "clients", "tokens/s", "first text, s, p50", "p99", "answer, s, p50", "p99", "memory GiB", "busy"]
+    head = ["server", "clients", "tokens/s", "first text, s, p50", "p99", "answer, s, p50", "p99", "memory GiB", "busy",
+            "tokens per processor s"]  # fmt: skip
     return {"serving": table(head, rows)}
 
 
@@ -484,6 +491,7 @@ PRINTED = {
     "economy": economy,
     "soak": soak,
     "serving": serving,
+    "loading": loading,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
     "llama_cpp": llama_cpp,
