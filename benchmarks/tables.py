@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from common import RESULTS, table
 from mopeq.evaluate.bootstrap import Estimate, ratio_estimate
 from moqe_tables import moqe
+from served_tables import loading, serving, soak
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"random \d+ =")
@@ -476,6 +477,7 @@ PRINTED = {
     "economy": economy,
     "soak": soak,
     "serving": serving,
+    "loading": loading,
     "vlm_study": vlm,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
