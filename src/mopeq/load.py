@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +191,18 @@ def _load(
         if names:
             raise failure(f"{path}: {len(names)} tensors {problem}, the first is {names[0]}; download or make it again")
     return model
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looking for garbage: the objects of thousands of tensors stay, and to look takes a sixth of loading."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _line(error: BaseException) -> str:

@@ -74,13 +74,37 @@ struct Codes {
   int64_t rows, inputs;
 };
 
+// One block of 32 inputs of a full panel, all rows at once, so that the compiler can give each its lane.
+template <int B>
+void block_to_panel(const uint8_t *plain, int64_t row_bytes, uint8_t *panel) {
+  uint32_t words[B + 1][PANEL] = {}, lines[B][PANEL];  // a row's bits, with a word of zeros behind them
+  for (int r = 0; r < PANEL; r++)
+    for (int n = 0; n < B; n++) std::memcpy(&words[n][r], plain + r * row_bytes + 4 * n, 4);
+  for (int r = 0; r < PANEL; r++) {
+    uint32_t c[8], w[8];
+    for (int k = 0; k < 8; k++) {
+      const int at = 4 * B * k / 32, shift = 4 * B * k % 32;
+      const uint64_t two = words[at][r] | uint64_t(words[at + 1][r]) << 32;
+      c[k] = spread<B>(uint32_t(two >> shift & ((uint64_t(1) << 4 * B) - 1)));
+    }
+    join<B>(c, w);
+    for (int n = 0; n < B; n++) lines[n][r] = w[n];
+  }
+  std::memcpy(panel, lines, sizeof lines);
+}
+
 template <int B, bool TO_PANELS>
 void panels(int64_t begin, int64_t end, void *context) {
   const Codes &job = *static_cast<Codes *>(context);
   const int64_t row_bytes = job.inputs * B / 8;
   for (int64_t p = begin; p < end; p++) {
     const int64_t first = p * PANEL, height = std::min<int64_t>(PANEL, job.rows - first);
-    for (int64_t block = 0; block < job.inputs / BLOCK; block++)
+    for (int64_t block = 0; block < job.inputs / BLOCK; block++) {
+      if (TO_PANELS && B < 8 && height == PANEL) {
+        const int64_t at = first * row_bytes + block * 4 * B;
+        block_to_panel<B>(job.from + at, row_bytes, job.to + first * row_bytes + block * PANEL * 4 * B);
+        continue;
+      }
       for (int64_t r = 0; r < height; r++) {
         const int64_t plain = (first + r) * row_bytes + block * 4 * B;
         const int64_t panel = first * row_bytes + block * height * 4 * B + 4 * r;
@@ -103,6 +127,7 @@ void panels(int64_t begin, int64_t end, void *context) {
           }
         }
       }
+    }
   }
 }
 

@@ -1,0 +1,93 @@
+"""Seconds and memory from the start of a process to the first token of a packed OLMoE-1B-7B, its files in memory.
+
+    python benchmarks/loading.py --bits 3 --threads 2
+
+The checkpoint has random codes (``random_packed.py``); ``--model`` takes one that is there. Each run is a process of
+its own, after the files have been read once: it imports mopeq, loads, gives a token, then eight more. Seconds are those
+that passed and those of processor, which other processes disturb less; memory is what is resident, and how much of it
+is the process's own and not pages of files. ``peak`` counts pages of the mapped files, which the system may take back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import arguments, store, table
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["once"]:
+        print("\n" + json.dumps(_once(Path(sys.argv[2]), int(sys.argv[3]))))
+        return
+    parser = arguments(__doc__ or "", "loading")
+    parser.add_argument("--bits", type=int, default=3, help="of experts")
+    parser.add_argument("--rest", type=int, default=4, help="of attention and head")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="a folder that random_packed.py wrote")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = asked.model or Path(temporary) / "packed"
+        if asked.model is None:
+            from random_packed import write_random
+
+            write_random(folder, (asked.bits,), asked.rest)
+        files = sorted(folder.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        runs = []
+        for _ in range(asked.runs):
+            for file in files:
+                with file.open("rb") as opened:
+                    while opened.read(1 << 24):
+                        pass
+            words = [sys.executable, __file__, "once", str(folder), str(asked.threads)]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
+            done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+    found = {
+        step: {key: statistics.median(run[step][key] for run in runs) for key in runs[0][step]} for step in runs[0]
+    }
+    store(asked.out, {"threads": asked.threads, "bytes": size, "runs": runs, "median": found})
+    cells = [[step, *(f"{row[key]:.2f}" for key in row)] for step, row in found.items()]
+    print(f"{size / 1e9:.2f} GB of files\n" + table(["until", *next(iter(found.values()))], cells))
+
+
+def _once(folder: Path, threads: int) -> dict[str, dict[str, float]]:
+    """What has passed and what is resident after each step, from the start of the process."""
+    made: dict[str, dict[str, float]] = {}
+
+    def note(step: str) -> None:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        sizes = {name: int(status[key].split()[0]) * 1024 / 1e9 for name, key in
+                 (("resident GB", "VmRSS"), ("own GB", "RssAnon"), ("peak GB", "VmHWM"))}  # fmt: skip
+        made[step] = {"s": time.clock_gettime(time.CLOCK_BOOTTIME) - begun, "processor s": time.process_time(), **sizes}
+
+    ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    begun = int(ticks) / os.sysconf("SC_CLK_TCK")
+    import torch
+
+    from mopeq.load import load
+    from mopeq.runtime.decode import Sampling, decode
+
+    torch.set_num_threads(threads)
+    note("imports")
+    model: Any = load(folder)
+    note("loaded")
+    with torch.no_grad():
+        tokens = decode(model, torch.arange(100, 116).view(1, -1), 9, frozenset(), Sampling())
+        next(tokens)
+        note("first token")
+        list(tokens)
+    note("eight more")
+    return made
+
+
+if __name__ == "__main__":
+    main()
