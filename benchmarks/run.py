@@ -26,8 +26,8 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         **_fidelity("bundled_", bundled),
         "scores": ["scores.py", *named],
         "resident_memory": ["resident_memory.py", *named],
-        "vlm_study": ["vlm_study.py"],
         "export": ["export.py"],
+        "vlm_study": ["vlm_study.py"],
         "moqe": ["moqe.py", "--model", model, "--label", label, "--text", *text],
     }
 
@@ -61,9 +61,7 @@ def main() -> int:
     absent = [p for p in (asked.model, asked.data, *asked.text) if not Path(p).exists()]
     alone = ("solver", "export", "vlm_study")
     if absent and any(name not in alone and not name.startswith("bundled_") for name in chosen):
-        parser.error(
-            f"no {absent[0]}; give --model, --data and --text, or name {', '.join(alone)} and bundled_... alone"
-        )
+        parser.error(f"no {absent[0]}; give --model, --data and --text, or name {', '.join(alone)} and bundled_...")
     for name in chosen:
         print(f"== {name}", flush=True)
         script, *words = known[name]

@@ -14,7 +14,8 @@ from scipy.stats import spearmanr
 
 from common import RESULTS, table
 from mopeq.evaluate.bootstrap import Estimate, ratio_estimate
-from serving_tables import moqe, serving, soak
+from moqe_tables import moqe
+from served_tables import loading, serving, soak
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"random \d+ =")
@@ -347,7 +348,7 @@ def peers_speed(results: Mapping[str, Any]) -> dict[str, str]:
     ]  # fmt: skip
     failed = [f"{name}: {r['error']}." for name, r in results["rows"].items() if "error" in r]
     head = ["", "version", "processor s", "s a layer of 64", "peak GB", "error of the output, %", "on other text, %"]
-    return {"peers": table(head, rows) + "".join(f"\n{line}\n" for line in failed)}
+    return {"speed of peers": table(head, rows) + "".join(f"\n{line}\n" for line in failed)}
 
 
 def floor(results: Mapping[str, Any]) -> dict[str, str]:
@@ -474,9 +475,10 @@ PRINTED = {
     "floor": floor,
     "ray": ray,
     "economy": economy,
-    "vlm_study": vlm,
     "soak": soak,
     "serving": serving,
+    "loading": loading,
+    "vlm_study": vlm,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
     "llama_cpp": llama_cpp,

@@ -68,6 +68,17 @@ def test_a_budget_is_kept_and_everything_is_left_behind(
     assert kl == packed.evaluation.divergence.kl.value > 0
 
 
+@pytest.mark.parametrize(("method", "cost"), [("hqq", "output_error"), ("signround", "fisher_error")])
+def test_other_quantizers_are_measured_and_packed(
+    method: str, cost: str, tiny_model: Make, tmp_path: Path, calibration: Calibration
+) -> None:
+    options = [Precision(2, 32), Precision(4, 32)]
+    how = {"calibration": calibration, "method": method, "evaluated": False}
+    packed = quantize(tiny_model("olmoe"), tmp_path / "out", budget="3.2bpw", options=options, cost=cost, **how)
+    assert set(verify(packed.path).precisions.histogram()) == set(options)
+    assert read_json(packed.path / "mopeq" / "run.json")["method"] == method
+
+
 def test_a_budget_in_bytes_bounds_the_files(tiny_model: Make, tmp_path: Path, calibration: Calibration) -> None:
     folder = tiny_model("olmoe", dtype=torch.bfloat16)
     limits = {"calibration": calibration, "evaluated": False, "method": "rtn"}

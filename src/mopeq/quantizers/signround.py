@@ -26,7 +26,7 @@ from mopeq.quantizers.grid import TINY, Grid, minmax
 __all__ = ["signround"]
 
 ITERATIONS = 200
-CHUNK = 1 << 26
+CHUNK = 1 << 24
 """Floats of weights and moments worked on at a time; some ten such buffers live."""
 
 

@@ -1,4 +1,4 @@
-"""The tables of MoQE, whose variants are served behind a router, and of servers."""
+"""The tables of MoQE, made from ``benchmarks/results/moqe.json``."""
 
 from __future__ import annotations
 
@@ -76,31 +76,3 @@ def _by_domain(name: str, found: Mapping[str, Any]) -> list[list[str]]:
 
 def _signed(gap: Mapping[str, float]) -> str:
     return f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
-
-
-def soak(results: Mapping[str, Any]) -> dict[str, str]:
-    seen, samples = results["requests"], results["samples"]
-    kinds = {
-        "good, whole": "ask", "good, streamed": "stream", "bad": "send_bad", "left by the client": "leave",
-        "sent slowly": "send_slowly", "read slowly": "read_slowly", "never ended by the client": "never_end",
-        "good, at the end": "once more",
-    }  # fmt: skip
-    rows = [[name, seen[key]] for name, key in kinds.items()]
-    rows += [["hangs", seen.get("hangs", 0)], ["wrong answers", results["wrong_count"]]]
-    tenth = len(samples) // 10
-    over = [[f"{samples[i]['seconds'] / 60:.0f}", f"{samples[i]['resident_bytes'] / 1e6:.0f}", samples[i]["threads"],
-             samples[i]["files"]] for i in [*range(0, len(samples) - tenth, 2 * tenth), -1]]  # fmt: skip
-    return {
-        "soak": table(["requests", "number"], rows),
-        "soak memory": table(["minute", "resident MB", "threads", "files"], over),
-    }
-
-
-def serving(results: Mapping[str, Any]) -> dict[str, str]:
-    rows = [
-        [name, clients, *(f"{row[key]:.2f}" for key in ("tokens_per_second", "first_p50", "first_p99", "p50", "p99")),
-         f"{found['memory_bytes'] / 2**30:.2f}", f"{row['busy']:.2f}"]
-        for name, found in results["servers"].items() for clients, row in found["clients"].items()
-    ]  # fmt: skip
-    head = ["server", "clients", "tokens/s", "first text, s, p50", "p99", "answer, s, p50", "p99", "memory GiB", "busy"]
-    return {"serving": table(head, rows)}

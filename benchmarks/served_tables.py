@@ -1,0 +1,45 @@
+"""The tables of servers and of loading, for tables.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from common import table
+
+__all__ = ["loading", "serving", "soak"]
+
+
+def soak(results: Mapping[str, Any]) -> dict[str, str]:
+    seen, samples = results["requests"], results["samples"]
+    kinds = {
+        "good, whole": "ask", "good, streamed": "stream", "bad": "send_bad", "left by the client": "leave",
+        "sent slowly": "send_slowly", "read slowly": "read_slowly", "never ended by the client": "never_end",
+        "good, at the end": "once more",
+    }  # fmt: skip
+    rows = [[name, seen[key]] for name, key in kinds.items()]
+    rows += [["hangs", seen.get("hangs", 0)], ["wrong answers", results["wrong_count"]]]
+    tenth = len(samples) // 10
+    over = [[f"{samples[i]['seconds'] / 60:.0f}", f"{samples[i]['resident_bytes'] / 1e6:.0f}", samples[i]["threads"],
+             samples[i]["files"]] for i in [*range(0, len(samples) - tenth, 2 * tenth), -1]]  # fmt: skip
+    return {
+        "soak": table(["requests", "number"], rows),
+        "soak memory": table(["minute", "resident MB", "threads", "files"], over),
+    }
+
+
+def loading(results: Mapping[str, Any]) -> dict[str, str]:
+    steps = results["median"]
+    rows = [[step, *(f"{value:.2f}" for value in row.values())] for step, row in steps.items()]
+    return {"loading": table(["until", *next(iter(steps.values()))], rows)}
+
+
+def serving(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [name, clients, *(f"{row[key]:.2f}" for key in ("tokens_per_second", "first_p50", "first_p99", "p50", "p99")),
+         f"{found['memory_bytes'] / 2**30:.2f}", f"{row['busy']:.2f}", f"{row['tokens_per_second'] / row['busy']:.1f}"]
+        for name, found in results["servers"].items() for clients, row in found["clients"].items()
+    ]  # fmt: skip
+    head = ["server", "clients", "tokens/s", "first text, s, p50", "p99", "answer, s, p50", "p99", "memory GiB", "busy",
+            "tokens per processor s"]  # fmt: skip
+    return {"serving": table(head, rows)}
