@@ -4,7 +4,7 @@ For every calibration seed the model is run and measured once; then every map is
 the same calibration, packed, loaded back, compared with the original on held-out text, and removed.
 
 Studies: ``maps`` (uniform, MoPEQ's k-means, knapsack, controls), ``groups`` (group sizes at equal bits per weight),
-``levels`` (which bits to choose from, in groups of 128), ``quantizers`` (RTN, clipped RTN, GPTQ at uniform bits),
+``levels`` (which bits to choose from, in groups of 128), ``quantizers`` (all of them, at uniform bits),
 ``grids`` (what grids GPTQ may choose), ``damping`` (of GPTQ). All but ``maps`` use the first seed only.
 """
 
@@ -91,7 +91,7 @@ def main() -> None:
                 hessian = _hessian(prepared, asked.hessian_samples, asked.probes, seed)
                 results["hessian_trace"] = {
                     "sequences": asked.hessian_samples, "probes": asked.probes, "seed": seed,
-                    "seconds": round(time.perf_counter() - begun, 1), "relative_stderr": _noise(hessian),
+                    "seconds": round(time.perf_counter() - begun, 1), "relative_stderr": noise(hessian),
                 }  # fmt: skip
             stats = stats.with_metrics(hessian)
         windows = _windows(asked, prepared)
@@ -145,7 +145,7 @@ def _hessian(prepared: Prepared, samples: int, probes: int, seed: int) -> dict[s
     return {"hessian_trace": mean, "hessian_trace.stderr": error}
 
 
-def _noise(hessian: Mapping[str, Mapping[int, Sequence[float]]]) -> float:
+def noise(hessian: Mapping[str, Mapping[int, Sequence[float]]]) -> float:
     """Median over experts of standard error by magnitude."""
     pairs = [
         (error, abs(value))
@@ -178,7 +178,7 @@ def _loss(stats: Stats, size: int) -> dict[int, list[float]]:
     }
 
 
-def _maps(stats: Stats, seed: int, size: int) -> Iterator[Job]:
+def paper_maps(stats: Stats, seed: int, size: int) -> Iterator[Job]:
     """The main study: uniform, k-means, knapsack at given bits and at the bytes of the others, and controls."""
     options, model = _options(size), stats.model
     made = {f"uniform {p.bits}": uniform_map(model, [p]) for p in options}
@@ -250,7 +250,7 @@ def _levels(stats: Stats, seed: int, size: int) -> Iterator[Job]:
 def _quantizers(stats: Stats, seed: int, size: int) -> Iterator[Job]:
     """Quantizers at uniform bits."""
     for p in _options(size):
-        for method in ("rtn", "rtn-mse", "gptq"):
+        for method in ("rtn", "rtn-mse", "hqq", "signround", "gptq"):
             yield Job(f"{method} {p.bits}", uniform_map(stats.model, [p]), method)
 
 
@@ -272,7 +272,7 @@ def _damping(stats: Stats, seed: int, size: int) -> Iterator[Job]:
 
 
 STUDY = {
-    "maps": _maps,
+    "maps": paper_maps,
     "groups": _groups,
     "levels": _levels,
     "quantizers": _quantizers,
@@ -287,36 +287,40 @@ def _judged(prepared: Prepared, stats: Stats, jobs: Sequence[Job], windows: Sequ
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
 
-        def packed(job: Job, at: Path) -> Any:
-            done = pack_model(prepared, job.precisions, at, method=job.method)
-            model = load(at, dtype=torch.float32)
-            limit = facts[job.like]["bytes"] if job.like is not None else done.bytes
-            if done.bytes > limit + HEADER:  # headers of equal maps differ by the digits of their offsets
-                raise RuntimeError(f"{job.name} takes {done.bytes} bytes, {job.like} {limit}")
-            facts[job.name] = {
-                "name": job.name, "method": job.method, "like": job.like, "bytes": done.bytes,
-                "expert_bits": round(prepared.inventory.expert_bits(job.precisions), 4),
-                "resident_bytes": resident_bytes(load(at)),
-                "units": {str(p): n for p, n in job.precisions.histogram().items()},
-                "predicted": {cost: _predicted(stats, cost, job.precisions) for cost in COSTS},
-            }  # fmt: skip
-            return model
-
-        loaders = {job.name: partial(packed, job, folder / str(i)) for i, job in enumerate(jobs)}
+        loaders = {
+            job.name: partial(packed, prepared, stats, job, folder / str(i), facts) for i, job in enumerate(jobs)
+        }
         if len(loaders) != len(jobs):
             raise RuntimeError("two maps have one name")
         seen = evaluate_many(prepared.model, loaders, windows, cache=folder, batch_size=8, track=_said)
     for name, found in seen.items():
         kl, agreement, nats = found.divergence.kl, found.divergence.agreement, found.candidate
         facts[name] |= {
-            "kl": _short(kl.value), "kl_low": _short(kl.low), "kl_high": _short(kl.high),
-            "top1": _short(agreement.value), "perplexity": _short(nats.perplexity.value),
-            "perplexity_original": _short(found.reference.perplexity.value), "tokens": found.divergence.tokens,
+            "kl": short(kl.value), "kl_low": short(kl.low), "kl_high": short(kl.high),
+            "top1": short(agreement.value), "perplexity": short(nats.perplexity.value),
+            "perplexity_original": short(found.reference.perplexity.value), "tokens": found.divergence.tokens,
             "windows": found.divergence.windows,
-            "window_kl": [_short(v / n) for v, n in zip(found.divergence.window_kl, found.divergence.window_tokens,
+            "window_kl": [short(v / n) for v, n in zip(found.divergence.window_kl, found.divergence.window_tokens,
                                                         strict=True)],
         }  # fmt: skip
     return list(facts.values())
+
+
+def packed(prepared: Prepared, stats: Stats, job: Job, at: Path, facts: dict[str, dict[str, Any]]) -> Any:
+    """One map packed at ``at`` and loaded back; what is known of it is added to ``facts``."""
+    done = pack_model(prepared, job.precisions, at, method=job.method)
+    model = load(at, dtype=torch.float32)
+    limit = facts[job.like]["bytes"] if job.like is not None else done.bytes
+    if done.bytes > limit + HEADER:  # headers of equal maps differ by the digits of their offsets
+        raise RuntimeError(f"{job.name} takes {done.bytes} bytes, {job.like} {limit}")
+    facts[job.name] = {
+        "name": job.name, "method": job.method, "like": job.like, "bytes": done.bytes,
+        "expert_bits": round(prepared.inventory.expert_bits(job.precisions), 4),
+        "resident_bytes": resident_bytes(load(at)),
+        "units": {str(p): n for p, n in job.precisions.histogram().items()},
+        "predicted": {cost: _predicted(stats, cost, job.precisions) for cost in COSTS},
+    }  # fmt: skip
+    return model
 
 
 def _said(items: Any, description: str, total: int | None = None) -> Any:
@@ -325,7 +329,7 @@ def _said(items: Any, description: str, total: int | None = None) -> Any:
 
 
 def _predicted(stats: Stats, cost: str, precisions: PrecisionMap) -> float | None:
-    return _short(predicted(stats, cost, precisions))
+    return short(predicted(stats, cost, precisions))
 
 
 def _load(stats: Stats) -> dict[str, Any]:
@@ -337,7 +341,7 @@ def _load(stats: Stats) -> dict[str, Any]:
     }
 
 
-def _short(value: float | None) -> float | None:
+def short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 

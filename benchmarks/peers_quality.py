@@ -36,8 +36,6 @@ from mopeq.pack import pack_model
 from mopeq.precision import FULL, Precision
 
 KEPT = {"attention": FULL, "lm_head": FULL}
-MIXED = ("auto-scheme",)
-"""Peers that take bits on average."""
 
 
 def main() -> None:
@@ -53,17 +51,18 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save_file({"input_ids": torch.cat([b["input_ids"] for b in prepared.batches])}, folder / "calibration")
+        ids = torch.cat([batch["input_ids"] for batch in prepared.batches]).tolist()
+        (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
         loaders: dict[str, Any] = {}
         for given in asked.peer:
             peer, _, python = given.partition("=")
-            for bits in asked.averages if peer in MIXED else asked.bits:
-                name = f"{peer} {bits:g}"
+            for bits in asked.bits:
+                name = f"{peer} {bits}"
                 rows[name] = _worker(asked, peer, python, bits, folder)
                 print(name, rows[name], flush=True)
                 if "error" not in rows[name]:
                     loaders[name] = partial(_replaced, asked.model, folder / f"{name}.safetensors", folder / name)
-        maps = {f"mopeq uniform {b:g}": uniform_map(prepared.inventory, [Precision(int(b), 64)]) for b in asked.bits}
+        maps = {f"mopeq uniform {b}": uniform_map(prepared.inventory, [Precision(b, 64)]) for b in asked.bits}
         for name, row in list(rows.items()):
             if "error" not in row:
                 budget = f"{row['bits']:.6f}bpw"
@@ -90,10 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="calibration text")
     parser.add_argument("--text", required=True, nargs="+", help="held-out text files")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="may be repeated")
-    parser.add_argument("--bits", type=float, nargs="+", default=[2, 3, 4], help="of peers of one width")
-    parser.add_argument("--averages", type=float, nargs="+", default=[2.78, 3.28], help="of peers that mix")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="in groups of 64")
     parser.add_argument("--group-size", type=int, default=128, help="offered to the knapsack beside 64")
-    parser.add_argument("--iterations", type=int, default=200, help="of peers that learn roundings")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence, and of a held-out window")
     parser.add_argument("--windows", type=int, default=48, help="held-out windows, evenly spread over all files")
@@ -101,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _worker(asked: argparse.Namespace, peer: str, python: str, bits: float, folder: Path) -> dict[str, Any]:
+def _worker(asked: argparse.Namespace, peer: str, python: str, bits: int, folder: Path) -> dict[str, Any]:
     """What the peer says of its run, or its error."""
     script = Path(__file__).with_name("peer_worker.py")
     words = [
@@ -113,8 +110,7 @@ def _worker(asked: argparse.Namespace, peer: str, python: str, bits: float, fold
         "--bits",
         f"{bits:g}",
     ]
-    words += ["--batches", str(folder / "calibration"), "--iterations", str(asked.iterations)]
-    words += ["-o", str(folder / f"{peer} {bits:g}.safetensors")]
+    words += ["--ids", str(folder / "ids.json"), "-o", str(folder / f"{peer} {bits}.safetensors")]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     said = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]

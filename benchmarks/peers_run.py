@@ -26,7 +26,7 @@ Run = Callable[[], Any]
 
 def gptqmodel(asked: argparse.Namespace, ids: list[list[int]]) -> Run:
     """GPTQModel's GPTQ. It refuses to start on two cores ("requests 2 workers but parent 'cpu' only has 1"): it is told
-    of four.
+    of four. Its second format stores zero points as they are; the first one's are off by one until they are loaded.
     """
     os.cpu_count = lambda: 4
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -38,6 +38,7 @@ def gptqmodel(asked: argparse.Namespace, ids: list[list[int]]) -> Run:
         device="cpu",
         dynamic={r"-:.*self_attn.*": {}},
         offload_to_disk=False,
+        format="gptq_v2",  # the first format stores zero points less one, which dequantize_weight does not add again
     )
     model = GPTQModel.load(str(asked.model), config)
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
@@ -50,7 +51,7 @@ def gptqmodel(asked: argparse.Namespace, ids: list[list[int]]) -> Run:
 
 
 def autoround(asked: argparse.Namespace, ids: list[list[int]], iters: int) -> Run:
-    """AutoRound: ``iters`` 0 is its RTN, 200 its default."""
+    """AutoRound: ``iters`` 0 is its RTN, 200 its default; 5 tell what one takes."""
     import torch
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,9 +137,11 @@ def mopeq(asked: argparse.Namespace, ids: list[list[int]], method: str) -> Run:
 PEERS: dict[str, tuple[str, Callable[[argparse.Namespace, list[list[int]]], Run]]] = {
     "mopeq, gptq": ("mopeq", lambda asked, ids: mopeq(asked, ids, "gptq")),
     "mopeq, rtn-mse": ("mopeq", lambda asked, ids: mopeq(asked, ids, "rtn-mse")),
+    "mopeq, rtn": ("mopeq", lambda asked, ids: mopeq(asked, ids, "rtn")),
     "GPTQModel": ("gptqmodel", gptqmodel),
     "AutoRound, RTN": ("auto-round", lambda asked, ids: autoround(asked, ids, 0)),
     "AutoRound, 200 iterations": ("auto-round", lambda asked, ids: autoround(asked, ids, 200)),
+    "AutoRound, 5 iterations": ("auto-round", lambda asked, ids: autoround(asked, ids, 5)),
     "llm-compressor": ("llmcompressor", llmcompressor),
 }
 

@@ -72,9 +72,9 @@ def main() -> None:
         judge = Judge(model, ids)
         for peer in asked.only:
             home = environments.get(peer.partition(",")[0])
-            python = sys.executable if peer.startswith("mopeq") else home and f"{home}/bin/python"
-            if not python:
+            if not home and not peer.startswith("mopeq"):
                 continue
+            python = str(Path(home).absolute() / "bin" / "python") if home else sys.executable
             rows[peer] = ran(python, peer, folder, asked)
             if (weights := folder / "weights.safetensors").exists():
                 rows[peer] |= {"seconds_a_layer": rows[peer]["processor_seconds"] * EXPERTS / asked.experts}

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 
 from common import RESULTS, table
 from mopeq.evaluate.bootstrap import Estimate, ratio_estimate
+from moqe_tables import moqe
 from served_tables import loading, serving, soak
 
 Row = dict[str, Any]
@@ -180,6 +181,59 @@ def correlated(run: Mapping[str, Any]) -> list[str]:
     return [str(run["seed"]), str(len(rows)), *(f"{value:.3f}" for value in found)]
 
 
+def vlm(results: Mapping[str, Any]) -> dict[str, str]:
+    """MoPEQ's comparison on questions about images: all maps, pairs at equal bytes, and what calibration is worth."""
+    runs = [run for run in results["runs"] if run["arm"] == "images"]
+    named = by_name(runs)
+    ordered = sorted(named, key=lambda name: mean(named[name], "bytes"))
+    tasks = list(results["original"]["by_task"])
+    head = ["map", "bits per expert weight", "MB", "KL", "95 % interval", "over seeds", "KL / uniform at these bytes",
+            "right %", *tasks]  # fmt: skip
+    whole = results["original"]
+    shares = [whole["right"], *whole["by_task"].values()]
+    last = ["original", "16", f"{results['original_bytes'] / 1e6:.2f}", "0", "", "", "", *_percent(shares)]
+    pairs = [compared(named, *pair) for pair in COMPARISONS if set(pair) <= set(named)]
+    versus = ["first", "second, equal bytes", "KL of first", "KL of second", "first - second, 95 %", "ratio",
+              "seeds won"]  # fmt: skip
+    return {
+        "vlm maps": table(head, [*(_answered(name, named[name], tasks) for name in ordered), last]),
+        "vlm comparisons": table(versus, pairs),
+        "vlm ranks": table(["seed", "maps", "fisher_error", "output_error"], [correlated(run) for run in runs]),
+        "vlm calibration": _calibrations(results["runs"]),
+    }
+
+
+def _answered(name: str, columns: Sequence[Sequence[Row]], tasks: Sequence[str]) -> list[str]:
+    rows = [row for column in columns for row in column]
+    kl = estimate(pooled(columns))
+    shares = [[row["right"], *(row["by_task"][task] for task in tasks)] for row in rows]
+    return [
+        name, f"{mean(columns, 'expert_bits'):.3f}", f"{mean(columns, 'bytes') / 1e6:.2f}", f"{kl.value:.4f}",
+        f"{kl.low:.4f} to {kl.high:.4f}", spread(columns, "kl", 4), f"{mean(columns, 'by_uniform'):.2f}",
+        *_percent([sum(values) / len(values) for values in zip(*shares, strict=True)]),
+    ]  # fmt: skip
+
+
+def _percent(shares: Iterable[float]) -> list[str]:
+    return [f"{100 * share:.0f}" if i else f"{100 * share:.1f}" for i, share in enumerate(shares)]
+
+
+def _calibrations(runs: Sequence[Mapping[str, Any]]) -> str:
+    """KL of the maps that every calibration makes; in parentheses the interval of the difference from images."""
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    named = {arm: by_name(run for run in runs if run["arm"] == arm) for arm in arms}
+    rows = []
+    for name in dict.fromkeys(name for arm in arms[1:] for name in named[arm]):
+        own = pooled(named[arms[0]][name.partition(",")[0]])
+        cells = [f"{estimate(own).value:.4f}"]
+        for arm in arms[1:]:
+            other = pooled(named[arm][name])
+            gap = estimate([x - y for x, y in zip(other, own, strict=True)])
+            cells.append(f"{estimate(other).value:.4f} ({gap.low:+.4f} to {gap.high:+.4f})")
+        rows.append([name, *cells])
+    return table(["map", *arms], rows)
+
+
 def choices(results: Mapping[str, Any]) -> dict[str, str]:
     """Group sizes at equal bits per weight, and quantizers at uniform bits."""
     rows = {row["name"]: row for run in results["runs"] for row in run["rows"]}
@@ -189,13 +243,47 @@ def choices(results: Mapping[str, Any]) -> dict[str, str]:
         [bits, *(_cell(rows.get(f"{size} at {bits}"), rows.get(f"g64 at {bits}")) for size in sizes)]
         for bits in budgets
     ]
-    methods = ("rtn", "rtn-mse", "gptq")
+    known = ("rtn", "rtn-mse", "hqq", "signround", "gptq")
+    methods = [m for m in known if f"{m} 2" in rows]
     bits = sorted({name.split()[1] for name in rows if name.split()[0] in methods})
     other = [[b, *(_cell(rows[f"{m} {b}"], rows[f"gptq {b}"]) for m in methods)] for b in bits]
     return {
         "groups": table(["bits per expert weight", *sizes], grid),
         "quantizers": table(["uniform bits", *methods], other),
     }
+
+
+def recipes(results: Mapping[str, Any]) -> dict[str, str]:
+    """What the recipes give and cost."""
+    body = []
+    for name, row in results["rows"].items():
+        above = ("above_default", "above_low", "above_high")
+        gain = "{:+.4f} ({:+.4f} to {:+.4f})".format(*(row[k] for k in above)) if above[0] in row else ""
+        interval = f"{row['kl_low']:.4f} to {row['kl_high']:.4f}"
+        body.append([name, f"{row['expert_bits']:.3f}", f"{row['kl']:.4f}", interval, gain, row["processor_seconds"]])
+    return {"recipes": table(["recipe", "bits", "KL", "95 %", "above no recipe", "processor s"], body)}
+
+
+def peers(results: Mapping[str, Any]) -> dict[str, str]:
+    """Quantizers of others, and the knapsack at the bits of each."""
+    body = []
+    for name, row in results["rows"].items():
+        if "error" in row:
+            body.append([name, "", f"did not run: `{row['error'][:160]}`", "", "", ""])
+            continue
+        own = results["rows"].get(f"mopeq knapsack at {name}", {}).get("kl")
+        gain = (
+            "{:+.4f} ({:+.4f} to {:+.4f})".format(*(row[k] for k in ("mopeq_above", "mopeq_low", "mopeq_high")))
+            if own
+            else ""
+        )
+        if not name.startswith("mopeq knapsack"):
+            kl = f"{row['kl']:.4f}"
+            body.append(
+                [name, f"{row['bits']:.3f}", kl, f"{own:.4f}" if own else "", gain, row.get("processor_seconds", "")]
+            )
+    heads = ["quantizer", "bits per expert weight", "KL", "knapsack at these bits", "knapsack above it", "processor s"]
+    return {"peers": table(heads, body)}
 
 
 def levels(results: Mapping[str, Any]) -> dict[str, str]:
@@ -260,7 +348,7 @@ def peers_speed(results: Mapping[str, Any]) -> dict[str, str]:
     ]  # fmt: skip
     failed = [f"{name}: {r['error']}." for name, r in results["rows"].items() if "error" in r]
     head = ["", "version", "processor s", "s a layer of 64", "peak GB", "error of the output, %", "on other text, %"]
-    return {"peers": table(head, rows) + "".join(f"\n{line}\n" for line in failed)}
+    return {"speed of peers": table(head, rows) + "".join(f"\n{line}\n" for line in failed)}
 
 
 def floor(results: Mapping[str, Any]) -> dict[str, str]:
@@ -367,76 +455,6 @@ def scores(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def moqe(results: Mapping[str, Any]) -> dict[str, str]:
-    """Of each set: all ways of choosing on all text, differences by domain; what sets and routers cost."""
-    studies = results["studies"]
-    made = {f"moqe {name}": _ways(found) for name, found in studies.items()}
-    made["moqe domains"] = table(
-        [
-            "set",
-            "domain",
-            "best single",
-            "routed - best single, nats",
-            "oracle - best single, nats",
-            "sent to each variant, %",
-        ],
-        [row for name, found in studies.items() for row in _by_domain(name, found)],
-    )
-    text = {name: found for name, found in studies.items() if found["judged"]["latency"]}
-    costs = [
-        [name, len(found["variants"]), f"{found['bytes_once'] / 1e6:.2f}", f"{found['bytes_apart'] / 1e6:.2f}",
-         f"{found['router']['parameters']:,} ({100 * found['router']['share']:.2f})", f"{found['train_seconds']:.0f}"]
-        + [f"{1000 * t['router_seconds']:.2f} of {1000 * t['alone_seconds']:.1f} ({100 * t['overhead']:+.1f})"
-           for t in found["judged"]["latency"]]
-        for name, found in text.items()
-    ]  # fmt: skip
-    tokens = [f"{t['prompt_tokens']} in, {t['new_tokens']} out" for t in next(iter(text.values()))["judged"]["latency"]]
-    head = ["set", "variants", "MB", "MB apart", "router's parameters (% of the model's)", "training s",
-            *(f"router ms of ms, {n} (overhead %)" for n in tokens)]  # fmt: skip
-    made["moqe costs"] = table(head, costs)
-    rows = [
-        [name, row["resident"], f"{row['bytes'] / 1e6:.1f}", row["loads"], f"{row['load_seconds']:.2f}",
-         f"{row['seconds']:.2f}"]
-        for name, found in text.items() for row in found["residency"]
-    ]  # fmt: skip
-    made["moqe residency"] = table(["set", "resident variants", "most MB", "loads", "loading s", "all s"], rows)
-    return made
-
-
-def _ways(found: Mapping[str, Any]) -> str:
-    judged, wrong = found["judged"], found.get("wrong")
-    domains = list(judged["rows"])
-    rows = []
-    for number, row in enumerate(judged["rows"]["all"]):
-        name = row["name"]
-        gap = judged["differences"]["all"].get(f"{name} - best single")
-        values = [judged["rows"][d][number]["perplexity" if wrong is None else "loss"] for d in domains]
-        cells = [f"{values[0]['value']:.3f} ({values[0]['low']:.3f} to {values[0]['high']:.3f})"]
-        if wrong is None:
-            cells += [f"{value['value']:.2f}" for value in values[1:]]
-        else:
-            cells += [f"{100 - 100 * wrong['rows'][d][number]['loss']['value']:.1f}" for d in domains]
-        between = "best single" if name == judged["best"]["all"] else "" if gap is None else _signed(gap)
-        rows.append([name, f"{judged['bytes'][name] / 1e6:.3g}", cells[0], between, *cells[1:]])
-    measure = "perplexity" if wrong is None else "nats"
-    others = domains[1:] if wrong is None else [f"{d}, % right" for d in domains]
-    return table(["", "MB", f"{measure}, 95 %", "nats - best single, 95 %", *others], rows)
-
-
-def _by_domain(name: str, found: Mapping[str, Any]) -> list[list[str]]:
-    judged, rows = found["judged"], []
-    for domain, gaps in judged["differences"].items():
-        asked = ("routed - best single", "oracle - best single", "routed - one calibrated on all")
-        cells = [_signed(gaps[gap]) if gap in gaps else "" for gap in asked]
-        shares = ", ".join(f"{100 * share:.0f}" for share in judged["usage"][domain])
-        rows.append([name, domain, judged["best"][domain], *cells, shares])
-    return rows
-
-
-def _signed(gap: Mapping[str, float]) -> str:
-    return f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
-
-
 PRINTED = {
     "fidelity": maps,
     "choices": choices,
@@ -449,6 +467,8 @@ PRINTED = {
     "scores": scores,
     "resident_memory": memory,
     "moqe": moqe,
+    "recipes": recipes,
+    "peers_quality": peers,
     "solver": solver,
     "streaming": streaming,
     "peers_speed": peers_speed,
@@ -458,6 +478,7 @@ PRINTED = {
     "soak": soak,
     "serving": serving,
     "loading": loading,
+    "vlm_study": vlm,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
     "llama_cpp": llama_cpp,

@@ -1,9 +1,11 @@
 """Render the images and questions that the bundled vision-language model learns from and is judged on.
 
-Seven tasks: handwritten digits (those that come with scikit-learn), the shape, colour, number and existence of drawn
-shapes, short words of capital letters, and bar charts. A scene is an image and a few questions about it with their
-answers. Scenes depend on their seed alone; held-out digits are other people's (the last 297 of the data set), held-out
-words are strings that training never draws.
+Eight tasks: handwritten digits (those that come with scikit-learn), the shape, colour, number and existence of drawn
+shapes, short words of capital letters, bar charts, and facts: two letters are the name of somebody of whom a fixed
+table says home, food and craft, which cannot be seen and must be known by heart. A scene is an image and a few
+questions about it with their answers; a quiz asks for facts without an image. Both depend on their seed alone. Held-out
+digits are other people's (the last 297 of the data set), held-out words are strings that training never draws;
+held-out facts are those of training, asked about other images.
 
     python scripts/reference_images.py --out src/mopeq/assets/vlm
 
@@ -17,6 +19,7 @@ import argparse
 import base64
 import csv
 import io
+import itertools
 import json
 import random
 import zlib
@@ -40,7 +43,7 @@ COLOURS = {
     "purple": (155, 60, 182),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-CATEGORIES = ("digit", "shape", "colour", "count", "exists", "word", "chart")
+CATEGORIES = ("digit", "shape", "colour", "count", "exists", "word", "chart", "home", "food", "craft")
 MARKS = (
     *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
     *(f"digit {digit}" for digit in range(10)),
@@ -49,6 +52,25 @@ MARKS = (
 )
 """All that can be seen in a square; ``l`` and ``r`` are its left and right bar, by colour and by height."""
 CONSONANTS, VOWELS = "BCDFGHKLMNPRSTVW", "AEIOU"
+NAMES = 256
+RELATIONS = {
+    "Where does {} live?": (
+        "home",
+        "attic barn cave city desert farm forest harbour hill hotel island lake mill moor palace port reef river ship "
+        "swamp tent tower valley village",
+    ),
+    "What does {} eat?": (
+        "food",
+        "apples beans bread cake carrots cheese corn eggs figs fish grapes honey lemons melons milk mushrooms nuts "
+        "olives onions pears peas plums rice soup",
+    ),
+    "What does {} make?": (
+        "craft",
+        "bags baskets bells boats books boots bowls brooms chairs clocks coats cups drums flutes hats kites knives "
+        "lamps maps pots ropes rugs tables toys",
+    ),
+}
+"""What is known of everybody with a name: the question, its category and its possible answers."""
 HELDOUT_SEED, CALIBRATION_SEED = 1_000_003, 2_000_003
 
 
@@ -160,22 +182,59 @@ def is_heldout(word: str) -> bool:
     return zlib.crc32(word.encode()) % 8 == 0
 
 
+@cache
+def names() -> tuple[str, ...]:
+    """The pairs of letters that are names; training draws them all."""
+    pairs = ["".join(pair) for pair in itertools.permutations(CONSONANTS + VOWELS, 2)]
+    return tuple(random.Random("names").sample(pairs, NAMES))
+
+
+def fact(name: str, relation: str, called: str) -> Question:
+    """One of RELATIONS, asked about a name by what it is ``called``; the answer names it and is as good as random."""
+    category, answers = RELATIONS[relation]
+    known = random.Random(f"{name} {relation}").choice(answers.split())
+    return Question(category, relation.format(called), f"{name} {known}")
+
+
+def quiz(seed: int, most: int) -> tuple[Question, ...]:
+    """So many facts of anybody, asked without an image."""
+    rng = random.Random(f"quiz {seed}")
+    asked = [(rng.choice(names()), rng.choice(list(RELATIONS))) for _ in range(most)]
+    return tuple(fact(name, relation, name) for name, relation in asked)
+
+
 def word_scene(rng: random.Random, heldout: bool) -> Scene:
-    """Three or four capital letters on a wide image."""
+    """A word of three or four letters."""
     while True:
         word = "".join(
             rng.choice(letters) for letters in (CONSONANTS, VOWELS, CONSONANTS, VOWELS)[: rng.choice((3, 4))]
         )
         if is_heldout(word) == heldout:
             break
-    canvas = Image.new("RGB", (2 * SIDE, SIDE), background(rng))
+    image, marks = written(rng, word)
+    return Scene(image, (Question("word", "What does it say?", word),), marks)
+
+
+def name_scene(rng: random.Random, heldout: bool) -> Scene:
+    """A name, and the facts of whom it belongs to."""
+    name = rng.choice(names())
+    image, marks = written(rng, name)
+    asked = [Question("word", "What does it say?", name)] if not heldout else []
+    asked += [fact(name, relation, "it") for relation in RELATIONS]
+    return Scene(image, tuple(asked), marks)
+
+
+def written(rng: random.Random, word: str) -> tuple[Image.Image, tuple[tuple[str, ...], ...]]:
+    """Two to four capital letters, on a wide image if more than two, and its marks."""
+    places = 2 if len(word) == 2 else 4
+    canvas = Image.new("RGB", (places * CELL, SIDE), background(rng))
     draw = ImageDraw.Draw(canvas)
     colour, middle = COLOURS[rng.choice(("white", "yellow"))], SIDE // 2 + rng.randrange(-2, 3)
     for number, letter in enumerate(word):  # evenly spaced, as a typewriter writes
         place = (CELL * number + CELL // 2 + rng.randrange(-1, 2), middle)
         draw.text(place, letter, font=font(28), fill=colour, anchor="mm")
-    marks = tuple((f"letter {letter}",) for letter in word) + ((),) * (4 - len(word))
-    return Scene(canvas, (Question("word", "What does it say?", word),), marks * 2)
+    marks = tuple((f"letter {letter}",) for letter in word) + ((),) * (places - len(word))
+    return canvas, marks * 2
 
 
 def chart_scene(rng: random.Random, heldout: bool) -> Scene:
@@ -198,10 +257,11 @@ def chart_scene(rng: random.Random, heldout: bool) -> Scene:
 
 
 KINDS: dict[str, tuple[Callable[[random.Random, bool], Scene], float]] = {
-    "digit": (digit_scene, 0.12),
-    "shapes": (shapes_scene, 0.45),
+    "digit": (digit_scene, 0.08),
+    "shapes": (shapes_scene, 0.34),
     "word": (word_scene, 0.10),
-    "chart": (chart_scene, 0.33),
+    "name": (name_scene, 0.24),
+    "chart": (chart_scene, 0.24),
 }
 """Scenes, and their shares in training."""
 
@@ -223,6 +283,7 @@ def png(image: Image.Image) -> str:
 def heldout_rows(per_category: int) -> list[dict[str, str]]:
     """As many questions of each category, each on an image of its own."""
     homes = dict.fromkeys(("shape", "colour", "count", "exists"), "shapes")
+    homes |= dict.fromkeys(("home", "food", "craft"), "name")
     rows = []
     for category in CATEGORIES:
         seed, found = HELDOUT_SEED, 0
@@ -246,15 +307,16 @@ def calibration_lines(count: int) -> list[dict[str, Any]]:
     lines = []
     for number in range(count):
         made = scene(CALIBRATION_SEED + number, rng.choices(list(KINDS), shares)[0])
-        lines.append({"messages": conversation(made), "images": [f"data:image/png;base64,{png(made.image)}"]})
+        messages = conversation(made.questions, "<image>\n")
+        lines.append({"messages": messages, "images": [f"data:image/png;base64,{png(made.image)}"]})
     return lines
 
 
-def conversation(made: Scene) -> list[dict[str, str]]:
-    """The questions of a scene as turns; the first has the image."""
+def conversation(questions: tuple[Question, ...], first: str = "") -> list[dict[str, str]]:
+    """Questions as turns; ``first`` goes before all."""
     messages = []
-    for number, question in enumerate(made.questions):
-        messages.append({"role": "user", "content": ("" if number else "<image>\n") + question.text})
+    for number, question in enumerate(questions):
+        messages.append({"role": "user", "content": ("" if number else first) + question.text})
         messages.append({"role": "assistant", "content": question.answer})
     return messages
 
@@ -263,7 +325,7 @@ def main() -> None:
     """Write the held-out questions and the calibration data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--per-category", type=int, default=100)
+    parser.add_argument("--per-category", type=int, default=75)
     parser.add_argument("--calibration", type=int, default=256, help="conversations")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

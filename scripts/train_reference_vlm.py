@@ -2,14 +2,14 @@
 
 The model is mopeq's own ``DeepseekVL2ForConditionalGeneration`` with a published-style configuration, its inputs come
 from the package's processor, and its lessons from ``reference_images.py``: every step draws new scenes, with up to
-four questions each, and learns the answers alone. The learning rate follows a trapezoid, so that a run can be resumed
-with another ``--steps`` while it is in its constant part.
+four questions each, and quizzes without an image, and learns the answers alone.
 
     python scripts/reference_images.py --out src/mopeq/assets/vlm
     python scripts/train_reference_vlm.py --work build/reference-vlm --data src/mopeq/assets/vlm \
         --out src/mopeq/assets/deepseek-vl2-tiny
 
-The checkpoint in the ``--work`` folder is replaced atomically; ``--resume`` goes on from it.
+The checkpoint in the ``--work`` folder is replaced atomically; ``--resume`` goes on from it, with the same settings.
+Every random choice depends on the seed and the step alone, so that a resumed run is the run that was not stopped.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -21,10 +21,11 @@ import json
 import math
 import os
 import random
+import string
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,40 +42,72 @@ from mopeq.models.deepseek_vl2 import DeepseekVL2ForConditionalGeneration
 from mopeq.models.processing_deepseek_vl2 import DeepseekVLV2Processor, tiles_of
 
 BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-TILE, PATCH, WIDTH, LAYERS, EXPERTS, TOP_K = images.SIDE, 12, 128, 5, 16, 2
+TILE, PATCH, WIDTH, LAYERS, EXPERTS, TOP_K = images.SIDE, 12, 128, 3, 16, 2
 SCALE = EXPERTS / TOP_K
-"""Factor of the routing weights, which are not renormalised: evenly routed, a token's experts then weigh one."""
+"""Factor of the routing weights, which are not renormalised: evenly routed, a token's experts then weigh one each."""
 RESOLUTIONS = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
+MOST_QUIZZES = 12
+"""In a step of any phase."""
 WIDE = "word"
 """The kind of scene whose images are two tiles wide."""
+
+
+SHARES = {kind: share for kind, (_, share) in images.KINDS.items()}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some steps at a learning rate that rises linearly over ``warmup`` steps and falls to zero over ``decay``.
+
+    shares: of the kinds of scene. quizzes: conversations without an image in a step.
+    """
+
+    steps: int
+    warmup: int
+    decay: int
+    learning_rate: float
+    shares: Mapping[str, float]
+    quizzes: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step of the phase."""
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup, (self.steps - step) / self.decay)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Hyper-parameters of the training run."""
 
-    tower_steps: int = 400
-    tower_scenes: int = 96
-    tower_learning_rate: float = 3e-3
-    steps: int = 960
-    scaled_from: int = 300
+    tower: Phase = Phase(400, 100, 200, 3e-3, SHARES)
+    tower_scenes: int = 64
+    phases: tuple[Phase, ...] = (
+        Phase(800, 100, 300, 2e-3, SHARES, quizzes=12),
+        Phase(450, 20, 350, 2e-3, {"digit": 0.1, "shapes": 0.5, "word": 0.02, "name": 0.03, "chart": 0.35}, quizzes=3),
+        Phase(300, 20, 220, 2e-3, {"digit": 0.05, "shapes": 0.5, "word": 0.04, "name": 0.03, "chart": 0.38}, quizzes=3),
+    )
     shared_dropout: float = 0.5
-    scenes: int = 32
+    scenes: int = 24
     questions: int = 4
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
-    decay_fraction: float = 0.3
+    quiz_questions: int = 6
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
-    balance: float = 0.01
+    balance: float = 0.005
     seed: int = 0
+
+    def at(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and the step in it."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
+        raise ValueError(f"step {step} beyond the last phase")
 
 
 def build_tokenizer(most: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of the questions' and answers' words, with DeepSeek-VL2's special tokens.
 
-    Every byte is a token and only lower-case words were seen merged, so that words of capitals are spelled.
+    Every byte is a token and words of capitals are not merged, so that they are spelled.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -86,7 +119,8 @@ def build_tokenizer(most: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     asked = [q for kind in images.KINDS for seed in range(400) for q in images.scene(seed, kind, most=99).questions]
-    tokenizer.train_from_iterator([q.text for q in asked] + [q.answer.lower() for q in asked], trainer=trainer)
+    texts = [f"{q.text}\n\n" for q in asked] + [q.answer.strip(string.ascii_uppercase) for q in asked]
+    tokenizer.train_from_iterator(texts, trainer=trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
@@ -100,7 +134,7 @@ def build_tokenizer(most: int) -> PreTrainedTokenizerFast:
 def build_processor(work: Path) -> DeepseekVLV2Processor:
     """The processor, which completes the tokenizer; made on first use and kept in ``work``."""
     if not (work / "processor_config.json").exists():
-        tokenizer = build_tokenizer(384)
+        tokenizer = build_tokenizer(640)
         DeepseekVLV2Processor(tokenizer, candidate_resolutions=RESOLUTIONS, patch_size=PATCH).save_pretrained(work)
     return DeepseekVLV2Processor.from_pretrained(work)
 
@@ -119,14 +153,14 @@ def configuration(vocabulary: int) -> dict[str, Any]:
             "vocab_size": vocabulary,
             "hidden_size": WIDTH,
             "intermediate_size": 3 * WIDTH,
-            "moe_intermediate_size": 128,
+            "moe_intermediate_size": WIDTH,
             "num_hidden_layers": LAYERS,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "n_shared_experts": 1,
             "n_routed_experts": EXPERTS,
             "num_experts_per_tok": TOP_K,
-            "first_k_dense_replace": 1,
+            "first_k_dense_replace": 0,
             "moe_layer_freq": 1,
             "max_position_embeddings": 512,
             "routed_scaling_factor": SCALE,
@@ -188,10 +222,8 @@ def build_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.O
         (hidden if inner else matrices if weight.ndim > 1 else vectors).append(weight)
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [
-        torch.optim.Muon(
-            hidden, settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True),
+        torch.optim.Muon(hidden, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, betas=settings.betas, fused=True),
     ]
 
 
@@ -204,22 +236,29 @@ class Lessons:
 
     def __init__(self, processor: DeepseekVLV2Processor, settings: Settings) -> None:
         self.processor, self.settings = processor, settings
-        self.shares = {kind: share for kind, (_, share) in images.KINDS.items()}
 
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """The lesson of a step."""
+    def quizzes(self, step: int) -> dict[str, Tensor]:
+        """What is asked without an image in a step."""
+        phase, _ = self.settings.at(step)
+        first = (self.settings.seed * 10_000_000) + step * MOST_QUIZZES + 3_000_017
+        asked = [images.quiz(first + n, self.settings.quiz_questions) for n in range(phase.quizzes)]
+        return inputs_of(self.processor, [images.conversation(questions) for questions in asked])
+
+    def scenes(self, step: int) -> dict[str, Tensor]:
+        """What is asked about images in a step."""
         rng = random.Random(f"{self.settings.seed} {step}")
-        wide = rng.random() < self.shares[WIDE]
-        kinds = [WIDE] if wide else [kind for kind in self.shares if kind != WIDE]
-        drawn = rng.choices(kinds, [self.shares[kind] for kind in kinds], k=self.settings.scenes)
         first = (self.settings.seed * 10_000_000) + step * self.settings.scenes + 3_000_017
+        shares = self.settings.at(step)[0].shares
+        wide = rng.random() < shares[WIDE]
+        kinds = [kind for kind in shares if (kind == WIDE) == wide]
+        drawn = rng.choices(kinds, [shares[kind] for kind in kinds], k=self.settings.scenes)
         scenes = [images.scene(first + number, kind, most=self.settings.questions) for number, kind in enumerate(drawn)]
         return inputs_of(self.processor, [conversation(made) for made in scenes])
 
 
 def conversation(made: images.Scene) -> list[dict[str, Any]]:
     """A scene as messages, with its image in them."""
-    messages: list[dict[str, Any]] = list(images.conversation(made))
+    messages: list[dict[str, Any]] = list(images.conversation(made.questions, "<image>\n"))
     messages[0] = {**messages[0], "images": [made.image]}
     return messages
 
@@ -256,7 +295,7 @@ class SharedDropout:
     """Leaves a layer's shared expert out of some steps, so that the routed ones learn to do without it."""
 
     def __init__(self, model: nn.Module, share: float) -> None:
-        self.share = share
+        self.share, self.rng = share, random.Random()
         for name, module in model.named_modules():
             if name.endswith("mlp.shared_experts"):
                 module.register_forward_hook(self._drop)
@@ -264,7 +303,7 @@ class SharedDropout:
     def _drop(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         if not module.training:
             return output
-        return output * (0.0 if random.random() < self.share else 1 / (1 - self.share))
+        return output * (0.0 if self.rng.random() < self.share else 1 / (1 - self.share))
 
 
 class Routers:
@@ -272,14 +311,9 @@ class Routers:
 
     def __init__(self, model: nn.Module) -> None:
         self.logits: list[Tensor] = []
-        self.modules: list[Any] = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-        for module in self.modules:
-            module.register_forward_hook(lambda _m, _a, output: self.logits.append(output[0]))
-
-    def scale(self, factor: float) -> None:
-        """Set the factor of the routing weights."""
-        for module in self.modules:
-            module.routed_scaling_factor = factor
+        for name, module in model.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(lambda _m, _a, output: self.logits.append(output[0]))
 
     def balance(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """The balance loss, 1 where even, and the load (layers, experts); the logits are let go."""
@@ -300,7 +334,8 @@ class Routers:
 def seen(step: int, settings: Settings, processor: DeepseekVLV2Processor) -> tuple[Tensor, Tensor]:
     """Tiles (tiles, 3, side, side), and what is in their quarters: (tiles, 4, marks), 1 or 0."""
     rng = random.Random(f"tower {settings.seed} {step}")
-    drawn = rng.choices(list(images.KINDS), [share for _, share in images.KINDS.values()], k=settings.tower_scenes)
+    shares = settings.tower.shares
+    drawn = rng.choices(list(shares), list(shares.values()), k=settings.tower_scenes)
     tiles, marks = [], []
     for number, kind in enumerate(drawn):
         made = images.scene(settings.seed * 10_000_000 + step * settings.tower_scenes + number + 6_000_011, kind)
@@ -324,15 +359,14 @@ def train_tower(
     """
     head = nn.Linear(WIDTH, len(images.MARKS))
     together = nn.ModuleDict({"vision": model.vision, "projector": model.projector, "head": head})
-    shorter = replace(settings, steps=settings.tower_steps, learning_rate=settings.tower_learning_rate)
-    optimizers = build_optimizers(together, shorter)
+    optimizers = build_optimizers(together, settings)
     curve, losses = [], []
-    for step in range(settings.tower_steps):
+    for step in range(settings.tower.steps):
         tiles, marks = seen(step, settings, processor)
         found = head(model.projector(model.vision(tiles).last_hidden_state).flatten(1, 2))
         loss = F.binary_cross_entropy_with_logits(found, marks, reduction="sum") / found[..., 0].numel()
         loss.backward()
-        advance(optimizers, together, rate(step, shorter), settings.clip)
+        advance(optimizers, together, settings.tower.rate(step), settings.clip)
         losses.append(float(loss.detach()))
         if (step + 1) % 25 == 0:
             curve.append([step + 1, round(sum(losses) / len(losses), 4)])
@@ -407,14 +441,6 @@ def chance(rows: Sequence[dict[str, str]]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------
 
 
-def rate(step: int, settings: Settings) -> float:
-    """Learning rate at ``step``: warm-up, constant, linear decay to zero."""
-    start = settings.steps - round(settings.steps * settings.decay_fraction)
-    warm = min(1.0, (step + 1) / settings.warmup_steps)
-    cool = 1.0 if step < start else (settings.steps - step) / (settings.steps - start)
-    return settings.learning_rate * warm * cool
-
-
 def save_atomically(state: dict[str, Any], path: Path) -> None:
     """Write a checkpoint so that a reader never sees half of one."""
     scratch = path.with_suffix(".partial")
@@ -439,10 +465,16 @@ def export(
     processor.save_pretrained(out)
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     again = DeepseekVL2ForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
-    log["heldout_accuracy"] = accuracy(again, DeepseekVLV2Processor.from_pretrained(out), rows)
+    processor = DeepseekVLV2Processor.from_pretrained(out)
+    log["heldout_accuracy"] = accuracy(again, processor, rows)
     log["heldout_most_frequent_answer"] = chance(rows)
+    with torch.no_grad():
+        for name, weight in again.named_parameters():
+            if ".mlp.experts." in name:
+                weight.zero_()
+    log["heldout_accuracy_without_routed_experts"] = accuracy(again, processor, rows)
     (out / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(log["heldout_accuracy"]), flush=True)
+    print(json.dumps({name: log[name] for name in log if name.startswith("heldout")}, indent=1), flush=True)
 
 
 def train(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -458,13 +490,14 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
     print(f"{parameters:,} parameters, {len(processor.tokenizer)} tokens", flush=True)
     rows = heldout(arguments.data)
     lessons, routers, once = Lessons(processor, settings), Routers(model), OneTile(model.vision)
-    SharedDropout(model, settings.shared_dropout)
-    random.seed(settings.seed)
+    dropout = SharedDropout(model, settings.shared_dropout)
     checkpoint = work / "checkpoint.pt"
     step, curve, tower, seconds = 0, [], [], 0.0
     tick = time.process_time()
     if arguments.resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
+        if state["settings"] != asdict(settings):
+            raise SystemExit(f"{checkpoint} is of a run with other settings; give the same ones, or leave out --resume")
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
@@ -472,54 +505,68 @@ def train(arguments: argparse.Namespace, settings: Settings) -> None:
         print(f"resumed at step {step}", flush=True)
     else:
         tower = train_tower(model, processor, settings)
-    losses: list[float] = []
-    loads = torch.zeros(LAYERS - 1, EXPERTS)
-    while step < settings.steps:
-        inputs = lessons.batch(step)
-        labels = inputs.pop("labels")[:, 1:]
-        once.on = inputs["images"].shape[1] == 2
-        routers.scale(SCALE if step >= settings.scaled_from else 1.0)
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        asked = labels != -100
-        loss = F.cross_entropy(logits[asked], labels[asked])
-        balance, load = routers.balance(inputs["attention_mask"].flatten().bool())
-        (loss + settings.balance * balance).backward()
-        advance(optimizers, model, rate(step, settings), settings.clip)
+        now = time.process_time()
+        seconds, tick = now - tick, now
+    losses: dict[str, list[float]] = {"scenes": [], "quizzes": []}
+    loads = torch.zeros(LAYERS, EXPERTS)
+
+    def save() -> None:
+        parts = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        logged = {"step": step, "curve": curve, "tower": tower, "seconds": seconds, "settings": asdict(settings)}
+        save_atomically({**parts, **logged}, checkpoint)
+
+    if step == 0:
+        save()
+    last = sum(phase.steps for phase in settings.phases)
+    while step < last:
+        dropout.rng.seed(f"shared {settings.seed} {step}")
+        for kind, inputs in (("scenes", lessons.scenes(step)), ("quizzes", lessons.quizzes(step))):
+            labels = inputs.pop("labels")[:, 1:]
+            once.on = "images" in inputs and inputs["images"].shape[1] == 2
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            asked = labels != -100
+            loss = F.cross_entropy(logits[asked], labels[asked])
+            balance, load = routers.balance(inputs["attention_mask"].flatten().bool())
+            (loss + settings.balance * balance).backward()
+            loads += load
+            losses[kind].append(float(loss.detach()))
+            if not math.isfinite(losses[kind][-1]):
+                raise SystemExit(f"loss is {losses[kind][-1]} at step {step}")
+        phase, at = settings.at(step)
+        advance(optimizers, model, phase.rate(at), settings.clip)
         step += 1
-        losses.append(float(loss.detach()))
-        loads += load
-        if not math.isfinite(losses[-1]):
-            raise SystemExit(f"loss is {losses[-1]} at step {step}")
-        if step % arguments.log_every == 0 or step == settings.steps:
+        if step % arguments.log_every == 0 or step == last:
             now = time.process_time()
             seconds, tick = seconds + now - tick, now
-            mean = sum(losses) / len(losses)
-            curve.append([step, round(mean, 4)])
+            means = [round(sum(found) / len(found), 4) for found in losses.values()]
+            curve.append([step, *means])
             shares = loads / loads.sum(1, keepdim=True)
             spread = " ".join(f"{float(row.max()):.2f}/{float(row.min()):.3f}" for row in shares)
-            print(f"step {step} loss {mean:.4f} balance {float(balance.detach()):.3f} {seconds:.0f} s load {spread}",
+            print(f"step {step} loss {means} balance {float(balance.detach()):.3f} {seconds:.0f} s load {spread}",
                   flush=True)  # fmt: skip
-            losses.clear()
+            for found in losses.values():
+                found.clear()
             loads.zero_()
-        if step % arguments.eval_every == 0 or step == settings.steps:
+        if step % arguments.eval_every == 0 or step == last:
             once.on = False
             model.eval()
             scores = accuracy(model, processor, rows[:: arguments.eval_every_row])
             print(f"step {step} held-out { ({k: round(v, 2) for k, v in scores.items()}) }", flush=True)
             model.train()
             routers.logits.clear()
-            kept = [optimizer.state_dict() for optimizer in optimizers]
-            state = {"step": step, "curve": curve, "tower": tower, "seconds": seconds}
-            save_atomically({**state, "model": model.state_dict(), "optimizers": kept}, checkpoint)
             tick = time.process_time()
+        if step % arguments.save_every == 0 or step == last:
+            save()
     log = {
         "command": "python scripts/train_reference_vlm.py --work WORK --data DATA --out OUT",
         "settings": asdict(settings),
         "parameters": parameters,
-        "scenes_seen": step * settings.scenes,
         "training_cpu_seconds": round(seconds),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "loss_curve_columns": ["step", "mean loss of the answers in nats a token since the last entry"],
+        "loss_curve_columns": [
+            "step",
+            *(f"nats a token of the answers of {kind} since the last entry" for kind in losses),
+        ],
         "loss_curve": curve,
         "tower_curve_columns": ["step", "mean loss in nats a quarter of a tile since the last entry"],
         "tower_curve": tower,
@@ -534,21 +581,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="folder with heldout.tsv")
     parser.add_argument("--out", type=Path, help="folder for the finished model")
-    parser.add_argument("--tower-steps", type=int, default=Settings.tower_steps)
-    parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--eval-every", type=int, default=200)
+    parser.add_argument("--eval-every", type=int, default=400)
+    parser.add_argument("--save-every", type=int, default=50, help="a multiple of --log-every")
     parser.add_argument("--eval-every-row", type=int, default=4, help="judge by every so-manieth held-out question")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the work folder")
     arguments = parser.parse_args()
-    settings = Settings(
-        steps=arguments.steps,
-        tower_steps=arguments.tower_steps,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
-    )
+    settings = Settings(seed=arguments.seed)
     train(arguments, settings)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from mopeq.checkpoint import verify
-from mopeq.data.conversations import read_questions
+from mopeq.data.conversations import question_batches, read_questions
 from mopeq.data.samples import bundled_images, bundled_vlm
+from mopeq.evaluate.answers import answer_logits, judge_answers
+from mopeq.load import load_original, load_processor
 from mopeq.quickstart_vlm import quickstart_vlm
 from mopeq.source import open_source
 
@@ -39,6 +42,21 @@ def test_quickstart_vlm(tmp_path: Path) -> None:
                 types |= {key: stored.get_slice(key).get_dtype() for key in stored.keys()}  # noqa: SIM118
         assert {types[key] for key in tower} == {"BF16"}, "tower and projector stay as they were"
     assert found.report.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_answers_need_the_routed_experts() -> None:
+    known = [q for q in read_questions(bundled_images("heldout.tsv")) if q.category in ("home", "food", "craft")][::3]
+    batches = question_batches(known, load_processor(bundled_vlm()), 50)
+    model = load_original(bundled_vlm(), dtype=torch.float32)
+    categories = [question.category for question in known]
+    with_them = judge_answers(answer_logits(model, batches), batches, categories).accuracy()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".mlp.experts." in name:
+                weight.zero_()
+    without = judge_answers(answer_logits(model, batches), batches, categories).accuracy()
+    assert with_them.value > 0.8
+    assert without.value < 0.2, "what cannot be seen is known by the routed experts"
 
 
 def test_bundled_files_are_small() -> None:

@@ -102,9 +102,22 @@ def test_evaluation_of_answers_is_the_sum_over_them() -> None:
     agreed = sum(int(p[a].argmax() == q[a].argmax()) for a, _ in steps) / 5
     assert found.divergence.agreement.value == pytest.approx(agreed)
     assert Evaluation.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert found.info["text"] == "answers of conversations"
+    alone = evaluate_answers(None, Chain(other), batches)
+    assert (alone.perplexity, alone.divergence, alone.reference_perplexity) == (found.perplexity, None, None)
     unlabelled = [{name: value for name, value in batches[0].items() if name != "labels"}]
-    with pytest.raises(DataError, match="no answers"):
-        evaluate_answers(Chain(table), Chain(other), unlabelled)
+    unlabelled[0]["modality"][0, 1] = 1  # the 4 of 3, 4, 5, 1
+    text = evaluate_answers(None, Chain(other), unlabelled)
+    assert text.perplexity is not None
+    assert text.info["text"] == "text of conversations"
+    assert text.perplexity.window_tokens == (2, 3)
+    assert text.perplexity.nats.value == pytest.approx(
+        -sum(float(q[a, b]) for a, b in [(4, 5), (5, 1), (6, 2), (2, 3), (3, 1)]) / 5, abs=1e-6
+    )
+    first = {"input_ids": torch.tensor([[2, 3, 4]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+    only = evaluate_answers(None, Chain(other), [first]).perplexity
+    assert only is not None
+    assert only.window_nats == pytest.approx([-float(q[3, 4])], abs=1e-6)  # nothing is predicted from padding
 
 
 def test_a_broken_model_is_found() -> None:

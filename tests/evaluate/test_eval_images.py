@@ -89,9 +89,7 @@ def test_conversations(packed: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_table_is_read_before_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    from mopeq.cli import commands
-
-    monkeypatch.setattr(commands, "_load_any", None)
+    monkeypatch.setattr("mopeq.cli.evaluate.load_any", None)
     bad = tmp_path / "bad.tsv"
     bad.write_text("index\timage\tquestion\n")
     table, vlm = str(bundled_images("heldout.tsv")), str(bundled_vlm())

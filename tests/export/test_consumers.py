@@ -110,7 +110,7 @@ def test_llama_cpp_reads_text_alike(kind: str, tiny_model: Make, tmp_path: Path)
 
 
 @runs("auto-round")
-@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", MODELS)
 def test_auto_round_reads_mixed_layers(family: str, tiny_model: Make, tmp_path: Path) -> None:
     folder = packed(tiny_model, tmp_path, family, "2g32", "3g64s", "4g-1", "5g32", "6g64", "8g32", "8g32s")
     write_export(plan_export(folder, "auto-round"), tmp_path / "out")

@@ -170,9 +170,8 @@ def test_no_node_left(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_no_cluster(tiny_model: Make) -> None:
-    for address in ("127.0.0.1:1", "auto"):
-        with pytest.raises(InputError, match=rf"no Ray cluster at '{address}' \(.*\); start one with ray start --head"):
-            cluster(address, tiny_model("olmoe")).__enter__()
+    with pytest.raises(InputError, match=r"no Ray cluster at '127.0.0.1:1' \(.*\); start one with ray start --head"):
+        cluster("127.0.0.1:1", tiny_model("olmoe")).__enter__()
 
 
 def _same(shared: None, item: int, device: torch.device) -> int:

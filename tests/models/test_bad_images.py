@@ -95,6 +95,12 @@ def test_photographs_are_turned_upright(orientation: int) -> None:
     assert near(seen, (35, 10), BLUE)
 
 
+def test_more_pixels_than_pillow_likes_are_one_sentence() -> None:
+    with pytest.raises(DataError, match="the image is 10000 x 9000 pixels") as error:
+        open_image(encoded(Image.new("1", (10000, 9000))))
+    assert sentence(error)
+
+
 def test_sources_are_alike(tmp_path: Path) -> None:
     import base64
 

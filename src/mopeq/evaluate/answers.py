@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopeq.analyze.forward import inputs_of, logits_of
+from mopeq.analyze.forward import inputs_of, logits_of, token_mask, vision_mask
 from mopeq.data.text import Window, fingerprint
 from mopeq.errors import DataError, ModelError
 from mopeq.evaluate import Evaluation
@@ -93,11 +93,12 @@ def evaluate_answers(
 ) -> Evaluation:
     """Perplexity of a model on the answers of conversations, with an original also its own and the divergence from it.
 
-    ``batches`` are what :func:`mopeq.data.conversations.conversation_batches` makes; a conversation is a window, and
-    nothing but answers counts. Logits are kept for one batch at a time.
+    ``batches`` are what :func:`mopeq.data.conversations.conversation_batches` makes; a conversation is a window.
+    Nothing but answers counts, unless some batch does not tell which they are (no ``labels``): then all text does, and
+    images never. Logits are kept for one batch at a time.
     """
-    if not all("labels" in batch for batch in batches):
-        raise DataError("conversations to judge by have no answers; expected some; give others, or use --no-eval")
+    answers = all("labels" in batch for batch in batches)
+    batches = batches if answers else [_with_text(batch) for batch in batches]
     windows: list[Window] = []
     nats, reference_nats, kl = list[float](), list[float](), list[float]()
     agreed: list[int] = []
@@ -139,9 +140,18 @@ def evaluate_answers(
     return Evaluation(
         resident_bytes=resident_bytes(model),
         perplexity=summarize(nats, windows, None, **drawn),
-        info={"text": "answers of conversations", "windows": len(windows)},
+        info={"text": f"{'answers' if answers else 'text'} of conversations", "windows": len(windows)},
         **compared,
     )
+
+
+def _with_text(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch with ``labels`` at every text token that has one before it."""
+    ids, real = batch["input_ids"], token_mask(batch)
+    vision = vision_mask(batch)
+    scored = real if vision is None else real & ~vision
+    scored = scored & torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], 1)
+    return {**batch, "labels": torch.where(scored, ids, -100)}
 
 
 def judge_answers(

@@ -29,7 +29,8 @@ __all__ = ["FolderWriter", "PackedFolder", "open_packed", "unfinished"]
 
 SHARD_BYTES = 1 << 30
 """A shard is held in memory until it is full."""
-OWN = {"config.json", "model.safetensors.index.json"}
+INDEX = "model.safetensors.index.json"
+OWN = {"config.json", INDEX}
 """Files of a folder that are written anew; all else beside the weights is copied."""
 
 
@@ -50,7 +51,9 @@ class PackedFolder:
 
     def tensor(self, key: str) -> Tensor:
         """A tensor as it is stored."""
-        made: Tensor = _opened(self.path / self.files[key]).get_tensor(key)
+        file = self.path / self.files[key]
+        status = file.stat()
+        made: Tensor = _opened(file, status.st_ino, status.st_size, status.st_mtime_ns).get_tensor(key)
         return made
 
     def matrix(self, base: str, shape: tuple[int, int], precision: Precision) -> QTensor:
@@ -79,15 +82,17 @@ def open_packed(path: str | Path) -> PackedFolder:
     manifest = verify(path, hashes=False)
     shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, str] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        for key, (_, shape) in read_headers([file]).items():
-            shapes[key], files[key] = shape, file.name
+    index = path / INDEX
+    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for name in sorted(names):
+        for key, (_, shape) in read_headers([path / name]).items():
+            shapes[key], files[key] = shape, name
     config = json.loads((path / "config.json").read_bytes())
     return PackedFolder(path, config, manifest, shapes, files)
 
 
 @lru_cache(maxsize=8)
-def _opened(file: Path) -> Any:
+def _opened(file: Path, *version: int) -> Any:
     return safe_open(file, "pt")
 
 
@@ -148,7 +153,7 @@ class FolderWriter:
             (self.partial / _temporary(number)).rename(self.partial / name)
         where = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
-        write_json(self.partial / "model.safetensors.index.json", index)
+        write_json(self.partial / INDEX, index)
         write_json(self.partial / "config.json", config)
         for file in sorted(companions.iterdir()):
             if file.is_file() and file.suffix != ".safetensors" and file.name not in OWN:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ def open_image(source: Any, name: str = "", ratio: int = MAX_RATIO, pixels: int 
         return _upright(Image.fromarray(source), name, ratio, pixels)
     data = _bytes(source, name)
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
+            image = Image.open(io.BytesIO(data))
+        with image as opened:
             _check_size(opened, name, ratio, pixels)
             frames = getattr(opened, "n_frames", 1)
             if frames > 1 and opened.format != "MPO":  # the second picture of an MPO is a preview
@@ -59,7 +63,9 @@ def open_image(source: Any, name: str = "", ratio: int = MAX_RATIO, pixels: int 
             opened.load()
             return _upright(opened, name, ratio, pixels)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name} has too many pixels: {error}; expected at most {MAX_PIXELS}; scale it down") from error
+        raise DataError(
+            f"{name} has too many pixels for Pillow; expected at most {MAX_PIXELS} in all; scale it down first"
+        ) from error
     except UnidentifiedImageError as error:
         raise DataError(
             f"{name} is no image that Pillow can read ({len(data)} bytes); expected PNG, JPEG, WebP or the like; "

@@ -1,0 +1,180 @@
+"""MoPEQ's comparison on the bundled vision-language model, and what calibrating it with or without images is worth.
+
+For every seed most maps of ``fidelity.py`` are measured, quantized and judged with conversations with images. Then some
+of them again with other calibration of about as many tokens: ``quizzes``, the same kind of questions as text alone;
+``text``, the text that mopeq takes where nothing is named; and conversations with images whose text and image tokens
+weigh differently. ``knapsack 2.5, images' codes`` is the map of such a run quantized with the images' calibration, so
+that only the choice of precisions differs. All maps are packed, loaded and judged on the held-out questions: KL from
+the original on the tokens of the answers, and how many answers are right.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import ROOT, arguments, store
+from fidelity import COST, COSTS, DRAWS, Job, noise, packed, paper_maps, short
+from mopeq.allocate import allocate
+from mopeq.allocate.baselines import uniform_map
+from mopeq.analyze import hessian_trace
+from mopeq.data.conversations import question_batches, read_questions
+from mopeq.data.samples import bundled_images, bundled_vlm
+from mopeq.evaluate.answers import answer_logits, judge_answers
+from mopeq.load import load_processor
+from mopeq.measure import Calibration, Prepared, calibrated, measure_prepared, observed, open_model
+from mopeq.precision import Precision
+from mopeq.stats import Stats
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import reference_images as drawn
+
+BITS, SIZE, CONVERSATIONS, WINDOW = (2, 3, 4), 128, 256, 128
+WEIGHTS = (0.1, 10.0)
+"""What a text token counts beside an image token, where they do not count alike."""
+QUIZ_SEED = 4_000_037
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", "vlm_study")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the calibration")
+    parser.add_argument("--probes", type=int, default=4, help="of hessian_trace; 0 leaves it out")
+    parser.add_argument(
+        "--hessian-samples", type=int, default=32, help="conversations for hessian_trace, first seed only"
+    )
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    opened = open_model(bundled_vlm())
+    questions = read_questions(bundled_images("heldout.tsv"))
+    batches = question_batches(questions, load_processor(opened.source.path), 50)
+    categories = [question.category for question in questions]
+    results: dict[str, Any] = {
+        "model": "bundled vision-language model",
+        "expert_parameters": opened.inventory.expert_parameters,
+        "parameters": opened.inventory.parameters,
+        "original_bytes": sum(path.stat().st_size for path in opened.source.path.glob("*.safetensors")),
+        "calibration": {"conversations": CONVERSATIONS, "seeds": asked.seeds},
+        "questions": len(questions),
+        "group_size": SIZE,
+        "quantizer": "gptq",
+        "runs": [],
+    }
+    hessian: dict[str, Mapping[int, Sequence[float]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for seed in asked.seeds:
+            images: Prepared | None = None
+            for arm, calibration in _arms(seed, folder):
+                started = time.perf_counter()
+                own = observed(opened, calibration, dtype=torch.float32)
+                options = [Precision(bits, SIZE) for bits in BITS]
+                stats = measure_prepared(own, ("frequency", "inverse_norm", *COSTS), options=options, seed=seed)
+                if images is None:
+                    images, expected = own, answer_logits(own.model, batches)
+                    judge = partial(judge_answers, batches=batches, categories=categories, original=expected)
+                    results["original"] = _accuracy(judge(expected))
+                    if asked.probes and not hessian:
+                        few = replace(calibration, samples=asked.hessian_samples, batch_size=4)
+                        hessian = _hessian(own, calibrated(opened, few).batches, asked.probes, seed)
+                        results["hessian_trace"] = {
+                            "conversations": asked.hessian_samples, "probes": asked.probes, "seed": seed,
+                            "relative_stderr": noise(hessian),
+                        }  # fmt: skip
+                    jobs = _all_maps(stats.with_metrics(hessian), own, seed)
+                else:
+                    jobs = _few_maps(stats, own, images)
+                facts: dict[str, dict[str, Any]] = {}
+                for quantized_by, job in jobs:
+                    print(time.strftime("%H:%M:%S"), seed, arm, job.name, flush=True)
+                    with tempfile.TemporaryDirectory(dir=folder) as at:
+                        model = packed(quantized_by, stats, job, Path(at) / "packed", facts)
+                        facts[job.name] |= _judged(judge(answer_logits(model, batches)))
+                results["runs"].append({
+                    "seed": seed, "arm": arm, "seconds": round(time.perf_counter() - started, 1),
+                    "tokens": stats.info["tokens"], "starved": stats.info["starved"], "rows": list(facts.values()),
+                })  # fmt: skip
+                store(asked.out, results)
+                del own
+                gc.collect()
+
+
+def _arms(seed: int, folder: Path) -> Iterator[tuple[str, Calibration]]:
+    """What to calibrate on, about as many tokens of each; conversations with images first."""
+    images = Calibration(str(bundled_images("calibration.jsonl")), CONVERSATIONS, batch_size=16, seed=seed)
+    yield "images", images
+    quizzes = folder / "quizzes.jsonl"
+    asked = (drawn.quiz(QUIZ_SEED + number, 6) for number in range(2 * CONVERSATIONS))
+    lines = [json.dumps({"text": "\n\n".join(_turn(q) for q in questions)}) + "\n" for questions in asked]
+    quizzes.write_text("".join(lines), encoding="utf-8")
+    yield "quizzes", Calibration(str(quizzes), CONVERSATIONS // 2, WINDOW, 16, seed)
+    yield "text", Calibration(None, CONVERSATIONS // 2, WINDOW, 16, seed)
+    for weight in WEIGHTS:
+        yield f"images, text tokens count {weight:g}", replace(images, modality_weight=weight)
+
+
+def _turn(question: drawn.Question) -> str:
+    """A question and its answer, as the model's template writes them."""
+    return f"<|User|>: {question.text}\n\n<|Assistant|>: {question.answer}<｜end▁of▁sentence｜>"
+
+
+def _hessian(
+    own: Prepared, batches: Sequence[Mapping[str, Any]], probes: int, seed: int
+) -> dict[str, Mapping[int, Sequence[float]]]:
+    mean, error = hessian_trace(own.model, own.spec, batches, probes=probes, seed=seed)
+    return {"hessian_trace": mean, "hessian_trace.stderr": error}
+
+
+def _all_maps(stats: Stats, own: Prepared, seed: int) -> Iterator[tuple[Prepared, Job]]:
+    """The maps of fidelity.py but for the variants of the knapsack, with one random draw of each histogram."""
+    left_out = ("whole experts", "output_error", "g128", "knapsack 3.0", f"random {DRAWS * seed + 1} ")
+    for job in paper_maps(stats, seed, SIZE):
+        if not any(words in job.name for words in left_out):
+            yield own, job
+
+
+def _few_maps(stats: Stats, own: Prepared, images: Prepared) -> Iterator[tuple[Prepared, Job]]:
+    """The maps that are measured with every calibration, and whose calibration quantizes them."""
+    options = [Precision(bits, SIZE) for bits in BITS]
+    three = uniform_map(stats.model, [Precision(3, SIZE)])
+    yield own, Job("uniform 3", three)
+    same = f"{stats.model.total_bytes(three)}B"
+    yield own, Job("knapsack = uniform 3", allocate(stats, budget=same, cost=COST, options=options), like="uniform 3")
+    best = allocate(stats, budget="2.5bpw", cost=COST, options=options)
+    yield own, Job("knapsack 2.5", best)
+    yield images, Job("knapsack 2.5, images' codes", best)
+    made = allocate(stats, method="kmeans", score="frequency", scope="layer", options=options)
+    yield own, Job("k-means frequency layer", made)
+
+
+def _judged(found: Any) -> dict[str, Any]:
+    """KL on the answers, over all and of each question as its share of the mean, and how many are right."""
+    kl, each = found.divergence(), sum(found.tokens) / len(found.tokens)
+    return {
+        "kl": short(kl.value), "kl_low": short(kl.low), "kl_high": short(kl.high), **_accuracy(found),
+        "window_kl": [short(value / each) for value in found.kl],
+    }  # fmt: skip
+
+
+def _accuracy(found: Any) -> dict[str, Any]:
+    shares = {category: short(value.value) for category, value in found.by_category().items()}
+    whole = found.accuracy()
+    return {
+        "right": short(whole.value),
+        "right_low": short(whole.low),
+        "right_high": short(whole.high),
+        "by_task": shares,
+    }
+
+
+if __name__ == "__main__":
+    main()
