@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--llama", help="command of a server of llama.cpp, with {gguf} and {port} in it")
     parser.add_argument("--scratch", type=Path, help="folder for the models (default: the system's)")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server outlives this
     with tempfile.TemporaryDirectory(dir=asked.scratch) as temporary:
         scratch = Path(temporary)
         results: dict[str, Any] = {key: getattr(asked, key) for key in ("layers", "bits", "requests", "new", "threads")}

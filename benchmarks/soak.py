@@ -101,7 +101,7 @@ def _good_requests(packed: Path, threads: int) -> list[Good]:
         temperature = (0.0, 0.9)[i % 2]
         options = {"temperature": temperature, "seed": i, "max_tokens": 4 + i}
         same = {"temperature": temperature, "seed": i, "max_new_tokens": 4 + i}
-        address = f"data:image/png;base64,{question.image}"
+        address = f"data:image/png;base64,{question.images[0]}"
         image = {"type": "image_url", "image_url": {"url": address}}
         text = {"type": "text", "text": question.text}
         images = [image] * (i % 3)
@@ -129,7 +129,9 @@ def _bad_requests() -> list[tuple[str, bytes, int]]:
     def text(**changes: Any) -> bytes:
         return json.dumps({"model": NAME, "prompt": "a", **changes}).encode()
 
-    broken = base64.b64encode(base64.b64decode(read_questions(bundled_images("heldout.tsv"))[0].image)[:90]).decode()
+    broken = base64.b64encode(
+        base64.b64decode(read_questions(bundled_images("heldout.tsv"))[0].images[0])[:90]
+    ).decode()
     return [
         (COMPLETIONS, b"{", 400),
         (COMPLETIONS, b"[" * 100_000, 400),

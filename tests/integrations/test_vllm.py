@@ -212,7 +212,7 @@ def test_deepseek_vl2_with_images_is_the_native_runtimes(tmp_path: Path) -> None
     questions = read_questions(bundled_images("heldout.tsv"))[:600:50]
     with served(folder, tmp_path / "log", "--max-model-len 512") as client:
         for number, question in enumerate(questions):
-            address = f"data:image/png;base64,{question.image}"
+            address = f"data:image/png;base64,{question.images[0]}"
             text = {"type": "text", "text": question.text}
             count = number % 3  # images: none, one, two
             ours = [*[{"type": "image", "image": address}] * count, text]
