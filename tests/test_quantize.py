@@ -161,6 +161,9 @@ def test_refusals(tiny_model: Make, tmp_path: Path) -> None:
         quantize(folder, tmp_path / "out")
     with pytest.raises(InputError, match="no quantizer 'magic'; there are rtn, rtn-mse, hqq, gptq, signround"):
         quantize(folder, tmp_path / "out", uniform=Precision(4), method="magic")
+    for given in ({"uniform": Precision(4)}, {"budget": "3bpw", "uniform_layers": True}):
+        with pytest.raises(InputError, match="not with uniform layers"):
+            quantize(folder, tmp_path / "out", refine=2, **given)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(OutputError, match="exists already; give a new folder"):

@@ -128,8 +128,8 @@ def quantize(
         raise InputError("give one of a precision map, a uniform precision and a budget")
     if precisions is not None and rest:
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
-    if refine < 0 or ((guard or refine) and budget is None):
-        raise InputError("a guard and exchanges, 0 or more, are for what a budget led to; leave them out, or give one")
+    if refine < 0 or (refine and uniform_layers) or ((guard or refine) and budget is None):
+        raise InputError("guard and exchanges (not with uniform layers) are for a budget, 0 or more; leave them out")
     check_method(method)
     if not resume:
         require_new(Path(out))
