@@ -166,5 +166,5 @@ def test_without_enough_text_the_map_stays(tiny_model: Make, tmp_path: Path, cal
 
 
 def test_a_map_or_a_uniform_precision_has_nothing_to_guard(tiny_model: Make, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="guard and exchanges .* are for a budget"):
+    with pytest.raises(InputError, match=r"guard and exchanges .* are for a budget"):
         quantize(tiny_model("olmoe"), tmp_path / "out", uniform=BITS[0], method="rtn", guard=True)
