@@ -105,3 +105,33 @@ def save_gguf(base: Path, folder: Path) -> Path:
 def _interleaved(values: NDArray[np.float32]) -> NDArray[np.float32]:
     split = values.reshape(HEADS, 2, len(values) // HEADS // 2, -1)
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(values.shape))
+
+
+def save_awq(base: Path, folder: Path) -> Path:
+    """Packed by AWQ's definition (gemm): 4 bits, groups of 32, eight columns a word in the order 0 2 4 6 1 3 5 7."""
+    folder.mkdir()
+    _companions(base, folder)
+    tensors = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        if "_proj" not in name:
+            tensors[name] = tensor
+            continue
+        weight = tensor.T.reshape(-1, 32, len(tensor))  # groups, inputs, out
+        low, high = weight.amin(1), weight.amax(1)
+        scales = ((high - low) / 15).half()
+        zeros = (-low / scales.float()).round().clamp(0, 15)
+        codes = (weight / scales.float()[:, None] + zeros[:, None]).round().clamp(0, 15).flatten(0, 1)
+        stem = name.removesuffix(".weight")
+        tensors |= {f"{stem}.qweight": _awq(codes), f"{stem}.qzeros": _awq(zeros), f"{stem}.scales": scales}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _awq(numbers: torch.Tensor) -> torch.Tensor:
+    """(rows, out) numbers of 4 bits to int32 (rows, out / 8)."""
+    eight = numbers.long().reshape(len(numbers), -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+    words = (eight << torch.arange(0, 32, 4)).sum(-1)
+    return (words - ((words >> 31) << 32)).int()

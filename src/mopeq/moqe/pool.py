@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from mopeq.errors import InputError, ModelError
 from mopeq.evaluate import resident_bytes
-from mopeq.load import is_packed, load, load_original
+from mopeq.foreign import method_of
+from mopeq.load import is_packed, load, load_original, load_source, model_config
 from mopeq.moqe.store import tensor_files
+from mopeq.source import open_source
 
 __all__ = ["Pool", "embedding_key", "load_variant", "share"]
 
@@ -88,13 +90,17 @@ def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
+DEQUANTIZED = ("gptq", "awq", "auto-round")
+"""Quantizers whose packages run on few machines: their folders are dequantized while they load."""
+
+
 def embedding_key(keys: Iterable[str]) -> str | None:
     """The name of the input embedding among the tensors of a checkpoint."""
     return next((key for key in keys if key.endswith(("embed_tokens.weight", "wte.weight"))), None)
 
 
 def load_variant(folder: Path, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
-    """A variant's folder as a language model in evaluation mode: mopeq's, transformers', or GGUF.
+    """A variant's folder as a language model in evaluation mode: mopeq's, transformers', GGUF, or one dequantized here.
 
     Raises :class:`ModelError` where this machine cannot load it.
     """
@@ -107,6 +113,8 @@ def load_variant(folder: Path, dtype: torch.dtype | None = None, device: str | N
 
             auto: Any = AutoModelForCausalLM
             model = auto.from_pretrained(folder, gguf_file=gguf[0].name, dtype=dtype or "auto")
+        elif method_of(getattr(model_config(folder), "quantization_config", None)) in DEQUANTIZED:
+            model = load_source(open_source(folder), dtype)
         else:
             model = load_original(folder, dtype, device=device)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
