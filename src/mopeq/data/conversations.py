@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import csv
 import io
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopeq.data.text import read_text
+from mopeq.data.text import json_lines, read_text
 from mopeq.errors import DataError
 from mopeq.models.images import open_image
 
@@ -100,13 +99,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path} line {number} is not JSON ({error}); fix or remove the line") from error
+    for number, record in json_lines(path, "fix or remove the line"):
         if not isinstance(record, dict):
             raise DataError(f'{path} line {number} is {record!r:.60}; expected an object with "messages"; fix the line')
         yield number, record

@@ -21,6 +21,7 @@ __all__ = [
     "Window",
     "check_length",
     "fingerprint",
+    "json_lines",
     "message_text",
     "read_text",
     "read_texts",
@@ -46,7 +47,7 @@ def read_texts(path: str | Path) -> list[str]:
             raise DataError(f"folder {path} has no .txt files; expected text files, or give one .txt or .jsonl file")
         texts = [read_text(file) for file in files]
     elif path.suffix == ".jsonl":
-        texts = list(_json_lines(path))
+        texts = list(_json_texts(path))
     elif path.suffix == ".json":
         raise DataError(f"{path} is a .json file; expected .txt, or .jsonl with one object a line; convert it")
     else:
@@ -71,15 +72,21 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
-def _json_lines(path: Path) -> Iterator[str]:
-    expected = 'expected one object with "text" or "messages"; fix or remove the line'
+def json_lines(path: Path, advice: str) -> Iterator[tuple[int, Any]]:
+    """Number and value of every line that is not empty; :class:`DataError`, with ``advice``, for what is no JSON."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            value = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path} line {number} is not JSON ({error}); {expected}") from error
+            raise DataError(f"{path} line {number} is not JSON ({error}); {advice}") from error
+        yield number, value
+
+
+def _json_texts(path: Path) -> Iterator[str]:
+    expected = 'expected one object with "text" or "messages"; fix or remove the line'
+    for number, record in json_lines(path, expected):
         if not isinstance(record, dict) or not ({"text", "messages"} & set(record)):
             found = (
                 f"an object with {', '.join(map(str, record)) or 'no keys'}"
