@@ -95,7 +95,7 @@ def test_the_table_is_read_before_the_model(tmp_path: Path, monkeypatch: pytest.
     table, vlm = str(bundled_images("heldout.tsv")), str(bundled_vlm())
     for given, words in (
         (["--vqa", str(bad)], "bad.tsv has no answer"),
-        (["--vqa", str(tmp_path / "gone.tsv")], "no file"),
+        (["--vqa", str(tmp_path / "gone.tsv")], "expected a table of questions (.tsv)"),
         (["--vqa", table, table], "two tables are called heldout"),
         (["--vqa", table, "--vqa-metric", "yesno"], "expected yes or no"),
         (["--limit", "3"], "--limit does not apply here, it belongs to --vqa"),

@@ -187,6 +187,8 @@ def read_questions(path: str | Path) -> list[Question]:
     Raises :class:`DataError` for files that are no such table, an index twice, and rows without an image or an answer.
     """
     path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no file {path}; expected a table of questions (.tsv), as VLMEvalKit has them; check the path")
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # an image is one field
     try:
         reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t", restkey="", restval=None)
