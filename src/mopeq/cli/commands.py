@@ -120,6 +120,7 @@ def do_analyze(options: argparse.Namespace) -> None:
         flat = sorted(value for row in values.values() for value in row)
         rows.append((name, *(f"{flat[int(q * (len(flat) - 1))]:.4g}" for q in (0, 0.25, 0.5, 0.75, 1))))
     show.table("Metrics over experts", ("metric", "least", "25 %", "median", "75 %", "most"), rows)
+    show.print_balance(stats.info)
     show.print_starved(stats)
     print(f"wrote {out}")
     return None
@@ -204,6 +205,7 @@ def do_quantize(options: argparse.Namespace) -> None:
     print(
         f"{show.megabytes(packed.original_bytes)} MB -> {show.megabytes(packed.bytes)} MB, {smaller:.2f} times smaller"
     )
+    show.print_balance(read_json(packed.path / "mopeq" / "run.json")["calibration"])
     if packed.fallbacks:
         some = ", ".join(packed.fallbacks[:8]) + (" ..." if len(packed.fallbacks) > 8 else "")
         print(f"{len(packed.fallbacks)} units saw few calibration tokens and used their layer's moments too: {some}")

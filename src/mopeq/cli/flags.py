@@ -158,6 +158,10 @@ def _calibration(p: argparse.ArgumentParser) -> None:
         "--modality-weight", type=float, default=1.0, metavar="W",
         help="what a text token counts in moments and costs, an image token being 1 (default: 1)",
     )  # fmt: skip
+    p.add_argument(
+        "--balance", type=float, default=0.0, metavar="R",
+        help="choose sequences so that each expert gets R times an even share of tokens where it can (default: 0, no)",
+    )  # fmt: skip
     _seed(p)
 
 

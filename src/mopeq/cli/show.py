@@ -23,6 +23,7 @@ __all__ = [
     "following",
     "map_table",
     "megabytes",
+    "print_balance",
     "print_json",
     "print_result",
     "print_starved",
@@ -115,6 +116,17 @@ def print_starved(stats: Stats) -> None:
         some = ", ".join(f"{name} ({count})" for name, count in list(starved.items())[:8])
         more = " ..." if len(starved) > 8 else ""
         print(f"{len(starved)} experts saw fewer than {stats.info['minimum_tokens']} tokens: {some}{more}")
+
+
+def print_balance(info: Mapping[str, Any]) -> None:
+    """Say what choosing calibration sequences changed."""
+    found: Mapping[str, int] = info.get("balance") or {}
+    if found:
+        print(
+            f"{found['taken']} of {found['pool']} sequences chosen: experts with fewer than {found['least']} tokens "
+            f"{found['short_before']} -> {found['short_after']}, fewest tokens of one {found['fewest_before']} -> "
+            f"{found['fewest_after']}"
+        )
 
 
 def megabytes(count: int) -> str:
