@@ -78,6 +78,7 @@ def quantize(
     cost: str = "fisher_error",
     granularity: str = "group",
     uniform_layers: bool = False,
+    protect: bool = True,
     rest: Mapping[str, Precision] | None = None,
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
@@ -108,6 +109,7 @@ def quantize(
         cost: cost metric that it reads.
         granularity: ``group`` or ``expert``.
         uniform_layers: allocate one precision for all experts of a layer, as other runtimes need (mopeq export).
+        protect: give super-experts the most bits among the options (:mod:`mopeq.allocate.protect`).
         rest: precisions of the groups outside the experts, over the defaults.
         dtype: compute type of the original model.
         evaluated: compare the result with the original, if both fit in memory together; ``Packed.note`` says if not.
@@ -161,8 +163,8 @@ def quantize(
     if budget is not None or method not in DATA_FREE:
         opened = calibrated(opened, calibration, texts=training, track=track)
     plan = _Plan(
-        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, rest, calibration,
-        dtype, max_memory, heldout, guard, refine,
+        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, protect, rest,
+        calibration, dtype, max_memory, heldout, guard, refine,
     )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
@@ -203,6 +205,7 @@ class _Plan:
     cost: str
     granularity: str
     uniform_layers: bool
+    protect: bool
     rest: Mapping[str, Precision]
     calibration: Calibration
     dtype: torch.dtype | None
@@ -251,7 +254,7 @@ class _Plan:
             return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track)
         stats, fallbacks = measure_streamed(
             opened,
-            ("frequency", "gate_mass", self.cost),
+            ("frequency", "gate_mass", "output_peak", self.cost),
             options=self.options,
             quantizer=self.method,
             seed=self.calibration.seed,
@@ -272,6 +275,7 @@ class _Plan:
                 options=self.options,
                 granularity=self.granularity,
                 uniform_layers=self.uniform_layers,
+                protect=self.protect,
                 rest=self.rest,
             )
             known = {"map": made.to_json()}
@@ -357,6 +361,7 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
             else {}
         ),
         **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
+        **({} if plan.protect else {"protect": False}),
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
         "dtype": None if plan.dtype is None else str(plan.dtype),

@@ -95,6 +95,7 @@ def do_describe(options: argparse.Namespace) -> None:
 
 def do_analyze(options: argparse.Namespace) -> None:
     """Measure every expert."""
+    from mopeq.allocate import super_experts
     from mopeq.measure import measure, open_model
 
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
@@ -122,6 +123,7 @@ def do_analyze(options: argparse.Namespace) -> None:
     show.table("Metrics over experts", ("metric", "least", "25 %", "median", "75 %", "most"), rows)
     show.print_balance(stats.info)
     show.print_starved(stats)
+    show.print_super(super_experts(stats))
     print(f"wrote {out}")
     return None
 
@@ -143,6 +145,7 @@ def do_allocate(options: argparse.Namespace) -> None:
         options=precisions_of(options, stats.model) if options.levels else None,
         granularity=options.granularity,
         uniform_layers=options.uniform_layers,
+        protect=not options.no_protect,
         rest={**DEFAULT_REST, **rest_of(options.rest)},
         seed=options.seed,
     )
@@ -181,6 +184,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             cost=options.cost,
             granularity=options.granularity,
             uniform_layers=options.uniform_layers,
+            protect=not options.no_protect,
             rest=rest_of(options.rest),
             dtype=dtype_of(options),
             evaluated=not options.no_eval,
