@@ -154,7 +154,8 @@ def _below_best(table: CostTable, loss: Floats, held: Collection[str]) -> NDArra
     bits = np.array([p.bits for p in table.options])
     named = np.array([f"{unit.layer}.{unit.expert}" in held for unit in table.units])
     best = np.where(np.isfinite(loss), bits, 0).max(1)
-    return named[:, None] & (bits < best[:, None])
+    below: NDArray[np.bool_] = named[:, None] & (bits < best[:, None])
+    return below
 
 
 def _merged(table: CostTable, loss: Floats) -> tuple[Floats, Ints, Ints]:
