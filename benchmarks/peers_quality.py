@@ -30,7 +30,7 @@ RUNS = {
     "gptqmodel-dynamic": ("2.5", "3.0"),
     "llm-compressor": ("2", "3", "4"),
     "hqq": ("2", "3", "4"),
-    "ggml": ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K"),
+    "ggml": ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "IQ4_XS", "IQ2_XXS+IQ4_NL", "Q2_K+IQ4_NL"),
 }
 """What each is asked for: bits, bits on average, or a type of llama.cpp's."""
 
