@@ -1,9 +1,9 @@
 """The frontier of size and quality: the knapsack beside every control and every peer, at equal bytes, window by window.
 
 For every calibration seed the model is observed once and every unit quantized once at every precision. Each map is
-judged with those codes, dequantized, in the experts of the original, all else as it was; one map of the first seed is
+judged with those codes, dequantized, in the experts of the original, all else as it was; one map of the last seed is
 also packed, loaded and judged, to show that this is the same. Controls have the bytes of the knapsack's map and the
-same codes. Peers run in environments of their own on the same calibration tokens (``peers_quality.py``), their
+same codes. Peers run, for the last seed, in environments of their own on the same calibration tokens (``peers_quality.py``), their
 matrices, dequantized, take the same places, and a knapsack of their bytes stands beside each of them.
 
 Rows are stored one by one; the same command goes on where it was stopped.
@@ -32,7 +32,7 @@ from cloze import cloze_task
 from common import START, arguments, store
 from fidelity import short
 from mopeq.allocate import allocate, inverted_map, predicted, random_map, ranked_map, uniform_map
-from mopeq.analyze import analyze, layer_metrics
+from mopeq.analyze import analyze, layer_metrics, moments
 from mopeq.analyze.forward import experts_module
 from mopeq.data.text import Window, read_texts, text_windows
 from mopeq.errors import BudgetError
@@ -43,6 +43,8 @@ from mopeq.measure import Calibration, Prepared, observed, open_model
 from mopeq.pack import pack_model
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap
 from mopeq.qtensor import Codes, dequantize, on_cpu
+from mopeq.quantizers import DATA_FREE, QUANTIZERS, fallback_moments
+from mopeq.source import read_group
 from mopeq.stats import Stats, cost_metric
 
 COST = "fisher_error"
@@ -51,7 +53,9 @@ KEPT = {"attention": FULL, "lm_head": FULL}
 LEVELS = (2, 3, 4, 5, 6)
 FULL_CONTROLS = (2.5, 3.0)
 BITS = (2.5, 3.0, 2.25, 3.5, 4.0)
-"""Bits per expert weight, scales and zero points counted; the first two with every control, the others with few."""
+"""Bits per expert weight, everything counted; the first two with every control, the others with the strongest."""
+QUANTIZED = {"rtn": (2, 3, 4), "rtn-mse": (2, 3), "hqq": (2, 3), "signround": (2,)}
+"""Other quantizers of mopeq's and the uniform bits at which they stand beside GPTQ, for the last seed."""
 DRAWS = 2
 """Random maps of one histogram for every seed."""
 SAMENESS = 0.005
@@ -127,7 +131,7 @@ def main() -> None:
             if run is None:
                 run = {"seed": seed, "rows": []}
                 results["runs"].append(run)
-            _run(asked, opened, run, Path(temporary), seed == asked.seeds[0], lambda: store(asked.out, results))
+            _run(asked, opened, run, Path(temporary), seed == asked.seeds[-1], lambda: store(asked.out, results))
             store(asked.out, results)
 
 
@@ -136,11 +140,11 @@ def _run(
     opened: Prepared,
     run: dict[str, Any],
     folder: Path,
-    first: bool,
+    last: bool,
     save: Callable[[], None],
 ) -> None:
     """Every row of one seed that is not there yet."""
-    if run.get("complete") == _wanted(asked, first):
+    if run.get("complete") == _wanted(asked, last):
         return
     study = _studied(asked, opened, run["seed"])
     run |= {"seconds": dict(study.seconds), "tokens": study.stats.info["tokens"]}
@@ -160,18 +164,25 @@ def _run(
                 if job.like is not None and row["bytes"] > rows[job.like]["bytes"]:
                     raise RuntimeError(f"{job.name} takes {row['bytes']} bytes, {job.like} {rows[job.like]['bytes']}")
                 add(job.name, row, judge(study.take(job.precisions), job.name))
-        if first and "packed" not in run:
+        if last and "packed" not in run:
             run["packed"] = _packed(study, rows["ours 2.5"], judge, folder)
-        if first:
+        if last:
+            for method, bits in ((m, b) for m, many in QUANTIZED.items() for b in many):
+                if (name := f"{method} {bits}") not in rows:
+                    row = {**_described(study, _uniform(study, bits)), "kind": "peer"}
+                    begun = time.process_time()
+                    model = study.take_matrices(_requantized(study, method, Precision(bits, 128)))
+                    row["processor_seconds"] = round(time.process_time() - begun, 1)
+                    add(name, row, judge(model, name))
             for name, job in peers_quality.runs(asked, study.prepared, run["seed"]):
                 _peer(study, name, job, rows, judge, add, run)
-    if first and asked.questions:
+    if last and asked.questions:
         _asked_questions(asked, study, rows, run, folder, save)
-    run["complete"] = _wanted(asked, first)
+    run["complete"] = _wanted(asked, last)
 
 
-def _wanted(asked: argparse.Namespace, first: bool) -> list[Any]:
-    return [*map(float, asked.bits), *(sorted(asked.peer) if first else []), asked.questions if first else 0]
+def _wanted(asked: argparse.Namespace, last: bool) -> list[Any]:
+    return [*map(float, asked.bits), *(sorted(asked.peer) if last else []), asked.questions if last else 0]
 
 
 def _peer(
@@ -206,6 +217,27 @@ def _peer(
             return
         model.check(made)
         add(own, _described(study, Job(own, "ours", made, name)), judge(study.take(made), own))
+
+
+def _uniform(study: Study, bits: int) -> Job:
+    return Job(f"uniform {bits}", "uniform", uniform_map(study.stats.model, [Precision(bits, 128)], rest=KEPT))
+
+
+def _requantized(study: Study, method: str, precision: Precision) -> dict[str, Tensor]:
+    """The experts' matrices as another quantizer leaves them, by their names in the checkpoint."""
+    made = {}
+    for layer in study.prepared.spec.layers:
+        module = experts_module(study.prepared.model, layer)
+        weights = {group: read_group(study.prepared.source, layer, group) for group in GROUPS}
+        seen = moments(study.prepared.routed[layer.index], module, weights["gate_up"])
+        for group in GROUPS:
+            summed = getattr(seen, group)
+            inputs = None if method in DATA_FREE else fallback_moments(summed, seen.tokens, summed.shape[-1] // 4)[0]
+            found = dequantize(QUANTIZERS[method](weights[group], precision, inputs))
+            for expert, matrices in zip(layer.experts, found, strict=True):
+                parts = matrices.chunk(len(MATRICES[group]))
+                made |= {f"{expert.names[m]}.weight": p for m, p in zip(MATRICES[group], parts, strict=True)}
+    return made
 
 
 def _size(study: Study, bits: float) -> int:
@@ -252,9 +284,8 @@ def _studied(asked: argparse.Namespace, opened: Prepared, seed: int) -> Study:
 def _jobs(study: Study, budgets: Sequence[float]) -> Iterator[Job]:
     """Uniform models, the knapsack at each size, and what else has its bytes and the same codes."""
     stats, options = study.stats, [Precision(bits, 128) for bits in LEVELS]
-    model = stats.model
     for p in options[:3]:
-        yield Job(f"uniform {p.bits}", "uniform", uniform_map(model, [p], rest=KEPT))
+        yield _uniform(study, p.bits)
     for bits in budgets:
         name = f"ours {bits}"
         ours = allocate(stats, budget=f"{bits}bpw", cost=COST, options=options, rest=KEPT)
@@ -270,14 +301,13 @@ def _controls(
     stats, model = study.stats, study.stats.model
     bytes_of = {"budget": f"{model.total_bytes(ours)}B", "options": options, "rest": KEPT}
     norm, used = stats.metric("inverse_norm"), stats.metric("frequency")
-    yield f"random {DRAWS * study.seed}", random_map(model, ours, DRAWS * study.seed)
     yield "frequency", ranked_map(model, used, ours)
-    yield "GEMQ", allocate(stats, cost="gemq", granularity="expert", **bytes_of)
-    yield "PMQ", controls.layerwise(stats, "pmq", model.expert_bytes(ours), options, KEPT)
     if every:
+        yield "GEMQ", allocate(stats, cost="gemq", granularity="expert", **bytes_of)
+        yield "PMQ", controls.layerwise(stats, "pmq", model.expert_bytes(ours), options, KEPT)
         losses = (stats.metric(cost_metric(COST, group, options[0])) for group in GROUPS)
         loss = {layer: [a + b for a, b in zip(*rows, strict=True)] for layer, *rows in _rows(*losses)}
-        for draw in range(1, DRAWS):
+        for draw in range(DRAWS):
             number = DRAWS * study.seed + draw
             yield f"random {number}", random_map(model, ours, number)
         yield "inverted", inverted_map(model, loss, ours)
@@ -398,7 +428,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=48, help="held-out windows, evenly spread over all files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the calibration")
     parser.add_argument("--bits", type=float, nargs="+", default=list(BITS), help="sizes of the knapsack's maps")
-    parser.add_argument("--questions", type=int, default=0, help="about held-out text, for the first seed")
+    parser.add_argument("--questions", type=int, default=0, help="about held-out text, for the last seed")
     peers_quality.add_flags(parser)
     return parser
 
