@@ -3,8 +3,9 @@
 For every calibration seed the model is observed once and every unit quantized once at every precision. Each map is
 judged with those codes, dequantized, in the experts of the original, all else as it was; one map of the last seed is
 also packed, loaded and judged, to show that this is the same. Controls have the bytes of the knapsack's map and the
-same codes. Peers run, for the last seed, in environments of their own on the same calibration tokens (``peers_quality.py``), their
-matrices, dequantized, take the same places, and a knapsack of their bytes stands beside each of them.
+same codes. Peers run, for the last seed, in environments of their own on the same calibration tokens
+(``peers_quality.py``), their matrices, dequantized, take the same places, and a knapsack of their bytes stands beside
+each of them.
 
 Rows are stored one by one; the same command goes on where it was stopped.
 """
@@ -56,6 +57,8 @@ BITS = (2.5, 3.0, 2.25, 3.5, 4.0)
 """Bits per expert weight, everything counted; the first two with every control, the others with the strongest."""
 QUANTIZED = {"rtn": (2, 3, 4), "rtn-mse": (2, 3), "hqq": (2, 3), "signround": (2,)}
 """Other quantizers of mopeq's and the uniform bits at which they stand beside GPTQ, for the last seed."""
+LAST_CONTROL = "ours, whole experts"
+"""The control that is judged last."""
 DRAWS = 2
 """Random maps of one histogram for every seed."""
 SAMENESS = 0.005
@@ -146,10 +149,11 @@ def _run(
     """Every row of one seed that is not there yet."""
     if run.get("complete") == _wanted(asked, last):
         return
-    study = _studied(asked, opened, run["seed"])
-    run |= {"seconds": dict(study.seconds), "tokens": study.stats.info["tokens"]}
-    windows, domains = _windows(asked, study.prepared.tokenizer)
     rows = {row["name"]: row for row in run["rows"]}
+    left = any(f"{LAST_CONTROL} = {bits}" not in rows for bits in asked.bits if bits in FULL_CONTROLS)
+    study = _studied(asked, opened, run["seed"], left)
+    run["seconds"] = {**run.get("seconds", {}), **study.seconds}
+    windows, domains = _windows(asked, study.prepared.tokenizer)
 
     def add(name: str, row: Mapping[str, Any], found: Comparison) -> None:
         rows[name] = {"name": name, **row, **_facts(found, domains)}
@@ -158,7 +162,7 @@ def _run(
         print(time.strftime("%H:%M:%S"), run["seed"], name, rows[name]["kl"], flush=True)
 
     with judging(study.prepared.model, windows, cache=folder, batch_size=8) as judge:
-        for job in _jobs(study, asked.bits):
+        for job in _jobs(study, asked.bits, left):
             if job.name not in rows:
                 row = _described(study, job)
                 if job.like is not None and row["bytes"] > rows[job.like]["bytes"]:
@@ -247,8 +251,8 @@ def _size(study: Study, bits: float) -> int:
     return model.total_bytes(uniform) - model.expert_bytes(uniform) + math.ceil(bits * model.expert_parameters / 8)
 
 
-def _studied(asked: argparse.Namespace, opened: Prepared, seed: int) -> Study:
-    """Observe, quantize every unit at every precision, and measure mopeq's costs and those of the controls."""
+def _studied(asked: argparse.Namespace, opened: Prepared, seed: int, compared: bool) -> Study:
+    """Observe, quantize every unit at every precision, and measure mopeq's costs and, if asked, those of controls."""
     begun = time.process_time()
     calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
     prepared = observed(opened, calibration, dtype=torch.float32)
@@ -274,14 +278,15 @@ def _studied(asked: argparse.Namespace, opened: Prepared, seed: int) -> Study:
             costs.setdefault(name, {})[layer.index] = row
     stats = stats.with_metrics(costs)
     seconds["costs and codes"] = time.process_time() - begun
-    begun = time.process_time()
-    stats = stats.with_metrics({**controls.control_costs(prepared, options), **controls.alphaq(prepared, options)})
-    seconds["costs of controls"] = time.process_time() - begun
+    if compared:
+        begun = time.process_time()
+        stats = stats.with_metrics({**controls.control_costs(prepared, options), **controls.alphaq(prepared, options)})
+        seconds["costs of controls"] = time.process_time() - begun
     rounded = {name: round(value, 1) for name, value in seconds.items()}
     return Study(seed, prepared, stats, codes, copy.deepcopy(prepared.model), rounded)
 
 
-def _jobs(study: Study, budgets: Sequence[float]) -> Iterator[Job]:
+def _jobs(study: Study, budgets: Sequence[float], compared: bool) -> Iterator[Job]:
     """Uniform models, the knapsack at each size, and what else has its bytes and the same codes."""
     stats, options = study.stats, [Precision(bits, 128) for bits in LEVELS]
     for p in options[:3]:
@@ -290,7 +295,7 @@ def _jobs(study: Study, budgets: Sequence[float]) -> Iterator[Job]:
         name = f"ours {bits}"
         ours = allocate(stats, budget=f"{bits}bpw", cost=COST, options=options, rest=KEPT)
         yield Job(name, "ours", ours)
-        for what, precisions in _controls(study, ours, options, bits in FULL_CONTROLS):
+        for what, precisions in _controls(study, ours, options, compared and bits in FULL_CONTROLS):
             yield Job(f"{what} = {bits}", "control", precisions, name)
 
 
@@ -315,7 +320,7 @@ def _controls(
         yield "MoPEQ layer-wise", ranked_map(model, controls.layer_ranks(norm), ours)
         yield "MODE", controls.layerwise(stats, "mode", model.expert_bytes(ours), options, KEPT)
         yield "AlphaQ", allocate(stats, cost="alphaq", granularity="expert", **bytes_of)
-        yield "ours, whole experts", allocate(stats, cost=COST, granularity="expert", **bytes_of)
+        yield LAST_CONTROL, allocate(stats, cost=COST, granularity="expert", **bytes_of)
 
 
 def _rows(first: Mapping[int, Any], second: Mapping[int, Any]) -> Iterator[tuple[Any, ...]]:
@@ -378,7 +383,7 @@ def _asked_questions(
     """Share of questions of held-out text answered right, through lm-eval."""
     tasks = cloze_task(asked.text, study.prepared.tokenizer, asked.questions, folder / "cloze")
     done = run.setdefault("questions", {})
-    maps = {job.name: job.precisions for job in _jobs(study, asked.bits) if job.name in TASKS}
+    maps = {job.name: job.precisions for job in _jobs(study, asked.bits, False) if job.name in TASKS}
     loaders: dict[str, Callable[[], nn.Module]] = {"original": lambda: study.prepared.model}
     loaders |= {name: partial(study.take, made) for name, made in maps.items()}
     for name, work in peers_quality.runs(asked, study.prepared, run["seed"]):
