@@ -28,7 +28,7 @@ from mopeq.analyze.activation import frequency, gate_mass
 from mopeq.analyze.forward import experts_module, frozen, inputs_of, logits_of, next_token_loss
 from mopeq.analyze.moments import expert_inputs
 from mopeq.measure import Prepared
-from mopeq.precision import GROUPS, Precision, PrecisionMap
+from mopeq.precision import GROUPS, Precision, PrecisionMap, ProjectionGroup
 from mopeq.qtensor import dequantize
 from mopeq.quantizers import rtn
 from mopeq.seam import activate
@@ -57,25 +57,26 @@ def control_costs(prepared: Prepared, options: Sequence[Precision]) -> Rows:
         rows = expert_rows(routed, count)
         weight = mass / torch.tensor([max(1, len(r)) for r, _ in rows])
         weight /= weight.sum()
-        for p in options:
-            changed = {group: dequantize(rtn(weights[group], p)) for group in GROUPS}
-            found = {"pmq": torch.zeros(count), "gemq": torch.zeros(count), "mode": torch.zeros(count)}
-            for e in range(count):
-                square = own = weighted = 0.0
-                for r, x, c in expert_inputs(routed, *rows[e], torch.device("cpu")):
-                    before, after = (
-                        activate(module, x @ w["gate_up"][e].T, e) @ w["down"][e].T for w in (weights, changed)
-                    )
-                    change = (after - before).square()
-                    own += float(change.sum())
-                    square += float((change * c.square()).sum())
-                    weighted += float((change * c.square() * gradients[layer.index][r].square()).sum())
-                found["pmq"][e] = used[e] * weight[e] ** 1.5 * square
-                found["gemq"][e] = weighted
-                found["mode"][e] = used[e] * own / max(1, len(rows[e][0]))
-            for cost, values in found.items():
-                _whole(made, cost, p, layer.index, values.tolist())
+        changed = {p: {group: dequantize(rtn(weights[group], p)) for group in GROUPS} for p in options}
+        found = {cost: torch.zeros(len(options), count) for cost in ("pmq", "gemq", "mode")}
+        for e in range(count):
+            for r, x, c in expert_inputs(routed, *rows[e], torch.device("cpu")):
+                before = _output(module, e, x, weights)
+                weighted = c.square() * gradients[layer.index][r].square()
+                for i, p in enumerate(options):
+                    change = (_output(module, e, x, changed[p]) - before).square()
+                    found["pmq"][i, e] += used[e] * weight[e] ** 1.5 * (change * c.square()).sum()
+                    found["gemq"][i, e] += (change * weighted).sum()
+                    found["mode"][i, e] += used[e] * change.sum() / len(rows[e][0])
+        for cost, values in found.items():
+            for i, p in enumerate(options):
+                _whole(made, cost, p, layer.index, values[i].tolist())
     return made
+
+
+def _output(module: Any, expert: int, x: Tensor, weights: Mapping[ProjectionGroup, Tensor]) -> Tensor:
+    """Output (n, H) of an expert for inputs x (n, H), before its routing weight."""
+    return activate(module, x @ weights["gate_up"][expert].T, expert) @ weights["down"][expert].T
 
 
 def _whole(made: Rows, cost: str, precision: Precision, layer: int, values: list[float]) -> None:
