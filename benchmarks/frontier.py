@@ -155,31 +155,36 @@ def _run(
     run["seconds"] = {**run.get("seconds", {}), **study.seconds}
     windows, domains = _windows(asked, study.prepared.tokenizer)
 
-    def add(name: str, row: Mapping[str, Any], found: Comparison) -> None:
-        rows[name] = {"name": name, **row, **_facts(found, domains)}
+    def add(name: str, row: Mapping[str, Any], found: Comparison | Mapping[str, Any]) -> None:
+        """Store a row; ``found`` may be that of the same model under another name."""
+        seen = _facts(found, domains) if isinstance(found, Comparison) else found
+        rows[name] = {**seen, **row, "name": name}
         run["rows"] = list(rows.values())
         save()
         print(time.strftime("%H:%M:%S"), run["seed"], name, rows[name]["kl"], flush=True)
 
-    with judging(study.prepared.model, windows, cache=folder, batch_size=8) as judge:
-        for job in _jobs(study, asked.bits, left):
+    def maps(judge: Judge, budgets: Sequence[float]) -> None:
+        for job in _jobs(study, budgets, left):
             if job.name not in rows:
                 row = _described(study, job)
                 if job.like is not None and row["bytes"] > rows[job.like]["bytes"]:
                     raise RuntimeError(f"{job.name} takes {row['bytes']} bytes, {job.like} {rows[job.like]['bytes']}")
                 add(job.name, row, judge(study.take(job.precisions), job.name))
-        if last and "packed" not in run:
+
+    with judging(study.prepared.model, windows, cache=folder, batch_size=8) as judge:
+        maps(judge, [bits for bits in asked.bits if bits in FULL_CONTROLS])
+        for name, work in peers_quality.runs(asked, study.prepared, run["seed"]) if last else ():
+            _peer(study, name, work, rows, judge, add, run)
+        maps(judge, asked.bits)
+        if last and "packed" not in run and "ours 2.5" in rows:
             run["packed"] = _packed(study, rows["ours 2.5"], judge, folder)
-        if last:
-            for method, bits in ((m, b) for m, many in QUANTIZED.items() for b in many):
-                if (name := f"{method} {bits}") not in rows:
-                    row = {**_described(study, _uniform(study, bits)), "kind": "peer"}
-                    begun = time.process_time()
-                    model = study.take_matrices(_requantized(study, method, Precision(bits, 128)))
-                    row["processor_seconds"] = round(time.process_time() - begun, 1)
-                    add(name, row, judge(model, name))
-            for name, job in peers_quality.runs(asked, study.prepared, run["seed"]):
-                _peer(study, name, job, rows, judge, add, run)
+        for method, bits in ((m, b) for m, many in QUANTIZED.items() for b in many) if last else ():
+            if (name := f"{method} {bits}") not in rows:
+                row = {**_described(study, _uniform(study, bits)), "kind": "peer"}
+                begun = time.process_time()
+                model = study.take_matrices(_requantized(study, method, Precision(bits, 128)))
+                row["processor_seconds"] = round(time.process_time() - begun, 1)
+                add(name, row, judge(model, name))
     if last and asked.questions:
         _asked_questions(asked, study, rows, run, folder, save)
     run["complete"] = _wanted(asked, last)
@@ -195,7 +200,7 @@ def _peer(
     work: Callable[[], Mapping[str, Any]],
     rows: Mapping[str, Mapping[str, Any]],
     judge: Judge,
-    add: Callable[[str, Mapping[str, Any], Comparison], None],
+    add: Callable[[str, Mapping[str, Any], Any], None],
     run: dict[str, Any],
 ) -> None:
     """A peer's row, and one of the knapsack with its bytes; or what it said when it failed."""
@@ -220,7 +225,9 @@ def _peer(
             print(own, error, flush=True)
             return
         model.check(made)
-        add(own, _described(study, Job(own, "ours", made, name)), judge(study.take(made), own))
+        facts = _described(study, Job(own, "ours", made, name))
+        same = next((r for r in rows.values() if r["kind"] == "uniform" and r["units"] == facts["units"]), None)
+        add(own, facts, judge(study.take(made), own) if same is None else same)
 
 
 def _uniform(study: Study, bits: int) -> Job:

@@ -32,11 +32,13 @@ RUNS = {
     "hqq": ("2", "3", "4"),
     "ggml": ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "IQ4_XS", "IQ2_XXS+IQ4_NL", "Q2_K+IQ4_NL"),
 }
-"""What each is asked for: bits, bits on average, or a type of llama.cpp's."""
+"""What each is asked for unless told: bits, bits on average, or a type of llama.cpp's."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help=f"of {', '.join(RUNS)}")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME[:SETTING,...]=COMMAND", help=f"of {', '.join(RUNS)}"
+    )
     parser.add_argument("--work", type=Path, help="folder to keep what peers make; needed with --peer")
 
 
@@ -51,8 +53,9 @@ def runs(
         raise SystemExit("--peer without --work; name a folder to keep what peers make")
     ids = json.dumps(torch.cat([batch["input_ids"] for batch in prepared.batches]).tolist())
     for given in sorted(asked.peer):
-        peer, _, python = given.partition("=")
-        for setting in RUNS[peer]:
+        named, _, python = given.partition("=")
+        peer, _, settings = named.partition(":")
+        for setting in settings.split(",") if settings else RUNS[peer]:
             yield f"{peer} {setting}", partial(_run, asked, peer, python, setting, ids, asked.work / f"seed-{seed}")
 
 
