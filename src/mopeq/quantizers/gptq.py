@@ -20,7 +20,7 @@ from torch import Tensor
 from mopeq.errors import DataError
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
-from mopeq.quantizers.grid import Grid, bounds, minmax, searched, steps
+from mopeq.quantizers.grid import Grid, bounds, columns, minmax, searched, steps
 from mopeq.quantizers.rtn import importance
 
 __all__ = ["Factored", "factored", "gptq"]
@@ -32,6 +32,8 @@ DAMPING = 0.2
 """Share of the mean diagonal that is added to the diagonal of the moments."""
 LEAF = 16
 """Columns that are rounded one after the other before a matrix product takes over."""
+BLOCK = 256
+"""Columns whose errors are kept apart until the columns after them are in turn."""
 CHUNK = 1 << 28
 """Floats of weights and moments worked on at a time (1 GiB, about three such buffers live)."""
 
@@ -123,37 +125,38 @@ def _round(weight: Tensor, grid: Grid, factors: Factored) -> Tensor:
     first = torch.arange(experts, device=weight.device)[:, None]
     place = (first * inp + order).flatten()  # of each column of all experts
     group = first * groups + order // (inp // groups)
-    work = _columns(weight).index_select(0, place).view(experts, inp, out)
-    scales, zeros = _columns(grid.scale), _columns(grid.zero)
-    shift = torch.zeros_like(work)
+    scales, zeros = columns(grid.scale).view(-1, out), columns(grid.zero).view(-1, out)
+    work = columns(weight).view(-1, out).index_select(0, place).view(experts, inp, out)
+    shift = work.new_empty(experts, min(inp, BLOCK), out)  # by which the columns of one block are moved
     codes = torch.empty(work.shape, dtype=torch.uint8, device=weight.device)
 
-    def solve(start: int, stop: int) -> None:
-        """Round columns start..stop-1; their rows of ``work`` become errors, by which later rows of ``shift`` move."""
+    def move(moved: Tensor, by: slice, at: slice) -> None:
+        moved.baddbmm_(upper[:, by, at].transpose(1, 2), work[:, by])
+
+    def solve(start: int, stop: int, block: int) -> None:
+        """Round columns start..stop-1: their rows of ``work`` become errors."""
         if stop - start > LEAF:
             middle = start + (stop - start + LEAF) // (2 * LEAF) * LEAF
-            solve(start, middle)
-            shift[:, middle:stop].baddbmm_(upper[:, start:middle, middle:stop].transpose(1, 2), work[:, start:middle])
-            solve(middle, stop)
+            solve(start, middle, block)
+            move(shift[:, middle - block : stop - block], slice(start, middle), slice(middle, stop))
+            solve(middle, stop, block)
             return
         index = group[:, start:stop].flatten()
         scale, zero = (part.index_select(0, index).view(experts, stop - start, out) for part in (scales, zeros))
         least, most = bounds(zero, levels)
-        found = shift[:, start:stop].add_(work[:, start:stop])
+        found = shift[:, start - block : stop - block].add_(work[:, start:stop])
         for i, j in enumerate(range(start, stop)):
             k = steps(found[:, i], scale[:, i], least[:, i], most[:, i], out=found[:, i])
             error = work[:, j].addcmul_(k, scale[:, i], value=-1)
             found[:, i + 1 :].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None])
         codes[:, start:stop] = found.add_(zero)
 
-    solve(0, inp)
+    for start in range(0, inp, BLOCK):
+        stop = min(inp, start + BLOCK)
+        move(shift[:, : stop - start].zero_(), slice(start), slice(start, stop))
+        solve(start, stop, start)
     placed = torch.empty_like(codes).view(-1, out).index_copy_(0, place, codes.view(-1, out)).view_as(codes)
-    return placed.transpose(1, 2).contiguous()
-
-
-def _columns(batch: Tensor) -> Tensor:
-    """(experts, rows, columns) as (experts * columns, rows)."""
-    return batch.transpose(1, 2).reshape(-1, batch.shape[1])
+    return columns(placed)
 
 
 def _factor(moments: Tensor, order: Tensor, damping: float) -> Tensor:
@@ -161,8 +164,9 @@ def _factor(moments: Tensor, order: Tensor, damping: float) -> Tensor:
 
     With the columns reversed, H = L L^T; L with its columns divided by its diagonal, reversed back, is R.
     """
-    columns = zip(moments, order.flip(-1), strict=True)
-    h = torch.stack([matrix.index_select(0, at).index_select(1, at) for matrix, at in columns])
+    h = torch.empty_like(moments)
+    for into, matrix, at in zip(h, moments, order.flip(-1), strict=True):
+        torch.index_select(matrix.index_select(0, at), 1, at, out=into)
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
     seen = mean > 0
     h.div_(torch.where(seen, mean, 1.0)[:, None, None])

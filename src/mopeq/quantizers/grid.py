@@ -95,15 +95,23 @@ def searched(
     all zero keep the min-max grid.
     """
     start = minmax(weight, precision)
-    rows = _grouped(weight, precision)
-    scale, zero = (part.transpose(1, 2).contiguous() for part in (start.scale, start.zero))
-    h = None if importance is None else importance.float().reshape(len(rows), *rows.shape[2:]).unsqueeze(-1)
-    for some, part, groups in _parts(rows):
-        cells = rows[some, part, groups].permute(0, 2, 3, 1).contiguous()
-        at = (some, groups, slice(None), part)
-        heavy = None if h is None else h[some, groups]
-        _search(cells, heavy, scale.unsqueeze(2)[at], zero.unsqueeze(2)[at], precision, factors, refits)
-    return Grid(scale.transpose(1, 2).contiguous(), zero.transpose(1, 2).contiguous(), precision)
+    experts, out, inp = weight.shape
+    scale, zero = columns(start.scale).unsqueeze(2), columns(start.zero).unsqueeze(2)
+    shape = (experts, scale.shape[1], inp // scale.shape[1], out)
+    cells = columns(weight).view(shape)
+    h = None if importance is None else importance.float().reshape(*shape[:3], 1)
+    for some, groups, rows in _parts(*shape, CHUNK.get(weight.device.type, CHUNK["cpu"])):
+        at = (some, groups, slice(None), rows)
+        _search(cells[at], None if h is None else h[some, groups], scale[at], zero[at], precision, factors, refits)
+    return Grid(columns(scale.squeeze(2)), columns(zero.squeeze(2)), precision)
+
+
+def columns(batch: Tensor) -> Tensor:
+    """(experts, rows, columns) as contiguous (experts, columns, rows); torch is fast at one matrix only."""
+    made = batch.new_empty(len(batch), batch.shape[2], batch.shape[1])
+    for into, matrix in zip(made, batch, strict=True):
+        into.copy_(matrix.t())
+    return made
 
 
 def nearest(weight: Tensor, grid: Grid) -> Codes:
@@ -114,9 +122,10 @@ def nearest(weight: Tensor, grid: Grid) -> Codes:
     rows = _grouped(weight, grid.precision)
     scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=weight.device)
-    for part in _parts(rows):
-        k = steps(rows[part], scale[part], *bounds(zero[part], grid.precision.levels))
-        codes[part] = k.add_(zero[part])
+    count, out, groups, size = rows.shape
+    for some, group, part in _parts(count, groups, size, out, CHUNK.get(weight.device.type, CHUNK["cpu"])):
+        at = (some, part, group)
+        codes[at] = steps(rows[at], scale[at], *bounds(zero[at], grid.precision.levels)).add_(zero[at])
     return grid.codes(codes.view(weight.shape))
 
 
@@ -201,14 +210,12 @@ def _check(scale: Tensor, size: Tensor, precision: Precision) -> None:
     )
 
 
-def _parts(rows: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Experts, rows and groups of parts of (experts, rows, groups, size): some whole experts, or a part of one."""
-    most = CHUNK.get(rows.device.type, CHUNK["cpu"])
-    experts, count, groups, size = rows.shape
-    some = max(1, most // (count * groups * size))
-    wide = min(groups, max(1, most // (count * size)))
-    tall = min(count, max(1, most // size))
+def _parts(experts: int, groups: int, size: int, rows: int, most: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Experts, groups and rows of at most ``most`` weights or one group: some whole experts, or a part of one."""
+    some = max(1, most // (groups * size * rows))
+    wide = min(groups, max(1, most // (size * rows)))
+    tall = min(rows, max(1, most // size))
     for i in range(0, experts, some):
         for g in range(0, groups, wide):
-            for j in range(0, count, tall):
-                yield slice(i, i + some), slice(j, j + tall), slice(g, g + wide)
+            for j in range(0, rows, tall):
+                yield slice(i, i + some), slice(g, g + wide), slice(j, j + tall)
