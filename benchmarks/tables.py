@@ -200,7 +200,25 @@ def vlm(results: Mapping[str, Any]) -> dict[str, str]:
         "vlm comparisons": table(versus, pairs),
         "vlm ranks": table(["seed", "maps", "fisher_error", "output_error"], [correlated(run) for run in runs]),
         "vlm calibration": _calibrations(results["runs"]),
+        "vlm plain": _plain(named, results["original"]["plain"], tasks),
     }
+
+
+def _plain(named: Mapping[str, Sequence[Sequence[Row]]], original: Row, tasks: Sequence[str]) -> str:
+    """Maps that were judged on images as drawn, too."""
+    judged = {name: columns for name, columns in named.items() if "plain" in columns[0][0]}
+    rows = []
+    for name in sorted(judged, key=lambda name: mean(judged[name], "bytes")):
+        found = [row["plain"] for column in judged[name] for row in column]
+        columns = [[row] for row in found]
+        kl = estimate(pooled(columns))
+        shares = [[row["right"], *(row["by_task"][task] for task in tasks)] for row in found]
+        largest = sum(sum(sorted(row["window_kl"])[-3:]) / sum(row["window_kl"]) for row in found) / len(found)
+        rows.append([name, f"{kl.value:.4f}", f"{kl.low:.4f} to {kl.high:.4f}", f"{100 * largest:.0f}",
+                     *_percent([sum(values) / len(values) for values in zip(*shares, strict=True)])])  # fmt: skip
+    shares = [original["right"], *(original["by_task"][task] for task in tasks)]
+    head = ["map", "KL", "95 % interval", "three questions' share of it, %", "right %", *tasks]
+    return table(head, [*rows, ["original", "0", "", "", *_percent(shares)]])
 
 
 def _answered(name: str, columns: Sequence[Sequence[Row]], tasks: Sequence[str]) -> list[str]:
