@@ -204,6 +204,22 @@ def vlm(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def parts(results: Mapping[str, Any]) -> dict[str, str]:
+    """What few bits in one part of the bundled vision-language model cost, the other parts whole."""
+    head = ["rounded", "weights", "bits"]
+    for name in ("plain", "harder"):
+        head += [f"KL, {name}", "95 % interval", f"right %, {name}"]
+    rows = []
+    for row in results["rows"]:
+        cells = [row["part"].replace("_", " "), f"{results['weights'][row['part']]:,}", row["bits"]]
+        for name in ("plain", "harder"):
+            at = row[name]
+            cells += [f"{at['kl']:.4f}", f"{at['kl_low']:.4f} to {at['kl_high']:.4f}", f"{100 * at['right']:.1f}"]
+        rows.append(cells)
+    whole = [["0", "", f"{100 * results['original'][name]['right']:.1f}"] for name in ("plain", "harder")]
+    return {"vlm parts": table(head, [*rows, ["nothing", "", "", *whole[0], *whole[1]]])}
+
+
 def _plain(named: Mapping[str, Sequence[Sequence[Row]]], original: Row, tasks: Sequence[str]) -> str:
     """Maps that were judged on images as drawn, too."""
     judged = {name: columns for name, columns in named.items() if "plain" in columns[0][0]}
@@ -497,6 +513,7 @@ PRINTED = {
     "serving": serving,
     "loading": loading,
     "vlm_study": vlm,
+    "vlm_parts": parts,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
     "llama_cpp": llama_cpp,

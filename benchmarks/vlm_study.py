@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from common import ROOT, arguments, store
 from fidelity import COST, COSTS, DRAWS, Job, noise, packed, paper_maps, short
@@ -62,17 +62,13 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(bundled_vlm())
-    plain = read_questions(bundled_images("heldout.tsv"))
-    categories = [question.category for question in plain]
-    tables = {"harder": _harder(plain), "plain": plain}
-    batches = {name: question_batches(table, load_processor(opened.source.path), 50) for name, table in tables.items()}
     results: dict[str, Any] = {
         "model": "bundled vision-language model",
         "expert_parameters": opened.inventory.expert_parameters,
         "parameters": opened.inventory.parameters,
         "original_bytes": sum(path.stat().st_size for path in opened.source.path.glob("*.safetensors")),
         "calibration": {"conversations": CONVERSATIONS, "seeds": asked.seeds},
-        "questions": len(plain),
+        "questions": len(read_questions(bundled_images("heldout.tsv"))),
         "harder": {"contrast": drawn.CONTRAST, "noise": drawn.NOISE},
         "group_size": SIZE,
         "quantizer": "gptq",
@@ -89,10 +85,9 @@ def main() -> None:
                 options = [Precision(bits, SIZE) for bits in BITS]
                 stats = measure_prepared(own, ("frequency", "inverse_norm", *COSTS), options=options, seed=seed)
                 if images is None:
-                    images = own
-                    judges = {name: _judge(own.model, table, categories) for name, table in batches.items()}
-                    results["original"] = _accuracy(judges["harder"](own.model))
-                    results["original"]["plain"] = _accuracy(judges["plain"](own.model))
+                    images, judges = own, judges_of(own)
+                    results["original"] = accuracy_of(judges["harder"](own.model))
+                    results["original"]["plain"] = accuracy_of(judges["plain"](own.model))
                     if asked.probes and not hessian:
                         few = replace(calibration, samples=asked.hessian_samples, batch_size=4)
                         hessian = _hessian(own, calibrated(opened, few).batches, asked.probes, seed)
@@ -108,9 +103,9 @@ def main() -> None:
                     print(time.strftime("%H:%M:%S"), seed, arm, job.name, flush=True)
                     with tempfile.TemporaryDirectory(dir=folder) as at:
                         model = packed(quantized_by, stats, job, Path(at) / "packed", facts)
-                        facts[job.name] |= _judged(judges["harder"](model))
+                        facts[job.name] |= judged(judges["harder"](model))
                         if arm == "images" and job.name in PLAIN:
-                            facts[job.name]["plain"] = _judged(judges["plain"](model))
+                            facts[job.name]["plain"] = judged(judges["plain"](model))
                 results["runs"].append({
                     "seed": seed, "arm": arm, "seconds": round(time.perf_counter() - started, 1),
                     "tokens": stats.info["tokens"], "starved": stats.info["starved"], "rows": list(facts.values()),
@@ -129,12 +124,21 @@ def _harder(table: Sequence[Question]) -> list[Question]:
     return made
 
 
-def _judge(
-    original: nn.Module, batches: Sequence[Mapping[str, Tensor]], categories: Sequence[str]
-) -> Callable[[nn.Module], Answers]:
-    """What tells how a model answers a table of questions, and how far it is from the original there."""
-    expected = answer_logits(original, batches)
-    return lambda model: judge_answers(answer_logits(model, batches), batches, categories, expected)
+def judges_of(own: Prepared) -> dict[str, Callable[[nn.Module], Answers]]:
+    """What tells how a model answers the held-out questions, and how far it is there from the original in ``own``.
+
+    ``harder``: about images of less contrast and with noise. ``plain``: about the images as they are drawn.
+    """
+    plain = read_questions(bundled_images("heldout.tsv"))
+    categories = [question.category for question in plain]
+    processor = load_processor(own.source.path)
+
+    def judge(table: Sequence[Question]) -> Callable[[nn.Module], Answers]:
+        batches = question_batches(table, processor, 50)
+        expected = answer_logits(own.model, batches)
+        return lambda model: judge_answers(answer_logits(model, batches), batches, categories, expected)
+
+    return {"harder": judge(_harder(plain)), "plain": judge(plain)}
 
 
 def _arms(seed: int, folder: Path) -> Iterator[tuple[str, Calibration]]:
@@ -184,16 +188,16 @@ def _few_maps(stats: Stats, own: Prepared, images: Prepared) -> Iterator[tuple[P
     yield images, Job("knapsack 2.5, images' codes", best)
 
 
-def _judged(found: Any) -> dict[str, Any]:
+def judged(found: Answers) -> dict[str, Any]:
     """KL on the answers, over all and of each question as its share of the mean, and how many are right."""
     kl, each = found.divergence(), sum(found.tokens) / len(found.tokens)
     return {
-        "kl": short(kl.value), "kl_low": short(kl.low), "kl_high": short(kl.high), **_accuracy(found),
+        "kl": short(kl.value), "kl_low": short(kl.low), "kl_high": short(kl.high), **accuracy_of(found),
         "window_kl": [short(value / each) for value in found.kl],
     }  # fmt: skip
 
 
-def _accuracy(found: Any) -> dict[str, Any]:
+def accuracy_of(found: Answers) -> dict[str, Any]:
     shares = {category: short(value.value) for category, value in found.by_category().items()}
     whole = found.accuracy()
     return {
