@@ -70,7 +70,8 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Check the files of a local folder before anything is built, and mend what vLLM's models leave out."""
         # models/olmoe.py of vLLM 0.32 never renormalizes, whatever the configuration says
-        self.renormalize = getattr(hf_config, "model_type", "") == "olmoe" and hf_config.norm_topk_prob
+        text: Any = hf_config.get_text_config() if hf_config is not None else None
+        self.renormalize = getattr(text, "model_type", "") == "olmoe" and text.norm_topk_prob
         if Path(model_name).is_dir():
             verify(model_name, hashes=False)
 
