@@ -74,8 +74,8 @@ def _triton_apply(x: Tensor, prepared: Any, offsets: Tensor) -> Tensor:
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("naive", lambda *_: "", lambda packed, _: packed, naive.grouped_linear),
         Kernel("cpu", _cpu_why_not, lambda packed, _: cpu.convert(packed, "panels"), cpu.grouped_linear),
+        Kernel("naive", lambda *_: "", lambda packed, _: packed, naive.grouped_linear),
         Kernel("triton", _triton_why_not, _triton_prepare, _triton_apply),
         Kernel("humming", humming_buckets.why_not, humming_buckets.prepare, humming_buckets.apply, copies=True),
     )

@@ -59,7 +59,7 @@ def _word() -> str:
 def _find() -> Selected:
     asked = _word()
     if asked not in ("auto", "cpu"):
-        return Selected("naive", reason=f"{asked} is asked for")
+        return Selected("naive", reason="asked for" if asked == "naive" else f"{asked} is asked for")
     reason = cpu.why_not()
     if not reason:
         return Selected("cpu", cpu.isa())
