@@ -42,8 +42,11 @@ def test_what_grows_with_what(tiny_model: Callable[..., Path]) -> None:
     assert small.device == 4 << 30
     assert large.cache == 2 * small.cache
     assert small.weights - large.weights == large.cache - small.cache + large.activations - small.activations
-    # one token by hand: 2 rows of H in and its digits, 2 I out in float32 and bfloat16; then 3 H; then the head
-    assert activation_bytes(config, model, 1, 1, 2) == 2 * (64 * (2 + 2) + 256 * 6) + 3 * 64 * 2 + 264 * 6
+    # one token by hand: 2 rows of 2 I and H in float32; H, and 2 rows of I, in float32, two digits and the numbers of
+    # their blocks of 32, three of 4 bytes; then 3 H; then the head
+    split = 4 + 2 + 3 * 4 / 32
+    experts = 2 * (256 + 64) * 4 + (64 + 2 * 128) * split
+    assert activation_bytes(config, model, 1, 1, 2) == experts + 3 * 64 * 2 + 264 * 6
 
 
 @pytest.mark.parametrize(

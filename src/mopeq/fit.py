@@ -1,4 +1,5 @@
-"""What a model may weigh on a device: its memory less cache, activations and the process, for the native runtime.
+"""What a model may weigh on a device: its memory less cache, activations and the process, for the native runtime
+with the compiled kernel.
 
 Every row is a formula of the configuration; ``benchmarks/fit.py`` compares them with measured memory (docs/serving.md).
 Sequences of a batch are taken to be equally long, so that attention needs no mask.
@@ -15,9 +16,11 @@ from mopeq.spec import Inventory
 
 __all__ = ["Fit", "activation_bytes", "cache_bytes", "fit"]
 
-PROCESS = 470 << 20
+PROCESS = 450 << 20
 """Resident bytes of Python, torch, transformers and mopeq on Linux before a model is loaded, and tables that the
 compute libraries set up at first use (``benchmarks/fit.py``)."""
+FLOATS = 1 << 24
+"""Outputs of experts that the compiled kernel holds at a time (csrc/experts.cpp)."""
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -102,25 +105,25 @@ def activation_bytes(config: Any, model: Inventory, context: int, batch: int, si
     """The most that lives at a time while prompts of the whole context are read, outside the cache.
 
     Beside the residual stream, its norm and the experts' input in ``size`` bytes (3 H a token): either the routed
-    experts (runtime/experts.py; rows = tokens x experts per token), at the product of gate and up (their input, its
-    int8 digits, the kernel's float32 outputs and these in ``size``) or at that of down (both inputs, digits, gate and
-    up, the outputs twice), or attention (queries, keys and values, once more rotated, and the output). The head
-    computes one token a sequence.
+    experts (csrc/experts.cpp: as many tokens at a time as make ``FLOATS`` outputs; float32 outputs of both products,
+    and the inputs of both as float32 and digits), or attention (queries, keys and values, once more rotated, and the
+    output), or its last projection (two others, the input as float32 and digits, the output as float32 and in
+    ``size``). The head computes one token a sequence.
     """
     text = config.get_text_config()
-    tokens, narrow = batch * context, size if size < 4 else 0  # float32 outputs are not converted
+    tokens, heads = batch * context, text.num_attention_heads
     digits = 3 if size == 4 else 2  # docs/kernels.md
+    split = 4 + digits + (1 + digits) / 8  # bytes of an input: csrc/product.cpp
     if getattr(text, "kv_lora_rank", None):
         head = text.qk_nope_head_dim + text.qk_rope_head_dim
     else:
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    most = 0
+        head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    hidden = max(layer.hidden_size for layer in model.layers.values())
+    last = 2 * size * heads * head + hidden * split + heads * head * (size + (4 if size < 4 else 0))
+    most = tokens * max(7 * heads * head * size, last)
     for layer in model.layers.values():
         h, i = layer.hidden_size, layer.intermediate_size
-        rows = tokens * layer.top_k
-        gate_up = rows * (h * (size + digits) + 2 * i * (4 + narrow))
-        down = rows * (h * size + i * (3 * size + digits) + h * (4 + narrow))
-        attention = tokens * size * 7 * text.num_attention_heads * head
-        most = max(most, gate_up, down, attention)
-    hidden = max(layer.hidden_size for layer in model.layers.values())
+        together = min(tokens, max(1, FLOATS // (layer.top_k * (2 * i + h))))
+        rows = together * layer.top_k
+        most = max(most, rows * (4 * (2 * i + h) + i * split) + together * h * split)
     return int(most + 3 * tokens * hidden * size + batch * text.vocab_size * (size + 4))

@@ -15,7 +15,7 @@ from test_naive import error, flat, random_matrix
 from torch import Tensor
 
 from mopeq.errors import InputError
-from mopeq.kernels import PackedGroup, choose, grouped_linear, humming_buckets, naive, using
+from mopeq.kernels import PackedGroup, choose, cpu, grouped_linear, humming_buckets, naive, using
 from mopeq.kernels.buckets import Stack, buckets, by_bucket, stack
 from mopeq.precision import FULL, Precision
 from mopeq.qtensor import Codes, dequantize, unpack_bits
@@ -154,3 +154,17 @@ def test_what_runs_on_a_cuda_device(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     select._say_once.cache_clear()
     assert choose(layout, CUDA, torch.bfloat16).name == "naive"
     assert "the package triton is not installed" in caplog.text
+
+
+def test_what_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, odd = layer().layout, flat([[random_matrix((8, 40), Precision(3, -1))]]).layout
+    here = torch.device("cpu")
+    with using("auto") as found:
+        assert choose(layout, here, torch.float32).name == found.name
+    assert choose(odd, here, torch.float32).name == "naive"  # 40 inputs have no panels
+    with using("naive"):
+        assert choose(layout, here, torch.float32).name == "naive"
+    monkeypatch.setattr(cpu, "_open", lambda: (None, "it was not built"))
+    monkeypatch.setenv("MOPEQ_KERNEL", "cpu")
+    with pytest.raises(InputError, match="it was not built"):
+        choose(layout, here, torch.float32)

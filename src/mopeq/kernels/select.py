@@ -22,8 +22,6 @@ from mopeq.seam import Gate
 __all__ = ["Ready", "Selected", "choose", "experts", "grouped_linear", "linear", "ready", "selected", "using"]
 
 NAMES = ("auto", *KERNELS)
-BEST = {"cpu": "cpu", "cuda": "triton"}
-"""What ``auto`` takes on a device where it can."""
 _asked: str | None = None
 _compiled_selected: bool | None = None  # what selected() last found; products read this alone
 
@@ -112,9 +110,12 @@ def choose(layout: GroupLayout, device: torch.device, dtype: torch.dtype) -> Ker
         if reason:
             raise InputError(f"MOPEQ_KERNEL is {asked}: {reason}; expected auto, or experts that it takes")
         return KERNELS[asked]
-    best = KERNELS["naive" if asked == "naive" else BEST.get(device.type, "naive")]
+    if device.type == "cpu":
+        best = KERNELS[selected().name]
+    else:
+        best = KERNELS["triton" if device.type == "cuda" and asked != "naive" else "naive"]
     reason = best.why_not(layout, device, dtype)
-    if reason and device.type != "cpu":  # selected() has said why not there
+    if reason and best.name == "triton":  # selected() has said why not the compiled one
         _say_once(reason)
     return KERNELS["naive"] if reason else best
 

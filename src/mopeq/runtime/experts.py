@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import cache
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -149,7 +150,8 @@ def pack_experts(module: nn.Module, layer: int, layouts: Mapping[ProjectionGroup
     name = type(module).__name__
     if not is_experts(module) or isinstance(module, MixedExperts):
         raise CheckpointError(
-            f"layer {layer}: {name} is no experts module of transformers 5 with gate_up_proj and down_proj"
+            f"layer {layer}: {name} is no experts module of transformers {version('transformers')} with gate_up_proj "
+            "and down_proj; a newer transformers may have one"
         )
     m: Any = module
     if getattr(m, "has_post_expert_norm", False) or not getattr(m, "has_gate", True):
