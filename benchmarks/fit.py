@@ -18,7 +18,7 @@ from typing import Any
 import resident_memory as memory
 from common import ROOT, arguments, store
 
-CASES = ((512, 1), (2048, 1), (1024, 4))
+CASES = ((512, 1), (2048, 1), (1024, 4), (2048, 4))
 SMALLER = {"num_hidden_layers": 4, "num_experts": 32}
 
 
@@ -48,7 +48,9 @@ def _measure(packed: Path, context: int, batch: int) -> dict[str, Any]:
     from mopeq.checkpoint import read_manifest
     from mopeq.fit import fit
     from mopeq.load import load
+    from mopeq.memory import give_back_freed
 
+    give_back_freed()  # as the server does
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     memory._warm_up()
     process = memory._settled()["total"]

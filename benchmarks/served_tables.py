@@ -7,7 +7,7 @@ from typing import Any
 
 from common import table
 
-__all__ = ["loading", "serving", "soak"]
+__all__ = ["fit", "loading", "serving", "soak"]
 
 
 def soak(results: Mapping[str, Any]) -> dict[str, str]:
@@ -26,6 +26,19 @@ def soak(results: Mapping[str, Any]) -> dict[str, str]:
         "soak": table(["requests", "number"], rows),
         "soak memory": table(["minute", "resident MB", "threads", "files"], over),
     }
+
+
+def fit(results: Mapping[str, Any]) -> dict[str, str]:
+    """A row for each prompt; MB."""
+    rows = [
+        [f"{case['batch']} x {case['context']}", *(f"{count / 1e6:.0f}" for count in (
+            case["checkpoint"], case["predicted"]["keys and values"], case["predicted"]["activations"],
+            case["predicted"]["process"], case["predicted"]["total"], case["peak"])),
+         f"{100 * (case['predicted_over_peak'] - 1):+.1f} %"]
+        for case in results["cases"]
+    ]  # fmt: skip
+    head = ["prompt", "checkpoint", "keys and values", "activations", "process", "predicted", "measured peak", "off by"]
+    return {"fit": table(head, rows)}
 
 
 def loading(results: Mapping[str, Any]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from common import RESULTS, estimate, interpolated, table
 from frontier_tables import frontier
 from moqe_tables import moqe
-from served_tables import loading, serving, soak
+from served_tables import fit, loading, serving, soak
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"random \d+ =")
@@ -472,6 +472,7 @@ PRINTED = {
     "floor": floor,
     "ray": ray,
     "economy": economy,
+    "fit": fit,
     "soak": soak,
     "serving": serving,
     "loading": loading,

@@ -16,7 +16,7 @@ from mopeq.spec import Inventory
 
 __all__ = ["Fit", "activation_bytes", "cache_bytes", "fit"]
 
-PROCESS = 450 << 20
+PROCESS = 430 << 20
 """Resident bytes of Python, torch, transformers and mopeq on Linux before a model is loaded, and tables that the
 compute libraries set up at first use (``benchmarks/fit.py``)."""
 FLOATS = 1 << 24

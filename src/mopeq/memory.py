@@ -5,6 +5,7 @@ The numbers are upper estimates from shapes; docs/large.md compares them with me
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +15,7 @@ from mopeq.errors import InputError
 from mopeq.source import Source, decoder_layer, stored_bytes
 from mopeq.spec import MoESpec
 
-__all__ = ["Footprint", "available_bytes", "footprint", "slab_bytes"]
+__all__ = ["Footprint", "available_bytes", "footprint", "give_back_freed", "slab_bytes"]
 
 PROCESS = 600 << 20
 """Bytes of the interpreter with torch and transformers."""
@@ -100,3 +101,15 @@ def available_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def give_back_freed() -> bool:
+    """Let this process return large tensors' memory when they are freed; False where the C library cannot be asked.
+
+    glibc raises the size from which it does so up to 32 MiB; below it, tensors of many sizes leave holes that grow by
+    one tensor a layer while a long prompt is read. ``mallopt(M_MMAP_THRESHOLD)`` keeps that size at 1 MiB.
+    """
+    try:
+        return bool(ctypes.CDLL(None).mallopt(-3, 1 << 20))
+    except (AttributeError, OSError, TypeError):
+        return False

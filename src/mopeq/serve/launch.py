@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mopeq.errors import InputError
 from mopeq.load import is_packed, load, load_original, load_processor, load_tokenizer, takes_images
+from mopeq.memory import give_back_freed
 from mopeq.serve.limits import Limits
 
 __all__ = ["serve", "vllm_command"]
@@ -87,6 +88,7 @@ def _native(path: str | Path, host: str, port: int, name: str, api_key: str, dty
         ) from error
     import torch
 
+    give_back_freed()
     kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
     reader = load_processor(path) if takes_images(path) else load_tokenizer(path)
     model: Any = load(path, kind) if is_packed(path) else load_original(path, kind)
