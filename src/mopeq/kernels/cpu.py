@@ -60,7 +60,8 @@ class _Job(ctypes.Structure):
 
     _fields_ = (
         ("x", c_void_p), ("rows", c_int64), ("inputs", c_int64), ("x_type", c_int64), ("group", Group),
-        ("offsets", c_void_p), ("out", c_void_p), ("out_features", c_int64), ("digits", c_int64), ("coarse", c_int64), ("threads", c_int64),
+        ("offsets", c_void_p), ("out", c_void_p), ("out_features", c_int64), ("digits", c_int64),
+        ("coarse", c_int64), ("threads", c_int64),
     )  # fmt: skip
 
 
@@ -274,7 +275,8 @@ for _name, _schema, _call, _fake in (
 def grouped_linear(x: Tensor, packed: PackedGroup, offsets: Tensor | None = None, digits: int | None = None) -> Tensor:
     """As :func:`mopeq.kernels.naive.grouped_linear`, for matrices in panels; without gradients.
 
-    ``offsets`` None gives all rows to the only expert. ``digits`` of an activation, 1 to 3, all of them used; by default :func:`digits_of`.
+    ``offsets`` None gives all rows to the only expert. ``digits`` of an activation, 1 to 3, all of them
+    used; by default :func:`digits_of`.
     """
     if packed.form != "panels":
         raise InputError(f"the CPU kernel got matrices in {packed.form} form; expected panels; convert them first")
