@@ -25,6 +25,7 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         **_fidelity("", [*named, "--text", *text]),
         **_fidelity("bundled_", bundled),
         "scores": ["scores.py", *named],
+        "methods": ["methods.py", *named, "--text", *text],
         "resident_memory": ["resident_memory.py", *named],
         "export": ["export.py"],
         "vlm_study": ["vlm_study.py"],

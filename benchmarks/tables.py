@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from common import RESULTS, table
-from mopeq.evaluate.bootstrap import Estimate, ratio_estimate
+from common import RESULTS, estimate, interpolated, table
+from frontier_tables import frontier
 from moqe_tables import moqe
 from served_tables import loading, serving, soak
 
@@ -88,24 +87,10 @@ def by_name(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[list[Row]]]:
     return made
 
 
-def interpolated(points: Sequence[tuple[int, float]], size: int) -> float:
-    """KL of uniform models at ``size`` bytes: log-linear between neighbours, or along the last two outside."""
-    if len(points) < 2:
-        return math.nan
-    at = max(i for i in range(len(points) - 1) if i == 0 or points[i][0] <= size)
-    (x0, y0), (x1, y1) = points[at], points[at + 1]
-    share = (size - x0) / (x1 - x0)
-    return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
-
-
 def pooled(columns: Sequence[Sequence[Row]]) -> list[float]:
     """KL of every window, the mean over all rows."""
     rows = [row["window_kl"] for column in columns for row in column]
     return [sum(values) / len(values) for values in zip(*rows, strict=True)]
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    return ratio_estimate(values, [1] * len(values))
 
 
 def mean(columns: Sequence[Sequence[Row]], key: str) -> float:
@@ -298,28 +283,6 @@ def recipes(results: Mapping[str, Any]) -> dict[str, str]:
     return {"recipes": table(["recipe", "bits", "KL", "95 %", "above no recipe", "processor s"], body)}
 
 
-def peers(results: Mapping[str, Any]) -> dict[str, str]:
-    """Quantizers of others, and the knapsack at the bits of each."""
-    body = []
-    for name, row in results["rows"].items():
-        if "error" in row:
-            body.append([name, "", f"did not run: `{row['error'][:160]}`", "", "", ""])
-            continue
-        own = results["rows"].get(f"mopeq knapsack at {name}", {}).get("kl")
-        gain = (
-            "{:+.4f} ({:+.4f} to {:+.4f})".format(*(row[k] for k in ("mopeq_above", "mopeq_low", "mopeq_high")))
-            if own
-            else ""
-        )
-        if not name.startswith("mopeq knapsack"):
-            kl = f"{row['kl']:.4f}"
-            body.append(
-                [name, f"{row['bits']:.3f}", kl, f"{own:.4f}" if own else "", gain, row.get("processor_seconds", "")]
-            )
-    heads = ["quantizer", "bits per expert weight", "KL", "knapsack at these bits", "knapsack above it", "processor s"]
-    return {"peers": table(heads, body)}
-
-
 def levels(results: Mapping[str, Any]) -> dict[str, str]:
     """Offered bits at equal bits per weight."""
     rows = {row["name"]: row for run in results["runs"] for row in run["rows"]}
@@ -502,7 +465,7 @@ PRINTED = {
     "resident_memory": memory,
     "moqe": moqe,
     "recipes": recipes,
-    "peers_quality": peers,
+    "frontier": frontier,
     "solver": solver,
     "streaming": streaming,
     "peers_speed": peers_speed,

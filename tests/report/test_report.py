@@ -125,6 +125,16 @@ def test_predicted_loss_is_the_sum_of_the_chosen_costs(folder: Path) -> None:
     assert float(shown[1]) == pytest.approx(total, rel=5e-3)
 
 
+def test_super_experts_are_named(folder: Path) -> None:
+    assert "super-expert" not in read(render(folder, folder / "page.html")).words
+    peaks = {0: [1.0] * 8, 1: [1.0, 90.0, *[1.0] * 6], 2: [2.0] * 8}
+    write_json(folder / "mopeq" / "stats.json", fakes.stats().with_metrics({"output_peak": peaks}).to_json())
+    assert (
+        "1 super-expert by the peak of their output: 1.1 (90 times the median)"
+        in read(render(folder, folder / "page.html")).words
+    )
+
+
 def test_sizes_add_up(folder: Path) -> None:
     from mopeq.report.inputs import read_inputs
     from mopeq.report.tables import size_table

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mopeq.allocate.protect import super_experts, super_sentence
 from mopeq.precision import GROUPS, PrecisionMap
 from mopeq.report.charts import Plot, coverage, frontier, megabytes, prediction
 from mopeq.report.inputs import Estimate, Inputs
@@ -65,6 +66,7 @@ def page(inputs: Inputs) -> dict[str, Any]:
         "levels": level_table(precisions),
         "coverage": _coverage(stats),
         "starved": _starved(stats),
+        "supers": super_sentence(super_experts(stats)) if stats else "",
         "enough": stats.info.get("minimum_tokens") if stats else None,
         "fallbacks": inputs.run.fallbacks if inputs.run else (),
         "plots": [plot for plot in (frontier(points), prediction(points)) if plot is not None],
