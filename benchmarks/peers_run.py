@@ -36,7 +36,7 @@ def gptqmodel(asked: argparse.Namespace, ids: list[list[int]]) -> Run:
         group_size=asked.group,
         sym=False,
         device="cpu",
-        dynamic={r"-:.*self_attn.*": {}},
+        dynamic={r"-:.*self_attn.*": {}, **getattr(asked, "dynamic", {})},
         offload_to_disk=False,
         format="gptq_v2",  # the first format stores zero points less one, which dequantize_weight does not add again
     )

@@ -6,10 +6,15 @@ it was in (:class:`~mopeq.checkpoint.PackedWriter`).
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +44,7 @@ __all__ = [
     "pack_experts",
     "pack_model",
     "packed_step",
+    "run_record",
     "write_packed",
 ]
 
@@ -296,3 +302,33 @@ def check_method(method: str) -> None:
     """Raise :class:`InputError` unless there is such a quantizer."""
     if method not in QUANTIZERS:
         raise InputError(f"no quantizer {method!r}; there are {', '.join(QUANTIZERS)}")
+
+
+def run_record(
+    prepared: Prepared,
+    packed: Packed,
+    method: str,
+    commands: Sequence[str],
+    seconds: Mapping[str, float],
+    recipe: str = "",
+) -> dict[str, Any]:
+    """What ``run.json`` says: how the folder was made, with which versions, and which experts fell back."""
+    names = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
+    return {
+        "format": "mopeq-run",
+        "version": 1,
+        "commands": [command for command in commands if command],
+        "model": str(prepared.source.path.name),
+        "method": method,
+        "calibration": dict(prepared.info),
+        "bytes": packed.bytes,
+        "original_bytes": packed.original_bytes,
+        "expert_bits": prepared.inventory.expert_bits(packed.precisions),
+        "inventory": prepared.inventory.to_json(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "fallbacks": list(packed.fallbacks),
+        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
+        "seconds": dict(seconds),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
+    }
