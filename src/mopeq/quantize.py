@@ -243,7 +243,7 @@ class _Plan:
             return inventory.total_bytes(self.precisions) + (0 if self.method in DATA_FREE else 2 * stored)
         most = expert_budget(parse_budget(self.budget or ""), inventory, self.rest)
         fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
-        return most + fixed + candidate_bytes(inventory, self.options) + (layers + 2) * stored
+        return most + fixed + candidate_bytes(inventory, self.options) + (layers + 3) * stored
 
     def carry_out(self, writer: PackedWriter, clock: _Clock, across: Map, track: Track) -> Packed:
         """All steps that are not done yet."""
