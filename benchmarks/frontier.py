@@ -178,7 +178,7 @@ def _run(
         maps(judge, asked.bits)
         if last and "packed" not in run and "ours 2.5" in rows:
             run["packed"] = _packed(study, rows["ours 2.5"], judge, folder)
-        for method, bits in ((m, b) for m, many in QUANTIZED.items() for b in many) if last else ():
+        for method, bits in ((m, b) for m in asked.methods for b in QUANTIZED[m]) if last else ():
             if (name := f"{method} {bits}") not in rows:
                 row = {**_described(study, _uniform(study, bits)), "kind": "peer"}
                 begun = time.process_time()
@@ -191,7 +191,8 @@ def _run(
 
 
 def _wanted(asked: argparse.Namespace, last: bool) -> list[Any]:
-    return [*map(float, asked.bits), *(sorted(asked.peer) if last else []), asked.questions if last else 0]
+    more = [*sorted(asked.peer), *asked.methods, asked.questions] if last else []
+    return [*map(float, asked.bits), *more]
 
 
 def _peer(
@@ -441,6 +442,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the calibration")
     parser.add_argument("--bits", type=float, nargs="+", default=list(BITS), help="sizes of the knapsack's maps")
     parser.add_argument("--questions", type=int, default=0, help="about held-out text, for the last seed")
+    parser.add_argument(
+        "--methods", nargs="*", choices=list(QUANTIZED), default=list(QUANTIZED), help="of mopeq, judged"
+    )
     peers_quality.add_flags(parser)
     return parser
 
