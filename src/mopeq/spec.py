@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 from mopeq.errors import MapError
-from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 
 __all__ = [
     "TOWERS", "Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "Outside", "WeightRef",
@@ -303,6 +303,10 @@ class Inventory:
             raise MapError(
                 f"the precision map names unknown groups {sorted(unknown)}; this model has {sorted(self.linears)}"
             )
+        for layer, row in precisions.experts["down"].items():
+            kept, wanted = sum(p != LEFT_OUT for p in row), self.layers[layer].top_k
+            if kept < wanted:
+                raise MapError(f"layer {layer} keeps {kept} experts and gives each token {wanted}; leave out fewer")
         for group in GROUPS:
             for layer, row in precisions.experts[group].items():
                 for precision in set(row):
