@@ -15,6 +15,7 @@ from torch import Tensor
 from mopeq.errors import DataError
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
+from mopeq.quantizers import pairs
 from mopeq.quantizers.grid import Grid, minmax, searched, steps
 from mopeq.quantizers.rtn import importance
 
@@ -93,20 +94,25 @@ def gptq(
     shape = tuple(moments.upper.shape if isinstance(moments, Factored) else moments.shape)
     if shape != (experts, inp, inp):
         raise ValueError(f"moments {shape}; expected {(experts, inp, inp)}")
-    codes, grids = [], []
+    made = []
     step = max(1, CHUNK // (inp * (inp + out)))
     for start in range(0, experts, step):
         rows = slice(start, start + step)
         h = moments[rows]
         part = weight[rows]
         f = h if isinstance(h, Factored) else factored(h, damping=damping, act_order=act_order)
+        if precision.codebook:
+            made.append(pairs.compensated(part, precision, f.importance, f.order, f.upper))
+            continue
         grid = minmax(part, precision)
         if factors:
             grid = searched(part, precision, f.importance, factors=factors, refits=0)
-        grids.append(grid)
-        codes.append(_round(part, grid, f))
-    whole = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]), precision)
-    return whole.codes(torch.cat(codes))
+        made.append(grid.codes(_round(part, grid, f)))
+    zeros = [c.zeros for c in made if c.zeros is not None]
+    return Codes(
+        torch.cat([c.codes for c in made]), torch.cat([c.scales for c in made]), torch.cat(zeros) if zeros else None,
+        precision,
+    )  # fmt: skip
 
 
 def _round(weight: Tensor, grid: Grid, factors: Factored) -> Tensor:

@@ -17,9 +17,10 @@ constexpr int TILES[] = {1, 2, 4};
 
 std::atomic<int> chosen{-1};
 
-int width_index(int64_t bits) {
-  switch (bits) {
-    case 2: case 3: case 4: case 5: case 6: return int(bits) - 2;
+int width_index(const mopeq_matrix &m) {
+  if (m.kind == MOPEQ_CODEBOOK) return m.bits == 2 ? 6 : -1;
+  switch (m.bits) {
+    case 2: case 3: case 4: case 5: case 6: return int(m.bits) - 2;
     case 8: return 5;
     default: return -1;
   }
@@ -32,12 +33,12 @@ int check(const mopeq_matrix &m, const mopeq_group &in, int64_t inputs) {
   };
   if (m.bits == 16)
     return inside(m.codes, 2 * m.rows * m.inputs, in.codes_size) && m.codes % 2 == 0 ? MOPEQ_OK : MOPEQ_RANGE;
-  if (width_index(m.bits) < 0) return MOPEQ_BITS;
+  if (m.kind < MOPEQ_ZEROS || m.kind > MOPEQ_CODEBOOK || width_index(m) < 0) return MOPEQ_BITS;
   if (m.group < BLOCK || m.group % BLOCK || m.inputs % m.group) return MOPEQ_GROUP;
   const int64_t groups = m.inputs / m.group;
   if (!inside(m.codes, m.rows * (m.inputs * m.bits / 8), in.codes_size)) return MOPEQ_RANGE;
   if (!in.scales || !inside(m.scales, m.rows * groups, in.scales_size)) return MOPEQ_RANGE;
-  if (!m.symmetric && (!in.zeros || !inside(m.zeros, groups * (m.rows * m.bits / 8), in.zeros_size)))
+  if (m.kind == MOPEQ_ZEROS && (!in.zeros || !inside(m.zeros, groups * (m.rows * m.bits / 8), in.zeros_size)))
     return MOPEQ_RANGE;
   return MOPEQ_OK;
 }
@@ -60,7 +61,7 @@ void piece(const Product &product, const Part &part, int64_t number) {
       const int64_t groups = m.inputs / m.group;
       panel.codes = group.codes + m.codes + row * (m.inputs * m.bits / 8);
       panel.scales = group.scales + m.scales + row * groups;
-      panel.zeros = m.symmetric ? nullptr : group.zeros + m.zeros + row / 8 * m.bits * groups;
+      panel.zeros = m.kind != MOPEQ_ZEROS ? nullptr : group.zeros + m.zeros + row / 8 * m.bits * groups;
       panel.groups = groups, panel.blocks = m.group / BLOCK;
     }
     for (int64_t t = part.begin; t < part.end;) {
@@ -71,7 +72,7 @@ void piece(const Product &product, const Part &part, int64_t number) {
         product.kernels->dense[tile](dense, height, m.inputs, product.x->wide, product.rows + t, out,
                                      product.out_features);
       else
-        product.kernels->panel[width_index(m.bits)][product.x->digits - 1][tile][tall](panel, x, product.rows + t, out,
+        product.kernels->panel[width_index(m)][product.x->digits - 1][tile][tall](panel, x, product.rows + t, out,
                                                                                         product.out_features);
       t += TILES[tile];
     }
