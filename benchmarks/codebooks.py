@@ -192,7 +192,7 @@ POINTS: dict[str, Callable[[], Tensor]] = {
 
 def scaled(weight: Tensor, moments: Tensor, room: float) -> Tensor:
     """Scales (experts, out, groups) by which points of mean square 1 get ``room`` times the weights' size."""
-    experts, out, inp = weight.shape
+    experts, out, _ = weight.shape
     heavy = moments.diagonal(dim1=1, dim2=2)
     heavy = (heavy / heavy.mean(-1, keepdim=True) + 0.01).view(experts, 1, -1, GROUP)
     square = (weight.view(experts, out, -1, GROUP).square() * heavy).sum(-1) / heavy.sum(-1)
@@ -205,7 +205,7 @@ def blockwise(points: Tensor, room: float) -> Fake:
     points = points / points.square().mean().sqrt()
 
     def fake(weight: Tensor, moments: Tensor) -> Tensor:
-        experts, out, inp = weight.shape
+        _, out, inp = weight.shape
         scale = scaled(weight, moments, room)
         sums = moments.diagonal(dim1=1, dim2=2).unflatten(-1, (-1, width)).sum(-1)
         blocks = sums.argsort(dim=-1, descending=True, stable=True)
@@ -252,7 +252,7 @@ def trellis(rows: int = 8, turns: int = 12) -> Fake:
     table = table / table.square().mean().sqrt()
 
     def fake(weight: Tensor, moments: Tensor) -> Tensor:
-        experts, out, inp = weight.shape
+        _, out, inp = weight.shape
         scale = scaled(weight, moments, ROOM)
         order = moments.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)
         upper, at = _factor(moments, order), order.unsqueeze(-1).expand(-1, -1, out)
@@ -294,7 +294,7 @@ def rotated(fake: Fake, only_down: bool = False) -> Fake:
     """
 
     def turned(weight: Tensor, moments: Tensor) -> Tensor:
-        experts, out, inp = weight.shape
+        _, out, inp = weight.shape
         if only_down and out <= inp:
             return fake(weight, moments)
         signs = torch.randint(0, 2, (inp,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1

@@ -17,8 +17,8 @@ from torch import Tensor
 from mopeq.precision import FULL, Precision
 
 __all__ = [
-    "PAIRS", "Codes", "QTensor", "dequantize", "integers", "on_cpu", "pack", "pack_bits", "packed_shapes", "rows_of", "unpack",
-    "unpack_bits",
+    "PAIRS", "Codes", "QTensor", "dequantize", "integers", "on_cpu", "pack", "pack_bits", "packed_shapes", "rows_of",
+    "unpack", "unpack_bits",
 ]  # fmt: skip
 
 
@@ -35,7 +35,8 @@ grid of 4 points 0.119."""
 class Codes:
     """An unpacked quantized matrix, or a batch of them (leading axes ``...``) at one precision.
 
-    codes: uint8 (..., out, in), with a codebook (..., out, in/2); scales: float16 (..., out, groups); zeros: uint8 (..., out, groups), None if symmetric.
+    codes: uint8 (..., out, in), with a codebook (..., out, in/2); scales: float16 (..., out, groups); zeros: uint8
+    (..., out, groups), None if symmetric.
     """
 
     codes: Tensor
@@ -159,7 +160,7 @@ def integers(q: Codes) -> Tensor:
     """int16 (..., out, in): the integers that times their group's scale are the weights."""
     if q.precision.codebook:
         points = torch.tensor(PAIRS, dtype=torch.int16, device=q.codes.device)[q.codes.long()]
-        return points.unflatten(-2, (-1, 4)).transpose(-1, -2).flatten(-3)
+        return points.reshape(*q.codes.shape[:-1], -1, 4, 2).transpose(-1, -2).flatten(-3)
     whole = q.codes.to(torch.int16)
     if q.zeros is None:
         return whole - (1 << (q.precision.bits - 1))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_naive import error, flat, random_matrix
+from test_naive import CODEBOOKS, error, flat, random_matrix
 from torch import Tensor
 
 from mopeq.errors import InputError
@@ -22,7 +22,7 @@ from mopeq.seam import Gate
 
 pytestmark = pytest.mark.skipif(bool(cpu.why_not()), reason="no compiled kernel")
 KINDS = itertools.cycle(((32, False), (-1, True), (64, False)))
-MIX = (FULL, *(Precision(bits, *next(KINDS)) for bits in (2, 3, 4, 5, 6, 8)))
+MIX = (FULL, *(Precision(bits, *next(KINDS)) for bits in (2, 3, 4, 5, 6, 8)), CODEBOOKS[1])
 SILU, CLAMPED = Gate(), Gate(1.702, 1.5, 1.0, interleaved=True)
 HIDDEN, INNER = 128, 64
 

@@ -2,7 +2,8 @@
 
 A code q with zero point z stands for the integer k = q - z, and the weight is ``k * scale``. With b bits, k of a
 symmetric matrix lies in [-2^(b-1), 2^(b-1) - 1] and k of one with zero points in [-(2^b - 1), 2^b - 1]; the signed
-integers of b, or b + 1, bits hold them all. Those of a codebook lie in [-16, 16] and take 6 bits. A wider field and smaller groups hold the same weights.
+integers of b, or b + 1, bits hold them all. The points of a codebook are integers in [-16, 16], which take 6 bits. A
+wider field and smaller groups hold the same weights.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 FAULTS = {
     1: "a buffer is missing",
     2: "rows, inputs or outputs do not fit together",
-    3: "a width is not 2, 3, 4, 5, 6, 8 or 16 bits",
+    3: "a width is not 2, 3, 4, 5, 6, 8 or 16 bits, or a codebook is not of 2",
     4: "a group size is no multiple of 32 or does not divide the inputs",
     5: "a matrix lies outside its buffer",
     6: "offsets decrease or exceed the rows",

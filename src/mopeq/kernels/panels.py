@@ -10,8 +10,8 @@ block of b bits is b *lines* of 4 bytes a row, byte 4r+j of a line belonging to 
     5 bits  those of 4 bits of the low bits, and the high bits h0|h1<<1|...|h7<<7
     6 bits  those of 4 bits, and those of 2 bits of the two high ones       8 bits  c0, c1, ..., c7
 
-A matrix with a codebook is to all this one of 4-bit codes and half the inputs; so the chunks of 4 codes of a line belong
-to inputs 8k+j and 8k+4+j, which lie in the same lane.
+A matrix with a codebook is turned as one of 4-bit codes and half the inputs: its block of 32 inputs is two lines, and
+the two inputs 8k+j and 8k+4+j of a code lie in one lane of two chunks.
 
 Scales: panel, group, row. Zero points: panel, group, then the bit string of 8 rows, as on disk. Sizes do not change.
 """

@@ -1,8 +1,8 @@
 """The codebook: two weights at a time become the one of 16 points of a plane (``qtensor.PAIRS``) that costs least.
 
 Rounding with compensation is GPTQ's (arXiv 2210.17323), two columns at a time, as in GPTVQ (van Baalen and others,
-arXiv 2402.15319): the error (d0, d1) of two neighbours in the order costs ``|(d0, d1) V|^2`` with V the inverse of their
-block of the factor, the nearest point is sought in that metric, and later columns make up for ``(d0, d1) V``.
+arXiv 2402.15319): the error (d0, d1) of two neighbours in the order costs ``|(d0, d1) V|^2`` with V the inverse of
+their block of the factor, the nearest point is sought in that metric, and later columns make up for ``(d0, d1) V``.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _by_pairs(order: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _searched(weight: Tensor, precision: Precision, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scales (experts, out, groups) of least error when rounded to the nearest, and those codes (experts, out, in/2)."""
+    """Scales (experts, out, groups) of least error in plain rounding, and its codes (experts, out, in/2)."""
     minmax(weight, replace(precision, codebook=False))  # refuses what cannot be stored
     experts, out, inp = weight.shape
     groups = precision.group_count(inp)
