@@ -228,11 +228,14 @@ def blockwise(points: Tensor, room: float) -> Fake:
 
 
 def _factor(moments: Tensor, order: Tensor) -> Tensor:
-    """The factor of GPTQ for inputs in a given order: with these exchanged, in the order that they have then."""
+    """Upper triangular U with U^T U the inverse of the damped moments, for inputs in a given order."""
     inp = order.shape[1]
     exchanged = moments.gather(1, order.unsqueeze(-1).expand(-1, -1, inp))
     exchanged = exchanged.gather(2, order.unsqueeze(1).expand(-1, inp, -1))
-    return factored(exchanged, damping=DAMPING, act_order=False).upper
+    found = factored(exchanged, damping=DAMPING, act_order=False)
+    root = found.upper * found.pivots.sqrt().unsqueeze(1)
+    inverse: Tensor = torch.linalg.solve_triangular(root, torch.eye(inp), upper=True)
+    return inverse
 
 
 def trellis(rows: int = 8, turns: int = 12) -> Fake:

@@ -6,10 +6,15 @@ it was in (:class:`~mopeq.checkpoint.PackedWriter`).
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,7 @@ from mopeq.memory import MOST
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Noting, Track, note, silent
 from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
-from mopeq.quantizers import DATA_FREE, QUANTIZERS, once
+from mopeq.quantizers import DATA_FREE, QUANTIZERS, check_codebooks, once
 from mopeq.source import Source, close_files, read_kept, read_matrix, stored_bytes
 from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 
@@ -39,6 +44,7 @@ __all__ = [
     "pack_experts",
     "pack_model",
     "packed_step",
+    "run_record",
     "write_packed",
 ]
 
@@ -104,7 +110,7 @@ def pack_model(
     :class:`OutputError` where the folder exists or the disk is full.
     """
     prepared.inventory.check(precisions)
-    check_method(method)
+    check_method(method, precisions.histogram())
 
     def tensors(layer: MoELayer, fallbacks: list[str]) -> Iterator[Stored]:
         seen = prepared.routed.get(layer.index)
@@ -265,9 +271,10 @@ def _packed_slab(
             if precision.bits == 16:
                 packed = {i: [pack_full(m.cpu()) for m in weights[i].chunk(parts)] for i in at}
             else:
-                codes = quantizer(weights[at], precision, None if inputs is None else inputs[at])
+                some = at if len(at) < len(wanted) else slice(None)  # which copies nothing
+                codes = quantizer(weights[some], precision, None if inputs is None else inputs[some])
                 if judged:
-                    one, all_of_it = _loss(weights[at], codes, None if moments is None else moments[at])
+                    one, all_of_it = _loss(weights[some], codes, None if moments is None else moments[some])
                     lost, whole = lost + one, whole + all_of_it
                 codes = on_cpu(codes)
                 packed = {i: [pack(c) for c in rows_of(codes[n], parts)] for n, i in enumerate(at)}
@@ -291,7 +298,38 @@ def packed_step(layer: MoELayer) -> str:
     return f"pack layer {layer.index}"
 
 
-def check_method(method: str) -> None:
-    """Raise :class:`InputError` unless there is such a quantizer."""
+def check_method(method: str, precisions: Iterable[Precision] = ()) -> None:
+    """Raise :class:`InputError` unless there is such a quantizer and it can make the precisions."""
     if method not in QUANTIZERS:
         raise InputError(f"no quantizer {method!r}; there are {', '.join(QUANTIZERS)}")
+    check_codebooks(method, precisions)
+
+
+def run_record(
+    prepared: Prepared,
+    packed: Packed,
+    method: str,
+    commands: Sequence[str],
+    seconds: Mapping[str, float],
+    recipe: str = "",
+) -> dict[str, Any]:
+    """What ``run.json`` says: how the folder was made, with which versions, and which experts fell back."""
+    names = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
+    return {
+        "format": "mopeq-run",
+        "version": 1,
+        "commands": [command for command in commands if command],
+        "model": str(prepared.source.path.name),
+        "method": method,
+        "calibration": dict(prepared.info),
+        "bytes": packed.bytes,
+        "original_bytes": packed.original_bytes,
+        "expert_bits": prepared.inventory.expert_bits(packed.precisions),
+        "inventory": prepared.inventory.to_json(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "fallbacks": list(packed.fallbacks),
+        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
+        "seconds": dict(seconds),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
+    }

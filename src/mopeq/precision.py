@@ -140,7 +140,10 @@ _TEXT = re.compile(r"(\d+)(?:g(-1|\d+)([sc]?))?\Z")
 
 
 def parse_precision(value: object, base: Precision | None = None) -> Precision:
-    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"``, ``"16"``; bits alone take ``base``'s rest."""
+    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"`` or ``"16"``.
+
+    A bare number takes ``base``'s groups.
+    """
     base = base or Precision(4)
     match = _TEXT.match(str(value).strip())
     if not match or isinstance(value, bool):

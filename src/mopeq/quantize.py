@@ -9,12 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,6 +47,7 @@ from mopeq.pack import (
     pack_experts,
     pack_model,
     packed_step,
+    run_record,
     write_packed,
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
@@ -61,7 +59,7 @@ from mopeq.stats import Stats, write_json
 from mopeq.stream import Shell, Store, forward, stored_dtype
 from mopeq.trial import JUDGED_WINDOWS, Choice, compared, settled, tried
 
-__all__ = ["Packed", "pack_model", "quantize", "require_new", "run_record"]
+__all__ = ["Packed", "pack_model", "quantize", "require_new"]
 
 TRIED = "try the map"
 """The step of the journal in which a map was tried on held-out text."""
@@ -80,6 +78,7 @@ def quantize(
     cost: str = "fisher_error",
     granularity: str = "group",
     uniform_layers: bool = False,
+    protect: bool = True,
     rest: Mapping[str, Precision] | None = None,
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
@@ -110,6 +109,7 @@ def quantize(
         cost: cost metric that it reads.
         granularity: ``group`` or ``expert``.
         uniform_layers: allocate one precision for all experts of a layer, as other runtimes need (mopeq export).
+        protect: give super-experts the most bits among the options (:mod:`mopeq.allocate.protect`).
         rest: precisions of the groups outside the experts, over the defaults.
         dtype: compute type of the original model.
         evaluated: compare the result with the original, if both fit in memory together; ``Packed.note`` says if not.
@@ -130,7 +130,7 @@ def quantize(
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
     if refine < 0 or (refine and uniform_layers) or ((guard or refine) and budget is None):
         raise InputError("guard and exchanges (not with uniform layers) are for a budget, 0 or more; leave them out")
-    check_method(method)
+    check_method(method, [*(options or ()), *filter(None, [uniform]), *(precisions.histogram() if precisions else ())])
     if not resume:
         require_new(Path(out))
     calibration = calibration or Calibration()
@@ -156,13 +156,15 @@ def quantize(
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
             raise DataError(f"of the tenth of the data kept apart for comparing, {error}, or use --no-eval") from error
-    if calibration.modality_weight != 1 and budget is None and method in DATA_FREE:
-        raise InputError(f"a modality weight does not enter {method} with a map; use gptq or a budget, or leave it out")
+    if (calibration.modality_weight != 1 or calibration.balance) and budget is None and method in DATA_FREE:
+        raise InputError(
+            f"{method} with a map takes no data to weigh or balance; use gptq or a budget, or leave it out"
+        )
     if budget is not None or method not in DATA_FREE:
-        opened = calibrated(opened, calibration, texts=training)
+        opened = calibrated(opened, calibration, texts=training, track=track)
     plan = _Plan(
-        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, rest, calibration,
-        dtype, max_memory, heldout, guard, refine,
+        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, protect, rest,
+        calibration, dtype, max_memory, heldout, guard, refine,
     )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
@@ -203,6 +205,7 @@ class _Plan:
     cost: str
     granularity: str
     uniform_layers: bool
+    protect: bool
     rest: Mapping[str, Precision]
     calibration: Calibration
     dtype: torch.dtype | None
@@ -251,7 +254,7 @@ class _Plan:
             return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track)
         stats, fallbacks = measure_streamed(
             opened,
-            ("frequency", "gate_mass", self.cost),
+            ("frequency", "gate_mass", "output_peak", self.cost),
             options=self.options,
             quantizer=self.method,
             seed=self.calibration.seed,
@@ -272,6 +275,7 @@ class _Plan:
                 options=self.options,
                 granularity=self.granularity,
                 uniform_layers=self.uniform_layers,
+                protect=self.protect,
                 rest=self.rest,
             )
             known = {"map": made.to_json()}
@@ -357,6 +361,7 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
             else {}
         ),
         **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
+        **({} if plan.protect else {"protect": False}),
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
         "dtype": None if plan.dtype is None else str(plan.dtype),
@@ -402,36 +407,6 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[stage] = round(now - self._last, 2)
         self._last = now
-
-
-def run_record(
-    prepared: Prepared,
-    packed: Packed,
-    method: str,
-    commands: Sequence[str],
-    seconds: Mapping[str, float],
-    recipe: str = "",
-) -> dict[str, Any]:
-    """What ``run.json`` says: how the folder was made, with which versions, and which experts fell back."""
-    names = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
-    return {
-        "format": "mopeq-run",
-        "version": 1,
-        "commands": [command for command in commands if command],
-        "model": str(prepared.source.path.name),
-        "method": method,
-        "calibration": dict(prepared.info),
-        "bytes": packed.bytes,
-        "original_bytes": packed.original_bytes,
-        "expert_bits": prepared.inventory.expert_bits(packed.precisions),
-        "inventory": prepared.inventory.to_json(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "fallbacks": list(packed.fallbacks),
-        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
-        "seconds": dict(seconds),
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
-    }
 
 
 def require_new(out: Path) -> None:

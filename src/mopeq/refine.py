@@ -45,7 +45,8 @@ def refined(
     granularity: str = "group",
     track: Track = silent,
 ) -> Refined:
-    """``made`` after at most ``tries`` exchanges, each judged once; every unit is in one of them at most.
+    """``made`` after at most ``tries`` exchanges, each judged once; every unit is in one of them at most,
+    and super-experts are in none.
 
     cost, options, granularity: those that the map was made with.
     """
@@ -53,7 +54,8 @@ def refined(
     choice = _choice(table, made)
     best = judge(made)
     first, precisions = best.kl.value, made
-    moved: set[int] = set()
+    held = made.note.get("super_experts", ())
+    moved = {i for i, unit in enumerate(table.units) if f"{unit.layer}.{unit.expert}" in held}
     tried = taken = 0
     for _ in track(range(tries), "exchange precisions", tries):
         pair = next((p for p in _exchanges(table, choice) if not moved & {*p}), None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopeq.allocate.budget import Budget, check_budget, parse_budget
+from mopeq.allocate.protect import super_experts
 from mopeq.errors import BudgetError, MapError
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
 from mopeq.stats import CostTable, Stats, cost_table
@@ -111,6 +112,7 @@ def knapsack_map(
     rest: Mapping[str, Precision] | None = None,
     floors: Mapping[int, Precision | int] | None = None,
     ceilings: Mapping[int, Precision | int] | None = None,
+    protect: bool = True,
     exactly: bool = True,
     time_limit: float = 5.0,
 ) -> PrecisionMap:
@@ -119,13 +121,17 @@ def knapsack_map(
     ``cost`` names a measured cost, ``options`` (default: all measured) the precisions to choose from, ``granularity``
     whether gate_up and down of an expert choose apart (``group``) or together (``expert``). With ``uniform_layers`` all
     experts of a layer choose together, as runtimes need that know one precision a layer. ``floors`` and
-    ``ceilings`` bound the bits of single layers. ``exactly`` chooses the solver. Raises :class:`BudgetError` for a
-    budget outside what the options can reach, :class:`MapError` for costs, layers or bounds that do not exist.
+    ``ceilings`` bound the bits of single layers; ``protect`` gives super-experts the most bits among the options (not
+    with ``uniform_layers``, where it would give them to their whole layer). ``exactly`` chooses the solver. Raises
+    :class:`BudgetError` for a budget outside what the options can reach, :class:`MapError` for costs, layers or bounds
+    that do not exist.
     """
     rest = DEFAULT_REST if rest is None else rest
     asked = parse_budget(budget)
     table = cost_table(stats, cost, options, granularity)
     loss, size = np.where(_allowed(table, floors or {}, ceilings or {}), table.loss, np.inf), table.size
+    held = super_experts(stats) if protect and not uniform_layers else {}
+    loss = np.where(_below_best(table, loss, held), np.inf, loss)
     chooser = np.arange(len(table.units))
     if uniform_layers:
         loss, size, chooser = _merged(table, loss)
@@ -134,12 +140,22 @@ def knapsack_map(
     solved = exact(loss, size, available, time_limit) if exactly else greedy(loss, size, available)
     note: dict[str, Any] = {"method": "knapsack", "cost": cost, "granularity": granularity, "budget": str(asked)}
     note |= {"uniform_layers": True} if uniform_layers else {}
+    note |= {"super_experts": list(held)} if held else {}
     note |= {"options": [str(p) for p in table.options], "solver": solved.solver, "lower_bound": solved.bound}
     note |= {name: {str(k): _bits(v) for k, v in sorted(b.items())} for name, b in
              (("floors", floors), ("ceilings", ceilings)) if b}  # fmt: skip
     made = table.to_map(solved.choice[chooser], rest, note)
     stats.model.check(made)
     return made
+
+
+def _below_best(table: CostTable, loss: Floats, held: Collection[str]) -> NDArray[np.bool_]:
+    """Options (units, options) of the experts named that have fewer bits than the best which their layer allows."""
+    bits = np.array([p.bits for p in table.options])
+    named = np.array([f"{unit.layer}.{unit.expert}" in held for unit in table.units])
+    best = np.where(np.isfinite(loss), bits, 0).max(1)
+    below: NDArray[np.bool_] = named[:, None] & (bits < best[:, None])
+    return below
 
 
 def _merged(table: CostTable, loss: Floats) -> tuple[Floats, Ints, Ints]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -68,6 +68,14 @@ class GroupLayout:
                     for begin, part in zip(at, PARTS, strict=True)
                 ]
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+    @cached_property
+    def kept(self) -> dict[torch.device, Any]:
+        """What the kernel of a device has made of the layout; the layout pickles without it."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"precisions": self.precisions, "shapes": self.shapes}
 
     @property
     def _all(self) -> range:

