@@ -49,6 +49,11 @@ class GroupLayout:
         sizes = {p.group_size for p in self.precisions if p.bits != 16 and p.group_size > 0}
         return inputs % BLOCK == 0 and all(size % BLOCK == 0 for size in sizes)
 
+    @property
+    def has_codebooks(self) -> bool:
+        """Whether codes of some matrices are points of a codebook."""
+        return any(p.codebook for p in self.precisions)
+
     @cached_property
     def table(self) -> Tensor:
         """int64 (experts, matrices, 8), for compiled kernels: bits, group size in inputs, kind (0 with zero points,
