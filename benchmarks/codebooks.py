@@ -4,16 +4,19 @@ All routed experts are quantized with the moments of the real pipeline, put back
 the original on held-out text; all else stays as it was. ``2g128c`` is the quantizer and the storage of the package
 (``mopeq.quantizers.pairs``); the others exist here only and count the bytes they would take: two bits a weight and one
 fp16 scale a group. Intervals are of the difference to ``2g128`` on the same windows, relative to it.
+
+Rows that the results file has already, of the same settings, are kept: a run that was broken off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import arguments, store
+from common import START, arguments, store
 from fidelity import short, windows_of
 from mopeq.analyze import slabs
-from mopeq.evaluate import paired_difference
+from mopeq.evaluate.bootstrap import difference_estimate
 from mopeq.evaluate.divergence import judging
 from mopeq.measure import Calibration, Prepared, observed, open_model
 from mopeq.precision import GROUPS, Precision
@@ -45,19 +48,26 @@ def main() -> None:
     asked = _parser().parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
-    results: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-        "samples": asked.samples, "gaussian": {name: short(loss(points())) for name, points in POINTS.items()},
-        "rotation": rotation_cost(), "runs": [],
+        "samples": asked.samples,
     }  # fmt: skip
+    results = {**settings, "gaussian": {name: short(loss(points())) for name, points in POINTS.items()},
+               "rotation": rotation_cost(), "runs": _kept(asked.out, settings)}  # fmt: skip
     real: dict[str, tuple[float, Fake]] = {name: _real(name) for name in REAL}
     for number, seed in enumerate(asked.seeds):  # what exists here only comes last, with the last seed
+        methods = real | (others() if number == len(asked.seeds) - 1 else {})
+        run = next((r for r in results["runs"] if r["seed"] == seed), None)
+        if run is None:
+            run = {"seed": seed, "commit": START["commit"], "rows": []}
+            results["runs"].append(run)
+        if {row["name"] for row in run["rows"]} >= set(methods):
+            continue
         prepared = observed(
             opened, Calibration(asked.data, asked.samples, asked.length, 8, seed), gradients=False, dtype=torch.float32
         )
-        methods = real | (others() if number == len(asked.seeds) - 1 else {})
-        results["runs"].append({"seed": seed, "rows": judged(asked, prepared, methods)})
-        store(asked.out, results)
+        for _ in judged(asked, prepared, methods, run["rows"]):
+            store(asked.out, results)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,19 +83,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _kept(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of an earlier file of the same settings, each with the commit that it was made at."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if any(found["results"].get(key) != value for key, value in settings.items()):
+        return []
+    return [{"seed": r["seed"], "commit": r.get("commit", found["commit"]), "rows": r["rows"]}
+            for r in found["results"]["runs"]]  # fmt: skip
+
+
 def judged(
-    asked: argparse.Namespace, prepared: Prepared, methods: Mapping[str, tuple[float, Fake]]
-) -> list[dict[str, Any]]:
-    """A row for every method; the first is what the others are compared with."""
+    asked: argparse.Namespace, prepared: Prepared, methods: Mapping[str, tuple[float, Fake]], rows: list[dict[str, Any]]
+) -> Iterator[None]:
+    """Adds a row for every method that has none, and gives way after each; all are compared with the first."""
     layers = {layer.index: _inputs(prepared, layer) for layer in prepared.spec.layers}
     windows = windows_of(asked, prepared)
-    model, rows, first = copy.deepcopy(prepared.model), [], None
+    model, known = copy.deepcopy(prepared.model), {row["name"] for row in rows}
     with (
         torch.no_grad(),
         tempfile.TemporaryDirectory() as folder,
         judging(prepared.model, windows, cache=folder, batch_size=8) as judge,
     ):
         for name, (bits, fake) in methods.items():
+            if name in known:
+                continue
             started, lost, whole = time.perf_counter(), 0.0, 0.0
             for layer in prepared.spec.layers:
                 module = model.get_submodule(layer.module)
@@ -97,16 +120,16 @@ def judged(
                     whole += float(((weight @ moments) * weight).sum())
             seconds = time.perf_counter() - started
             found = judge(model, name).divergence
-            first = first or found
-            change = paired_difference(found, first)
+            first = rows[0] if rows else {"kl": found.kl.value, "window_kl": found.window_kl}
+            change = difference_estimate(found.window_kl, first["window_kl"], found.window_tokens)
             rows.append({
                 "name": name, "bits": bits, "kl": short(found.kl.value), "output_lost": short(lost / whole),
-                "relative": short(found.kl.value / first.kl.value), "seconds": round(seconds, 1),
-                "low": short(1 + (change.low or 0) / first.kl.value),
-                "high": short(1 + (change.high or 0) / first.kl.value),
+                "relative": short(found.kl.value / first["kl"]), "seconds": round(seconds, 1),
+                "low": short(1 + (change.low or 0) / first["kl"]), "high": short(1 + (change.high or 0) / first["kl"]),
+                "window_kl": [short(v) for v in found.window_kl],
             })  # fmt: skip
-            print(time.strftime("%H:%M:%S"), rows[-1], flush=True)
-    return rows
+            print(time.strftime("%H:%M:%S"), name, rows[-1]["relative"], flush=True)
+            yield
 
 
 def _inputs(prepared: Prepared, layer: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -135,17 +158,17 @@ def _bits(precision: Precision) -> float:
 def others() -> dict[str, tuple[float, Fake]]:
     """What exists here only: all with groups of 128 and without zero points."""
     bits = 2 + 16 / GROUP
-    made: dict[str, tuple[float, Fake]] = {
-        f"{name}, room {room:g}": (bits, blockwise(points(), room))
-        for name, points in POINTS.items()
-        for room in ((1.0, 1.15, ROOM, 1.5) if name == "half-integer grid" else (ROOM,))
-    }
-    made["trellis of 4 states, rings of 8 rows"] = bits, trellis()
     uniform, codebook = _real("2g128"), _real("2g128c")
+    made: dict[str, tuple[float, Fake]] = {}
     made["2g128, inputs rotated"] = uniform[0], rotated(uniform[1])
     made["2g128c, inputs rotated"] = codebook[0], rotated(codebook[1])
     made["2g128c, inputs of down rotated"] = codebook[0], rotated(codebook[1], only_down=True)
-    made["half-integer grid, inputs rotated"] = bits, rotated(blockwise(POINTS["half-integer grid"](), 1.4))
+    made |= {
+        f"{name}, room {room:g}": (bits, blockwise(points(), room))
+        for name, points in POINTS.items()
+        for room in ((1.0, ROOM, 1.5) if name == "half-integer grid" else (ROOM,))
+    }
+    made["trellis of 4 states, rings of 8 rows"] = bits, trellis()
     return made
 
 
