@@ -80,7 +80,7 @@ class GroupLayout:
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"precisions": self.precisions, "shapes": self.shapes}
+        return {name: value for name, value in self.__dict__.items() if name != "kept"}
 
     @cached_property
     def left_out(self) -> Tensor | None:
