@@ -148,14 +148,20 @@ def main() -> None:
     parser.add_argument(
         "--digits", type=int, choices=(1, 2, 3), help="int8 digits of an activation; by default the type's"
     )
+    parser.add_argument("--only", nargs="+", help="these kinds of layers, such as 2 bits, 2g128c, mixed")
     parser.add_argument("--peers", action="store_true", help="the reference kernel and torch bfloat16 too")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     kinds = {f"{b} bits": (Precision(b),) * EXPERTS for b in (2, 3, 4, 8)}
     draw = random.Random(1)
+    kinds["2g128c"] = (Precision(2, codebook=True),) * EXPERTS
     kinds["mixed"] = tuple(Precision(draw.choice((2, 3, 4, 8))) for _ in range(EXPERTS))
-    layers = {name: [Layer(p, seed) for seed in range(args.copies)] for name, p in kinds.items()}
+    layers = {
+        name: [Layer(p, seed) for seed in range(args.copies)]
+        for name, p in kinds.items()
+        if name in (args.only or kinds)
+    }
     found: dict[str, object] = {"isa": cpu.isa(), "dtype": args.dtype}
     print(f"instruction set {cpu.isa()}, {args.dtype} activations, digits {args.digits or cpu.DIGITS[dtype]}")
     with torch.no_grad():

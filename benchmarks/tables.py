@@ -11,6 +11,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
+from codebook_tables import codebooks
 from common import RESULTS, estimate, interpolated, table
 from frontier_tables import frontier
 from moqe_tables import moqe
@@ -453,6 +454,7 @@ def scores(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 PRINTED = {
+    "codebooks": codebooks,
     "fidelity": maps,
     "choices": choices,
     "levels": levels,
