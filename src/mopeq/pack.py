@@ -29,7 +29,7 @@ from mopeq.errors import InputError
 from mopeq.evaluate import Evaluation
 from mopeq.measure import Prepared
 from mopeq.memory import MOST
-from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Noting, Track, note, silent
 from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
 from mopeq.quantizers import DATA_FREE, QUANTIZERS, check_codebooks, once
@@ -240,7 +240,8 @@ def pack_experts(
         note(track, layer=layer.index, expert=done, experts=count, lost=slab.lost, whole=slab.whole, error_of=share)
     for expert in layer.experts:
         for matrix, name in expert.names.items():
-            yield name, made[expert.id.expert, matrix]
+            if (expert.id.expert, matrix) in made:  # it is not left out
+                yield name, made[expert.id.expert, matrix]
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def _packed_slab(
         moments = None if slab.moments is None else getattr(slab.moments, group)
         inputs = once(quantizer, moments)
         wanted = [rows[group][expert] for expert in slab.experts]
-        for precision in dict.fromkeys(wanted):
+        for precision in dict.fromkeys(p for p in wanted if p != LEFT_OUT):
             at = [i for i, p in enumerate(wanted) if p == precision]
             if precision.bits == 16:
                 packed = {i: [pack_full(m.cpu()) for m in weights[i].chunk(parts)] for i in at}

@@ -170,6 +170,8 @@ def integers(q: Codes) -> Tensor:
 def packed_shapes(shape: tuple[int, int], precision: Precision) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
     """``{suffix: ((rows, columns), dtype)}`` of the tensors that store a matrix (docs/format.md); no empty ones."""
     out, inp = shape
+    if precision.bits == 0:
+        return {}
     if precision.bits == 16:
         return {"qweight": ((out, 2 * inp), torch.uint8)}
     groups = precision.group_count(inp)
