@@ -1,4 +1,4 @@
-"""Tables of codebooks.json."""
+"""Tables of codebooks.json and codebooks_speed.json."""
 
 from __future__ import annotations
 
@@ -29,3 +29,13 @@ def codebooks(results: Mapping[str, Any]) -> dict[str, str]:
 
 def _relative(row: Mapping[str, Any]) -> str:
     return f"{row['relative']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def speed(results: Mapping[str, Any]) -> dict[str, str]:
+    """Milliseconds of a layer of OLMoE-1B-7B, uniform and with codebooks."""
+    rows = [
+        [where, name, f"{row['kernel ms']:.3f}", f"{row['layer ms']:.3f}", f"{100 * row['kernel share']:.0f} %"]
+        for where, kinds in results["rows"].items()
+        for name, row in kinds.items()
+    ]
+    return {"codebooks speed": table(["", "bits", "products, ms", "layer, ms", "products, share of a read"], rows)}
