@@ -75,7 +75,7 @@ struct Loops {
 };
 
 struct Kernels {
-  PanelKernel panel[7][4][3][2];           // width 2 3 4 5 6 8, codebook; DIGITS; tile of 1, 2, 4; height 8, 16
+  PanelKernel panel[7][4][3][2];           // width 2 3 4 5 6 8, codebook; DIGITS; tile of 1, 2, 4 tokens; height 8, 16
   DenseKernel dense[3];                    // tile of 1, 2, 4 tokens
   WideKernel wide;                         // one token, rows of float32
   void (*read)(const void *data, int64_t bytes, uint64_t *sum);

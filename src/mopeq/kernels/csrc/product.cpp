@@ -107,7 +107,7 @@ void work(const Piece &piece, const Piece &then) {
                                      product.out_features);
       else
         product.kernels->panel[width_index(m)][digits][tile][tall](panel, x, product.rows + t, out,
-                                                                        product.out_features);
+                                                                   product.out_features);
       t += TILES[tile];
     }
   }
