@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--copies", type=int, default=2, help="layers of each kind, so that caches do not hold them")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--only", nargs="+", help="these kinds of layers, such as 2 2g128c")
     parser.add_argument("--peers", action="store_true", help="the reference kernel and torch bfloat16 too")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -166,8 +167,10 @@ def main() -> None:
     draw = random.Random(1)
     for levels in ((2, 3, 4), (2, 3, 4, 8)):
         kinds[f"{', '.join(map(str, levels))} mixed"] = tuple(Precision(draw.choice(levels)) for _ in range(EXPERTS))
+    kinds["2g128c"] = (Precision(2, codebook=True),) * EXPERTS
     stream = Stream(HIDDEN, 64, dtype)
-    layers = {name: [Layer(p, seed, stream) for seed in range(args.copies)] for name, p in kinds.items()}
+    layers = {name: [Layer(p, seed, stream) for seed in range(args.copies)]
+              for name, p in kinds.items() if name in (args.only or kinds)}  # fmt: skip
     found: dict[str, Any] = {"isa": cpu.isa(), "dtype": args.dtype, "digits": cpu_digits(dtype), "rows": {}}
     with torch.no_grad():
         for threads in args.threads:

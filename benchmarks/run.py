@@ -25,6 +25,7 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         **_fidelity("", [*named, "--text", *text]),
         **_fidelity("bundled_", bundled),
         "scores": ["scores.py", *named],
+        "codebooks": ["codebooks.py", *named, "--text", *text],
         "methods": ["methods.py", *named, "--text", *text],
         "align": ["methods.py", *named, "--text", *text, "--studies", "align", "-o", "benchmarks/results/align.json"],
         "bundled_methods": [

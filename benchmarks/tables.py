@@ -11,6 +11,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
+from codebook_tables import codebooks, speed
 from common import RESULTS, estimate, interpolated, table
 from frontier_tables import frontier
 from moqe_tables import moqe
@@ -459,6 +460,8 @@ def scores(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 PRINTED = {
+    "codebooks": codebooks,
+    "codebooks_speed": speed,
     "fidelity": maps,
     "choices": choices,
     "levels": levels,

@@ -318,6 +318,7 @@ def convert(packed: PackedGroup, form: Form) -> PackedGroup:
         raise InputError(f"rows of {packed.layout.shapes[0][1]} inputs have no panels; expected a multiple of 32")
     lib, forward, threads = library(), int(form == "panels"), torch.get_num_threads()
     assert packed.layout.table.numel()  # made before the first product, because torch.compile could not make it
+    _ = packed.layout.left_out  # so is this
     for expert, precision in enumerate(packed.layout.precisions):
         if precision.bits == 16:
             continue
