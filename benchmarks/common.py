@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import shlex
@@ -75,3 +76,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def interpolated(points: Sequence[tuple[int, float]], size: int) -> float:
+    """KL of uniform models at ``size`` bytes: log-linear between neighbours, or along the last two outside."""
+    if len(points) < 2:
+        return math.nan
+    at = max(i for i in range(len(points) - 1) if i == 0 or points[i][0] <= size)
+    (x0, y0), (x1, y1) = points[at], points[at + 1]
+    share = (size - x0) / (x1 - x0)
+    return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
+
+
+def estimate(values: Sequence[float]) -> Any:
+    """The mean of windows' values, with its interval."""
+    from mopeq.evaluate.bootstrap import ratio_estimate
+
+    return ratio_estimate(values, [1] * len(values))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from common import RESULTS, table
-from mopeq.evaluate.bootstrap import Estimate, ratio_estimate
+from common import RESULTS, estimate, interpolated, table
+from frontier_tables import frontier
 from moqe_tables import moqe
 from served_tables import loading, serving, soak
 
@@ -88,24 +87,10 @@ def by_name(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[list[Row]]]:
     return made
 
 
-def interpolated(points: Sequence[tuple[int, float]], size: int) -> float:
-    """KL of uniform models at ``size`` bytes: log-linear between neighbours, or along the last two outside."""
-    if len(points) < 2:
-        return math.nan
-    at = max(i for i in range(len(points) - 1) if i == 0 or points[i][0] <= size)
-    (x0, y0), (x1, y1) = points[at], points[at + 1]
-    share = (size - x0) / (x1 - x0)
-    return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
-
-
 def pooled(columns: Sequence[Sequence[Row]]) -> list[float]:
     """KL of every window, the mean over all rows."""
     rows = [row["window_kl"] for column in columns for row in column]
     return [sum(values) / len(values) for values in zip(*rows, strict=True)]
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    return ratio_estimate(values, [1] * len(values))
 
 
 def mean(columns: Sequence[Sequence[Row]], key: str) -> float:
@@ -200,7 +185,41 @@ def vlm(results: Mapping[str, Any]) -> dict[str, str]:
         "vlm comparisons": table(versus, pairs),
         "vlm ranks": table(["seed", "maps", "fisher_error", "output_error"], [correlated(run) for run in runs]),
         "vlm calibration": _calibrations(results["runs"]),
+        "vlm plain": _plain(named, results["original"]["plain"], tasks),
     }
+
+
+def parts(results: Mapping[str, Any]) -> dict[str, str]:
+    """What few bits in one part of the bundled vision-language model cost, the other parts whole."""
+    head = ["rounded", "weights", "bits"]
+    for name in ("plain", "harder"):
+        head += [f"KL, {name}", "95 % interval", f"right %, {name}"]
+    rows = []
+    for row in results["rows"]:
+        cells = [row["part"].replace("_", " "), f"{results['weights'][row['part']]:,}", row["bits"]]
+        for name in ("plain", "harder"):
+            at = row[name]
+            cells += [f"{at['kl']:.4f}", f"{at['kl_low']:.4f} to {at['kl_high']:.4f}", f"{100 * at['right']:.1f}"]
+        rows.append(cells)
+    whole = [["0", "", f"{100 * results['original'][name]['right']:.1f}"] for name in ("plain", "harder")]
+    return {"vlm parts": table(head, [*rows, ["nothing", "", "", *whole[0], *whole[1]]])}
+
+
+def _plain(named: Mapping[str, Sequence[Sequence[Row]]], original: Row, tasks: Sequence[str]) -> str:
+    """Maps that were judged on images as drawn, too."""
+    judged = {name: columns for name, columns in named.items() if "plain" in columns[0][0]}
+    rows = []
+    for name in sorted(judged, key=lambda name: mean(judged[name], "bytes")):
+        found = [row["plain"] for column in judged[name] for row in column]
+        columns = [[row] for row in found]
+        kl = estimate(pooled(columns))
+        shares = [[row["right"], *(row["by_task"][task] for task in tasks)] for row in found]
+        largest = sum(sum(sorted(row["window_kl"])[-3:]) / sum(row["window_kl"]) for row in found) / len(found)
+        rows.append([name, f"{kl.value:.4f}", f"{kl.low:.4f} to {kl.high:.4f}", f"{100 * largest:.0f}",
+                     *_percent([sum(values) / len(values) for values in zip(*shares, strict=True)])])  # fmt: skip
+    shares = [original["right"], *(original["by_task"][task] for task in tasks)]
+    head = ["map", "KL", "95 % interval", "three questions' share of it, %", "right %", *tasks]
+    return table(head, [*rows, ["original", "0", "", "", *_percent(shares)]])
 
 
 def _answered(name: str, columns: Sequence[Sequence[Row]], tasks: Sequence[str]) -> list[str]:
@@ -262,28 +281,6 @@ def recipes(results: Mapping[str, Any]) -> dict[str, str]:
         interval = f"{row['kl_low']:.4f} to {row['kl_high']:.4f}"
         body.append([name, f"{row['expert_bits']:.3f}", f"{row['kl']:.4f}", interval, gain, row["processor_seconds"]])
     return {"recipes": table(["recipe", "bits", "KL", "95 %", "above no recipe", "processor s"], body)}
-
-
-def peers(results: Mapping[str, Any]) -> dict[str, str]:
-    """Quantizers of others, and the knapsack at the bits of each."""
-    body = []
-    for name, row in results["rows"].items():
-        if "error" in row:
-            body.append([name, "", f"did not run: `{row['error'][:160]}`", "", "", ""])
-            continue
-        own = results["rows"].get(f"mopeq knapsack at {name}", {}).get("kl")
-        gain = (
-            "{:+.4f} ({:+.4f} to {:+.4f})".format(*(row[k] for k in ("mopeq_above", "mopeq_low", "mopeq_high")))
-            if own
-            else ""
-        )
-        if not name.startswith("mopeq knapsack"):
-            kl = f"{row['kl']:.4f}"
-            body.append(
-                [name, f"{row['bits']:.3f}", kl, f"{own:.4f}" if own else "", gain, row.get("processor_seconds", "")]
-            )
-    heads = ["quantizer", "bits per expert weight", "KL", "knapsack at these bits", "knapsack above it", "processor s"]
-    return {"peers": table(heads, body)}
 
 
 def levels(results: Mapping[str, Any]) -> dict[str, str]:
@@ -468,7 +465,7 @@ PRINTED = {
     "resident_memory": memory,
     "moqe": moqe,
     "recipes": recipes,
-    "peers_quality": peers,
+    "frontier": frontier,
     "solver": solver,
     "streaming": streaming,
     "peers_speed": peers_speed,
@@ -479,6 +476,7 @@ PRINTED = {
     "serving": serving,
     "loading": loading,
     "vlm_study": vlm,
+    "vlm_parts": parts,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
     "llama_cpp": llama_cpp,

@@ -272,9 +272,10 @@ def _packed_slab(
             if precision.bits == 16:
                 packed = {i: [pack_full(m.cpu()) for m in weights[i].chunk(parts)] for i in at}
             else:
-                codes = quantizer(weights[at], precision, None if inputs is None else inputs[at])
+                some = at if len(at) < len(wanted) else slice(None)  # which copies nothing
+                codes = quantizer(weights[some], precision, None if inputs is None else inputs[some])
                 if judged:
-                    one, all_of_it = _loss(weights[at], codes, None if moments is None else moments[at])
+                    one, all_of_it = _loss(weights[some], codes, None if moments is None else moments[some])
                     lost, whole = lost + one, whole + all_of_it
                 codes = on_cpu(codes)
                 packed = {i: [pack(c) for c in rows_of(codes[n], parts)] for n, i in enumerate(at)}

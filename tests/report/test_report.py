@@ -99,6 +99,18 @@ def test_every_expert_has_a_cell_with_its_value(folder: Path) -> None:
     assert "0.1: 0 %, 0 tokens" in cells
 
 
+def test_text_and_image_tokens_have_maps_of_their_own(folder: Path) -> None:
+    stats = fakes.stats()
+    vision = {layer: row[::-1] for layer, row in stats.metrics["frequency"].items()}
+    counts = {layer: [7 + layer + expert for expert in range(8)] for layer in vision}
+    more = {"frequency.text": stats.metrics["frequency"], "frequency.vision": vision, "tokens.vision": counts}
+    write_json(folder / "mopeq" / "stats.json", stats.with_metrics(more).to_json())
+    tree = read(render(folder))
+    assert "Frequency of text tokens" in tree.words
+    assert "Frequency of image tokens" in tree.words
+    assert any(t.startswith("1.3: ") and t.endswith(f" %, {counts[1][3]} tokens") for t in tree.titles)
+
+
 def test_predicted_loss_is_the_sum_of_the_chosen_costs(folder: Path) -> None:
     stats, chosen = fakes.stats(), fakes.precisions()
     total = sum(

