@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 
 from common import RESULTS, estimate, interpolated, table
 from frontier_tables import frontier
+from methods_tables import methods
 from moqe_tables import moqe
 from served_tables import loading, serving, soak
 
@@ -464,6 +465,9 @@ PRINTED = {
     "scores": scores,
     "resident_memory": memory,
     "moqe": moqe,
+    "methods": methods,
+    "bundled_methods": methods,
+    "align": methods,
     "recipes": recipes,
     "frontier": frontier,
     "solver": solver,
