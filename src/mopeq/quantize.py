@@ -130,7 +130,7 @@ def quantize(
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
     if refine < 0 or (refine and uniform_layers) or ((guard or refine) and budget is None):
         raise InputError("guard and exchanges (not with uniform layers) are for a budget, 0 or more; leave them out")
-    check_method(method)
+    check_method(method, [*(options or ()), *filter(None, [uniform]), *(precisions.histogram() if precisions else ())])
     if not resume:
         require_new(Path(out))
     calibration = calibration or Calibration()
@@ -242,7 +242,7 @@ class _Plan:
             return inventory.total_bytes(self.precisions) + (0 if self.method in DATA_FREE else 2 * stored)
         most = expert_budget(parse_budget(self.budget or ""), inventory, self.rest)
         fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
-        return most + fixed + candidate_bytes(inventory, self.options) + (layers + 2) * stored
+        return most + fixed + candidate_bytes(inventory, self.options) + (layers + 3) * stored
 
     def carry_out(self, writer: PackedWriter, clock: _Clock, across: Map, track: Track) -> Packed:
         """All steps that are not done yet."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from mopeq.errors import MapError
 from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 
-__all__ = ["TOWERS", "Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "WeightRef"]
+__all__ = [
+    "TOWERS", "Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "Outside", "WeightRef",
+    "outside_layers",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -154,6 +157,28 @@ class MoESpec:
             kept_bytes=kept_bytes,
             header_bytes=header_bytes,
         )
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Stored tensors outside the decoder layers by when a pass needs them: ``first``, before the layers (embedding and
+    towers, of which ``towers`` says whether there are any), ``last``, after them (the head, which may be the
+    embedding), and ``always``.
+    """
+
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+    always: tuple[str, ...]
+    towers: bool
+
+
+def outside_layers(spec: MoESpec, keys: Sequence[str]) -> Outside:
+    """``keys``, all stored tensors outside the layers, by when they are needed."""
+    groups = {ref.key: ref.group for ref in spec.linears} | {ref.key: ref.group for ref in spec.kept}
+    found = {group: tuple(key for key in keys if groups.get(key) == group) for group in set(groups.values())}
+    embedding, towers = found.get("embedding", ()), tuple(k for group in TOWERS for k in found.get(group, ()))
+    first, last = embedding + towers, found.get("lm_head", ()) or embedding
+    return Outside(first, last, tuple(key for key in keys if key not in {*first, *last}), bool(towers))
 
 
 @dataclass(frozen=True)
@@ -341,7 +366,7 @@ def fitting(asked: Precision, out_features: int, in_features: int) -> Precision:
     if asked.fits(out_features, in_features):
         return asked
     for size in (128, 64, 32):
-        smaller = Precision(asked.bits, size, asked.symmetric)
+        smaller = replace(asked, group_size=size)
         if (asked.group_size == -1 or size < asked.group_size) and smaller.fits(out_features, in_features):
             return smaller
     return FULL
