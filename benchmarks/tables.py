@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from codebook_tables import codebooks, speed
 from common import RESULTS, estimate, interpolated, table
 from frontier_tables import frontier
+from methods_tables import methods
 from moqe_tables import moqe
 from served_tables import fit, loading, serving, soak
 
@@ -473,6 +474,9 @@ PRINTED = {
     "scores": scores,
     "resident_memory": memory,
     "moqe": moqe,
+    "methods": methods,
+    "bundled_methods": methods,
+    "align": methods,
     "recipes": recipes,
     "frontier": frontier,
     "solver": solver,

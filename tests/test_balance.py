@@ -84,7 +84,7 @@ def test_a_balanced_choice_is_of_the_pool_and_starves_fewer(tiny_model: Make) ->
 def test_what_cannot_be_balanced_is_refused(tiny_model: Make) -> None:
     opened = open_model(tiny_model("olmoe"))
     for share in (-1.0, math.nan, math.inf):
-        with pytest.raises(DataError, match="expected the share"):
+        with pytest.raises(DataError, match="expected a share"):
             calibrated(opened, Calibration(balance=share), texts=TEXT)
     with pytest.raises(DataError, match="conversations with images"):
         calibrated(opened, Calibration(str(bundled_images("calibration.jsonl")), balance=1.0))
