@@ -103,9 +103,13 @@ def test_memory_is_kept_or_the_number_is_told(tiny_model: Make, tmp_path: Path) 
     folder = tiny_model("olmoe")
     opened = open_model(folder)
     small = footprint(opened.source, opened.spec)
-    run = footprint(opened.source, opened.spec, tokens=1000, batch_tokens=100)
-    back = footprint(opened.source, opened.spec, tokens=1000, batch_tokens=100, gradients=True)
-    more = footprint(opened.source, opened.spec, tokens=10**7, batch_tokens=100)
+
+    def batches(count: int) -> list[dict[str, torch.Tensor]]:
+        return [{"input_ids": torch.zeros(100, 1)}] * count
+
+    run = footprint(opened.source, opened.spec, batches(10))
+    back = footprint(opened.source, opened.spec, batches(10), gradients=True)
+    more = footprint(opened.source, opened.spec, batches(10**5))
     assert PROCESS < small.least < run.least < back.least < more.least
     assert slab_bytes(None, small) == slab_bytes(2**40, small) > slab_bytes(small.least, small)
     with pytest.raises(InputError, match=r"--max-memory is 0\.10 GB and this needs (0\.9\d) GB"):
