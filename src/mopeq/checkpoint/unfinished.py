@@ -25,9 +25,8 @@ class Unfinished:
     interrupted, or the disk fills up; the same job with ``resume`` goes on from there. Errors that the same job would
     meet again remove everything all the same.
 
-    Raises :class:`OutputError` where ``out`` has something in it, where ``needed_bytes`` are not free, where the disk
-    refuses or fills up, where another process is writing, and where another job, or this one without ``resume``, left
-    something unfinished.
+    Raises :class:`OutputError` where ``needed_bytes`` are not free, where the disk refuses or fills up, where another
+    process is writing, and where another job, or this one without ``resume``, left something unfinished.
     """
 
     def __init__(
@@ -41,8 +40,6 @@ class Unfinished:
 
     def __enter__(self) -> Self:
         with self.disk():
-            if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-                raise OutputError(f"{self.out} exists already; give another folder or remove it")
             if self.partial.exists():
                 self._check_partial()
             self.out.parent.mkdir(parents=True, exist_ok=True)

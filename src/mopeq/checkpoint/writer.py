@@ -44,7 +44,8 @@ class PackedWriter(Unfinished):
             writer.copy_file(source / "tokenizer.json")
             writer.finish(packed_config(...), {"precision.json": ..., "stats.json": ...})
 
-    Leaving the block without :meth:`finish` leaves what :class:`Unfinished` says.
+    Leaving the block without :meth:`finish` leaves what :class:`Unfinished` says. Raises as that does, and where
+    ``out`` has something in it.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class PackedWriter(Unfinished):
         self._hashes: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Self:
+        with self.disk():
+            if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+                raise OutputError(f"{self.out} exists already; give another folder or remove it")
         super().__enter__()
         for name in self.partial.glob("model-*.safetensors"):  # killed while it finished: as they were before
             name.rename(self.partial / _temporary(int(name.name[6:11]) - 1))
