@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from mopeq.errors import MapError
-from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 
 __all__ = [
     "TOWERS", "Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "Outside", "WeightRef",
@@ -303,6 +303,10 @@ class Inventory:
             raise MapError(
                 f"the precision map names unknown groups {sorted(unknown)}; this model has {sorted(self.linears)}"
             )
+        for layer, row in precisions.experts["down"].items():
+            kept, wanted = sum(p != LEFT_OUT for p in row), self.layers[layer].top_k
+            if kept < wanted:
+                raise MapError(f"layer {layer} keeps {kept} experts and gives each token {wanted}; leave out fewer")
         for group in GROUPS:
             for layer, row in precisions.experts[group].items():
                 for precision in set(row):
@@ -362,7 +366,7 @@ def fitting(asked: Precision, out_features: int, in_features: int) -> Precision:
     if asked.fits(out_features, in_features):
         return asked
     for size in (128, 64, 32):
-        smaller = Precision(asked.bits, size, asked.symmetric)
+        smaller = replace(asked, group_size=size)
         if (asked.group_size == -1 or size < asked.group_size) and smaller.fits(out_features, in_features):
             return smaller
     return FULL

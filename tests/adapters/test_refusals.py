@@ -41,7 +41,8 @@ def test_unknown_architecture(olmoe: Source) -> None:
         {"model_type": "olmo3e", "num_experts": 4}, {}, "'olmo3e' is not supported", *SUPPORTED, "did you mean olmoe?"
     )
     refused({"model_type": "zzz"}, olmoe.shapes, "'zzz' is not supported")
-    refused({"model_type": "ernie4_5_vl_moe", "moe_num_experts": 4}, {}, "two sets of experts", "expected one set")
+    for name in ("ernie4_5_vl_moe", "ernie4_5_moe_vl"):
+        refused({"model_type": name, "moe_num_experts": 4}, {}, name, "two sets of experts", "expected one set")
     refused(NO_OPTIONS, olmoe.shapes, "model_type None", "expected one of")
 
 

@@ -24,9 +24,10 @@ __all__ = ["SUPPORTED", "GroupRow", "coverage", "describe", "groups_table", "inv
 
 SUPPORTED = tuple(sorted(FAMILIES))
 """The model types that can be described."""
-REFUSED = {
-    "ernie4_5_vl_moe": "two sets of experts in each layer, for text and for images, of different widths",
-}
+REFUSED = dict.fromkeys(
+    ("ernie4_5_vl_moe", "ernie4_5_moe_vl"),  # transformers' name, and that of the published files
+    "two sets of experts in each layer, for text and for images, of different widths",
+)
 """Model types with routed experts that a specification cannot say, and what they have: docs/adding.md."""
 
 
