@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import killing
+import mopeq.pack as pack_module
 import mopeq.quantize as quantize_module
 from mopeq.analyze import expert_rows, moments
 from mopeq.analyze.slab import slabs
@@ -130,3 +131,25 @@ def test_what_does_not_fit_is_not_compared(tiny_model: Make, tmp_path: Path, mon
     assert made.evaluation is None
     assert made.note.startswith("not compared with the original: both together take 0.6 GB and there are 0.1 GB; ")
     verify(made.path)
+
+
+def test_a_large_head_is_rounded_some_rows_at_a_time(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_model(tiny_model("olmoe"))
+    precisions = PrecisionMap.uniform(opened.inventory.experts, Precision(4, 32), {"lm_head": Precision(4, 32)})
+    pack_model(opened, precisions, tmp_path / "whole", method="rtn")
+    monkeypatch.setattr(pack_module, "STEP_BYTES", 1000)
+    calls: list[int] = []
+    real = pack_module.QUANTIZERS["rtn-mse"]
+    counted = lambda weight, *rest: (calls.append(weight.shape[1]), real(weight, *rest))[1]  # noqa: E731
+    monkeypatch.setitem(pack_module.QUANTIZERS, "rtn-mse", counted)
+    pack_model(opened, precisions, tmp_path / "parts", method="rtn")
+    assert max(calls) == 1000 // (4 * 64)
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        return {k: t for file in (tmp_path / name).glob("*.safetensors") for k, t in load_file(file).items()}
+
+    whole, parts = tensors("whole"), tensors("parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
