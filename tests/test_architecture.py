@@ -17,7 +17,7 @@ LEVELS = [
     {"progress", "seam", "autoload", "journal", "foreign"},
     {"models", "source"},
     {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead"},
-    {"analyze", "candidates", "runtime"},
+    {"analyze", "candidates", "runtime", "job"},
     {"integrations"},
     {"load"},
     {"evaluate", "fit", "report", "stream"},

@@ -196,7 +196,7 @@ def test_refuses_what_is_there(tmp_path: Path) -> None:
 
 def test_too_little_space_is_seen_before_work(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match=r"bytes free and the checkpoint needs 1,000,000,000,000,000,000; free space"),
+        pytest.raises(OutputError, match=r"bytes free and out needs 1,000,000,000,000,000,000; free space"),
         PackedWriter(tmp_path / "out", needed_bytes=10**18),
     ):
         pytest.fail("entered")

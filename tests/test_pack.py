@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import killing
+import mopeq.pack as pack_module
 import mopeq.quantize as quantize_module
 from mopeq.analyze import expert_rows, moments
 from mopeq.analyze.slab import slabs
@@ -103,9 +104,13 @@ def test_memory_is_kept_or_the_number_is_told(tiny_model: Make, tmp_path: Path) 
     folder = tiny_model("olmoe")
     opened = open_model(folder)
     small = footprint(opened.source, opened.spec)
-    run = footprint(opened.source, opened.spec, tokens=1000, batch_tokens=100)
-    back = footprint(opened.source, opened.spec, tokens=1000, batch_tokens=100, gradients=True)
-    more = footprint(opened.source, opened.spec, tokens=10**7, batch_tokens=100)
+
+    def batches(count: int) -> list[dict[str, torch.Tensor]]:
+        return [{"input_ids": torch.zeros(100, 1)}] * count
+
+    run = footprint(opened.source, opened.spec, batches(10))
+    back = footprint(opened.source, opened.spec, batches(10), gradients=True)
+    more = footprint(opened.source, opened.spec, batches(10**5))
     assert PROCESS < small.least < run.least < back.least < more.least
     assert slab_bytes(None, small) == slab_bytes(2**40, small) > slab_bytes(small.least, small)
     with pytest.raises(InputError, match=r"--max-memory is 0\.10 GB and this needs (0\.9\d) GB"):
@@ -126,3 +131,25 @@ def test_what_does_not_fit_is_not_compared(tiny_model: Make, tmp_path: Path, mon
     assert made.evaluation is None
     assert made.note.startswith("not compared with the original: both together take 0.6 GB and there are 0.1 GB; ")
     verify(made.path)
+
+
+def test_a_large_head_is_rounded_some_rows_at_a_time(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_model(tiny_model("olmoe"))
+    precisions = PrecisionMap.uniform(opened.inventory.experts, Precision(4, 32), {"lm_head": Precision(4, 32)})
+    pack_model(opened, precisions, tmp_path / "whole", method="rtn")
+    monkeypatch.setattr(pack_module, "STEP_BYTES", 1000)
+    calls: list[int] = []
+    real = pack_module.QUANTIZERS["rtn-mse"]
+    counted = lambda weight, *rest: (calls.append(weight.shape[1]), real(weight, *rest))[1]  # noqa: E731
+    monkeypatch.setitem(pack_module.QUANTIZERS, "rtn-mse", counted)
+    pack_model(opened, precisions, tmp_path / "parts", method="rtn")
+    assert max(calls) == 1000 // (4 * 64)
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        return {k: t for file in (tmp_path / name).glob("*.safetensors") for k, t in load_file(file).items()}
+
+    whole, parts = tensors("whole"), tensors("parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)

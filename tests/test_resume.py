@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import killing
+from mopeq import measure as measuring
 from mopeq.checkpoint import verify
 from mopeq.checkpoint import writer as writing
-from mopeq.errors import OutputError
+from mopeq.errors import InputError, OutputError
 from mopeq.journal import JOURNAL, Journal
-from mopeq.measure import Calibration
+from mopeq.measure import Calibration, measure
 from mopeq.precision import Precision
 from mopeq.quantize import quantize
 
@@ -88,7 +89,7 @@ def test_a_full_disk_leaves_what_can_be_gone_on_with(made: Made, at: int, tmp_pa
 def test_lost_and_damaged_files_are_made_again(made: Made, tmp_path: Path) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     with pytest.raises(OutputError, match="the disk is full"):
-        stopped(made, out, {"budget": 12, "output error": 8, "uniform": 6, "data-free": 3}[made.out.name])
+        stopped(made, out, {"budget": 13, "output error": 9, "uniform": 7, "data-free": 3}[made.out.name])
     journal = [json.loads(line) for line in (partial / JOURNAL).read_text().splitlines()]
     work = [line for line in journal if line.get("step", "").startswith(("measure", "pack"))]
     lost, cut = (partial / next(iter(work[at]["files"])) for at in (0, -1))
@@ -150,3 +151,50 @@ def test_two_runs_into_one_folder(tiny_model: Make, tmp_path: Path) -> None:
                 killing.made(made.model, out, "uniform", made.calibration, resume=resume)
     killing.made(made.model, out, "uniform", made.calibration, resume=True)
     verify(out)
+
+
+def test_measuring_spills_and_goes_on(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``analyze`` stopped at every layer, and not: the same statistics, and nothing left beside them."""
+    model, calibration, out = tiny_model("qwen2_moe"), killing.text(tmp_path), tmp_path / "stats.json"
+    partial = tmp_path / "stats.json.partial"
+    metrics = ("frequency", "fisher_error")
+    asked: dict[str, Any] = {"calibration": calibration, "options": [Precision(2, 32), Precision(4, 32)]}
+    wanted = measure(model, metrics, **asked)
+    real, done = measuring.layer_metrics, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        if "fisher_error" not in args[4]:
+            return real(*args, **kwargs)
+        assert any(partial.glob("scratch/hidden-*.safetensors")), "activations are on the disk"
+        assert not any(partial.glob("scratch/options-*"))
+        if done == 1:
+            raise KeyboardInterrupt
+        done += 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(measuring, "layer_metrics", counted)
+    with pytest.raises(KeyboardInterrupt, match="keeps what is finished"):
+        measure(model, metrics, **asked, out=out)
+    done = 0
+    with pytest.raises(OutputError, match="holds an unfinished run"):
+        measure(model, metrics, **asked, out=out)
+    with pytest.raises(OutputError, match="was begun with quantizer"):
+        measure(model, metrics, **asked, quantizer="rtn", out=out, resume=True)
+    found = measure(model, metrics, **asked, out=out, resume=True)
+    assert done == 1, "the finished layer is not measured again"
+    assert found.metrics == wanted.metrics
+    assert list(tmp_path.glob("stats.json*")) == []
+    out.write_text("{}")  # is replaced by the caller
+    assert measure(model, ("frequency",), **asked, out=out).metrics["frequency"] == wanted.metrics["frequency"]
+    assert list(tmp_path.glob("stats.json*")) == [out]
+
+
+def test_measuring_keeps_below_a_limit_or_tells_the_number(tiny_model: Make, tmp_path: Path) -> None:
+    model, out = tiny_model("olmoe"), tmp_path / "stats.json"
+    with pytest.raises(InputError, match=r"--max-memory is 0\.10 GB and this needs (\d\.\d\d) GB"):
+        measure(model, ["output_error"], calibration=killing.text(tmp_path), out=out, max_memory=10**8)
+    with pytest.raises(InputError, match="fisher takes the whole model in memory at once"):
+        measure(model, ["fisher"], calibration=killing.text(tmp_path), out=out, max_memory=10**12)
+    assert measure(model, ["frequency"], calibration=killing.text(tmp_path), out=out, max_memory=2 * 10**9).metrics
+    assert list(tmp_path.glob("stats*")) == []

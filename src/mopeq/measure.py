@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,16 @@ from mopeq.data.mixture import SELF, read_data, written
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
 from mopeq.errors import DataError, InputError
+from mopeq.job import hashed_batches, job_of, spilled
 from mopeq.journal import Journal
 from mopeq.load import load_processor, load_source, load_tokenizer, model_config
-from mopeq.memory import MOST
+from mopeq.memory import MOST, footprint, slab_bytes, spilled_bytes
 from mopeq.precision import Precision
 from mopeq.progress import Track, silent
 from mopeq.source import Source, close_files, open_source
 from mopeq.spec import Inventory, MoELayer, MoESpec
 from mopeq.stats import Stats
-from mopeq.stream import Shell, Store, backward, forward
+from mopeq.stream import Shell, Store, backward, forward, stored_dtype
 
 __all__ = [
     "Calibration",
@@ -224,12 +225,29 @@ def measure(
     options: Sequence[Precision] | None = None,
     quantizer: str = "gptq",
     dtype: torch.dtype | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    max_memory: int | None = None,
     across: Map = here,
     track: Track = silent,
 ) -> Stats:
     """The ``analyze`` verb: the named metrics of one model; costs are measured at the precisions ``options``.
 
-    across: works on the experts of a layer, here or on a cluster; not for metrics that take the whole model.
+    Args:
+        model: folder or hub id of the original checkpoint.
+        metrics: names in :data:`~mopeq.analyze.METRICS`.
+        calibration: which text.
+        options: precisions; None for ``Inventory.precisions()``.
+        quantizer: name of the quantizer that costs are measured with.
+        dtype: compute type of the model; None takes the checkpoint's.
+        out: where the statistics will be written. Activations are spilled to a folder beside it, which is there until
+            this returns; None keeps them in memory.
+        resume: go on with what the same call with the same ``out`` left unfinished.
+        max_memory: bytes that this process may have resident; None for what the machine has. Less than the least
+            possible is an :class:`InputError` with the number needed, and so is a limit for a metric that takes the
+            whole model.
+        across: works on the experts of a layer, here or on a cluster; not for metrics that take the whole model.
+        track: progress.
     """
     calibration = calibration or Calibration()
     opened = open_model(model)
@@ -245,6 +263,8 @@ def measure(
             raise InputError(
                 f"{whole[0]} takes the whole model in one process; leave it out, or measure it without --ray"
             )
+        if max_memory is not None or resume:
+            raise InputError(f"{whole[0]} takes the whole model in memory at once; no --max-memory or --resume with it")
         prepared = observed(
             opened, calibration, gradients=bool(set(GRADIENTS) & set(metrics)), dtype=dtype, track=track
         )
@@ -256,10 +276,19 @@ def measure(
         stats = analyze(None, opened.source, opened.spec, [], ["inverse_norm"], seed=calibration.seed, track=track)
     if streamed:
         ready, started = calibrated(opened, calibration, track=track), time.perf_counter()
-        found, _ = measure_streamed(
-            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype,
-            across=across, track=track,
+        gradients = bool(set(GRADIENTS) & set(streamed))
+        itemsize = (dtype or stored_dtype(opened.source)).itemsize
+        need = footprint(opened.source, opened.spec, ready.batches, itemsize=itemsize, gradients=gradients)
+        job = job_of(
+            opened.source, metrics=streamed, options=[str(p) for p in options], quantizer=quantizer, dtype=str(dtype),
+            calibration={**asdict(calibration), "batches": hashed_batches(ready.batches)},
         )  # fmt: skip
+        needed = spilled_bytes(opened.spec, ready.batches, gradients=gradients)
+        with spilled(out, needed, job, resume) as journal:
+            found, _ = measure_streamed(
+                ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype,
+                journal=journal, keep=False, memory=slab_bytes(max_memory, need), across=across, track=track,
+            )  # fmt: skip
         seconds = {**stats.info.get("seconds", {}), ", ".join(streamed): round(time.perf_counter() - started, 3)}
         stats = found.with_metrics(stats.metrics, seconds=seconds)
     return stats
@@ -274,6 +303,7 @@ def measure_streamed(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     journal: Journal | None = None,
+    keep: bool = True,
     memory: int = MOST,
     across: Map = here,
     track: Track = silent,
@@ -288,7 +318,8 @@ def measure_streamed(
         seed: of sampled labels.
         dtype: compute type of the model; None takes the checkpoint's.
         journal: of the folder that activations are spilled to; what the run that it tells of has measured is taken
-            over, and every unit at every option is left there packed (``mopeq.candidates``), :func:`measured_step`.
+            over, :func:`measured_step`.
+        keep: leave every unit at every option there, packed (``mopeq.candidates``).
         memory: bytes of experts at a time (:func:`~mopeq.memory.slab_bytes`).
         across: works on them.
         track: progress.
@@ -310,14 +341,14 @@ def measure_streamed(
         for layer, module, seen in sweep:
             if layer.index not in left:
                 continue
-            kept = None if journal is None else Candidates(journal.folder, store.scratch, layer)
+            kept = Candidates(journal.folder, store.scratch, layer) if journal is not None and keep else None
             rows, short = layer_metrics(
                 source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory,
                 keep=None if kept is None else packed_codes, take=kept, across=across, track=track,
             )  # fmt: skip
             facts = {"metrics": rows, "fallbacks": short}
-            if journal is not None and kept is not None:
-                journal.record(measured_step(layer), facts, kept.finish())
+            if journal is not None:
+                journal.record(measured_step(layer), facts, {} if kept is None else kept.finish())
             found[layer.index] = facts
             close_files()
         store.clear()

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from mopeq.errors import InputError
 from mopeq.source import Source, decoder_layer, stored_bytes
 from mopeq.spec import MoESpec, outside_layers
 
-__all__ = ["Footprint", "available_bytes", "footprint", "give_back_freed", "slab_bytes"]
+__all__ = ["Footprint", "available_bytes", "footprint", "give_back_freed", "slab_bytes", "spilled_bytes"]
 
 PROCESS = 600 << 20
 """Bytes of the interpreter with torch and transformers."""
@@ -41,18 +42,24 @@ class Footprint:
 
 
 def footprint(
-    source: Source, spec: MoESpec, *, tokens: int = 0, batch_tokens: int = 0, itemsize: int = 2, gradients: bool = False
+    source: Source,
+    spec: MoESpec,
+    batches: Sequence[Mapping[str, Any]] = (),
+    *,
+    itemsize: int = 2,
+    gradients: bool = False,
 ) -> Footprint:
-    """What packing a model takes, and, with ``tokens``, running it over them layer by layer.
+    """What packing a model takes, and, with ``batches``, running it over them layer by layer.
 
     Args:
         source: the checkpoint.
         spec: its specification.
-        tokens: of calibration; 0 where the model is not run.
-        batch_tokens: of the largest batch.
+        batches: of calibration; none where the model is not run.
         itemsize: bytes of an activation and of a weight in the type the model runs in.
         gradients: whether it is run backward.
     """
+    sizes = [batch["input_ids"].numel() for batch in batches]
+    tokens, batch_tokens = sum(sizes), max(sizes, default=0)
     shape = max((layer.shapes("gate_up")[0] for layer in spec.layers), key=prod)
     experts = max(len(layer.experts) for layer in spec.layers)
     expert = 4 * 3 * prod(shape)
@@ -79,6 +86,13 @@ def footprint(
     head = loaded(outside.last) + batch_tokens * vocabulary * (2 * itemsize + 12) if gradients else 0
     turns = loaded(outside.first), max(map(loaded, layers.values())) + run, head, packed
     return Footprint(PROCESS + loaded(outside.always) + max(turns) + kept, expert)
+
+
+def spilled_bytes(spec: MoESpec, batches: Sequence[Mapping[str, Any]], *, gradients: bool) -> int:
+    """Bytes of activations that lie on the disk at most: of two layers, or of all of them and two with gradients."""
+    layers = 1 + max(layer.index for layer in spec.layers)
+    tokens: int = sum(batch["input_ids"].numel() for batch in batches)
+    return 4 * tokens * max(layer.hidden_size for layer in spec.layers) * (layers + 3 if gradients else 2)
 
 
 def slab_bytes(limit: int | None, need: Footprint) -> int:

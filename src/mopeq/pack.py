@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -32,7 +32,7 @@ from mopeq.memory import MOST
 from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Noting, Track, note, silent
 from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
-from mopeq.quantizers import DATA_FREE, QUANTIZERS, check_codebooks, once
+from mopeq.quantizers import DATA_FREE, QUANTIZERS, Quantizer, check_codebooks, once
 from mopeq.source import Source, close_files, read_kept, read_matrix, stored_bytes
 from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 
@@ -206,7 +206,19 @@ def _rest(
         else:
             seen = how.moments.get(ref.module)
             moments = None if seen is None else seen[None]
-            yield ref.name, pack(QUANTIZERS[how.method](weight.float()[None], precisions[ref], moments)[0])
+            yield ref.name, pack(_some_rows_at_a_time(weight, precisions[ref], QUANTIZERS[how.method], moments))
+
+
+def _some_rows_at_a_time(weight: Tensor, precision: Precision, quantizer: Quantizer, moments: Tensor | None) -> Codes:
+    """Codes (out, in) of one matrix, whose rows do not depend on each other, with buffers of ``STEP_BYTES``."""
+    inputs = once(quantizer, moments)
+    made = [
+        quantizer(rows.float()[None], precision, inputs)[0]
+        for rows in torch.split(weight, max(1, STEP_BYTES // (4 * weight.shape[1])))
+    ]
+    zeros = [part.zeros for part in made if part.zeros is not None]
+    codes, scales = torch.cat([part.codes for part in made]), torch.cat([part.scales for part in made])
+    return replace(made[0], codes=codes, scales=scales, zeros=torch.cat(zeros) if zeros else None)
 
 
 def pack_experts(

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from mopeq.candidates import Stock, candidate_bytes, chosen
 from mopeq.checkpoint import PackedWriter, Stored, read_manifest
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
+from mopeq.job import hashed, job_of
 from mopeq.journal import Journal, read_journal
 from mopeq.load import load_source, load_tokenizer
 from mopeq.measure import (
@@ -39,7 +39,7 @@ from mopeq.measure import (
     open_model,
     split_texts,
 )
-from mopeq.memory import PROCESS, Footprint, available_bytes, footprint, slab_bytes
+from mopeq.memory import PROCESS, Footprint, available_bytes, footprint, slab_bytes, spilled_bytes
 from mopeq.pack import (
     LayerTensors,
     Packed,
@@ -216,15 +216,12 @@ class _Plan:
     @property
     def footprint(self) -> Footprint:
         """What it takes of memory."""
-        sizes = [batch["input_ids"].numel() for batch in self.opened.batches]
-        return footprint(
-            self.opened.source,
-            self.opened.spec,
-            tokens=sum(sizes),
-            batch_tokens=max(sizes, default=0),
-            itemsize=self.itemsize,
-            gradients=self.budget is not None and self.cost == "fisher_error",
-        )
+        opened = self.opened
+        return footprint(opened.source, opened.spec, opened.batches, itemsize=self.itemsize, gradients=self._gradients)
+
+    @property
+    def _gradients(self) -> bool:
+        return self.budget is not None and self.cost == "fisher_error"
 
     @property
     def itemsize(self) -> int:
@@ -235,14 +232,12 @@ class _Plan:
     def disk_bytes(self) -> int:
         """What the checkpoint takes, and what is needed until it is finished: candidates and activations."""
         inventory = self.opened.inventory
-        hidden = max(layer.hidden_size for layer in self.opened.spec.layers)
-        layers = 1 + max(layer.index for layer in self.opened.spec.layers)
-        stored = 4 * hidden * sum(batch["input_ids"].numel() for batch in self.opened.batches)
+        stored = spilled_bytes(self.opened.spec, self.opened.batches, gradients=self._gradients)
         if self.precisions is not None:
-            return inventory.total_bytes(self.precisions) + (0 if self.method in DATA_FREE else 2 * stored)
+            return inventory.total_bytes(self.precisions) + stored
         most = expert_budget(parse_budget(self.budget or ""), inventory, self.rest)
         fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
-        return most + fixed + candidate_bytes(inventory, self.options) + (layers + 3) * stored
+        return most + fixed + candidate_bytes(inventory, self.options) + stored
 
     def carry_out(self, writer: PackedWriter, clock: _Clock, across: Map, track: Track) -> Packed:
         """All steps that are not done yet."""
@@ -340,18 +335,12 @@ class _Plan:
 
 def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[str, Any]:
     """What a run is: two runs of the same job make the same checkpoint."""
-    source = plan.opened.source
-    files = sorted(set(source.files.values()))
-    state = [(name, (source.path / name).stat()) for name in files]
-    checkpoint = [source.config, [(name, s.st_size, s.st_mtime_ns) for name, s in state]]
     used: dict[str, Any] = {}
     if plan.opened.batches:
         used = {**asdict(calibration), "data": calibration.data or "bundled", "text": _digest(calibration, texts)}
-    return {
-        "model": str(source.path.resolve()),
-        "checkpoint": _hash(checkpoint),
+    asked = {
         "budget": plan.budget,
-        "map": None if plan.precisions is None else _hash(plan.precisions.to_json()),
+        "map": None if plan.precisions is None else hashed(plan.precisions.to_json()),
         "method": plan.method,
         **({"options": [str(p) for p in plan.options], "cost": plan.cost} if plan.budget is not None else {}),
         **(
@@ -364,20 +353,16 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
         "dtype": None if plan.dtype is None else str(plan.dtype),
-        "versions": {name: version(name) for name in ("mopeq", "torch", "transformers")},
     }
+    return job_of(plan.opened.source, **asked)
 
 
 def _digest(calibration: Calibration, texts: Sequence[Any]) -> str:
     """Of the data: of its text, or of conversations, whose images are files or in the file, with their pixels."""
     if not has_pictures(calibration):
-        return _hash(list(texts))
-    return _hash([[message["role"], part.get("text") or hashlib.sha256(part["image"].tobytes()).hexdigest()]
+        return hashed(list(texts))
+    return hashed([[message["role"], part.get("text") or hashlib.sha256(part["image"].tobytes()).hexdigest()]
                   for said in texts for message in said for part in message["content"]])  # fmt: skip
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _finished(out: Path, plan: _Plan, job: Mapping[str, Any]) -> Packed | None:

@@ -14,6 +14,7 @@ from mopeq.checkpoint.reader import (
     rest_elements,
     verify,
 )
+from mopeq.checkpoint.unfinished import Unfinished
 from mopeq.checkpoint.writer import PackedWriter, Stored, write_tensors
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PackedLinear",
     "PackedWriter",
     "Stored",
+    "Unfinished",
     "check_packed",
     "linear_precisions",
     "packed_config",

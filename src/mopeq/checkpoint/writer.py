@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +17,8 @@ from torch import Tensor
 
 from mopeq.checkpoint.manifest import DTYPES, Header, Manifest
 from mopeq.checkpoint.reader import CONFIG, HASHES, INDEX, SIZES, canonical, check_packed, check_rest, read_headers
-from mopeq.errors import CheckpointError, MopeqError, OutputError
-from mopeq.journal import JOURNAL, Journal, check_free
+from mopeq.checkpoint.unfinished import Unfinished
+from mopeq.errors import CheckpointError, OutputError
 from mopeq.qtensor import QTensor, packed_shapes
 from mopeq.stats import write_json
 
@@ -35,7 +33,7 @@ Stored = tuple[str, QTensor | Tensor]
 """A packed matrix under its base name, or a tensor as it is."""
 
 
-class PackedWriter:
+class PackedWriter(Unfinished):
     """Writes a packed checkpoint beside its folder and renames it into place.
 
     ::
@@ -46,14 +44,8 @@ class PackedWriter:
             writer.copy_file(source / "tokenizer.json")
             writer.finish(packed_config(...), {"precision.json": ..., "stats.json": ...})
 
-    Leaving the block without :meth:`finish`, by an error or Ctrl-C, removes everything. With a ``job``, which says what
-    is made of what and how, the folder has a :class:`~mopeq.journal.Journal`, and what :meth:`part` has written stays
-    if the process is killed, interrupted, or the disk fills up; the same job with ``resume`` goes on from there. Errors
-    that the same job would meet again remove everything all the same.
-
-    Raises :class:`OutputError` where ``out`` has something in it, where ``needed_bytes`` are not free, where the disk
-    refuses or fills up, where another process is writing, and where another job, or this one without ``resume``, left
-    something unfinished.
+    Leaving the block without :meth:`finish` leaves what :class:`Unfinished` says. Raises as that does, and where
+    ``out`` has something in it.
     """
 
     def __init__(
@@ -65,12 +57,8 @@ class PackedWriter:
         job: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
-        self.out = Path(os.path.abspath(Path(out).expanduser()))
-        self.partial = self.out.with_name(self.out.name + ".partial")
-        self.needed_bytes = needed_bytes
+        super().__init__(out, needed_bytes=needed_bytes, job=job, resume=resume)
         self.max_shard_bytes = max_shard_bytes
-        self.job, self.resume = job, resume
-        self.journal: Journal | None = None
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[dict[str, Header]] = []
@@ -82,52 +70,16 @@ class PackedWriter:
         with self.disk():
             if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
                 raise OutputError(f"{self.out} exists already; give another folder or remove it")
-            if self.partial.exists():
-                self._check_partial()
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.out.parent).free
-            there = sum(file.stat().st_size for file in self.partial.rglob("*"))
-            if free + there < self.needed_bytes:
-                raise OutputError(
-                    f"{self.out.parent} has {free:,} bytes free and the checkpoint needs {self.needed_bytes:,}; "
-                    f"free space or give another folder"
-                )
-            try:
-                self.partial.mkdir(exist_ok=self.resume)
-            except FileExistsError as error:  # since a moment ago
-                raise OutputError(f"another mopeq is writing {self.partial}; wait for it") from error
-            if self.job is not None:
-                self.journal = Journal(self.partial, self.job)
+        super().__enter__()
         for name in self.partial.glob("model-*.safetensors"):  # killed while it finished: as they were before
             name.rename(self.partial / _temporary(int(name.name[6:11]) - 1))
         return self
-
-    def _check_partial(self) -> None:
-        """Raise :class:`OutputError` unless what is there may be gone on with."""
-        if self.job is None or not (self.resume or (self.partial / JOURNAL).is_file()):
-            raise OutputError(
-                f"{self.partial} exists: another mopeq is writing it, or one was killed; wait for it or remove it"
-            )
-        if not self.resume:
-            check_free(self.partial)
-            raise OutputError(
-                f"{self.partial} holds an unfinished run; the same command with --resume goes on with it; "
-                f"or remove that folder"
-            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pending = {}
-        kept = self.journal is not None and bool(self.journal.steps) and _passing(error)
-        if not kept:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        if self.journal is not None:
-            self.journal.close()
-        if kept and isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(
-                f"interrupted; {self.partial} keeps what is finished, and the same command with --resume goes on"
-            ) from error
+        super().__exit__(kind, error, trace)
 
     def part(self, step: str, tensors: Callable[[], Iterable[Stored]], facts: Mapping[str, Any]) -> Mapping[str, Any]:
         """Shards of their own for some tensors; nothing is made where an earlier run has finished this step.
@@ -226,20 +178,6 @@ class PackedWriter:
             raise OutputError(f"{name} would be written twice; expected one file of that name")
         self._hashes[name] = _write(self.partial / name, [content])
 
-    @contextmanager
-    def disk(self) -> Iterator[None]:
-        """What the disk refuses inside becomes an :class:`OutputError`."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = shutil.disk_usage(self.out.parent).free
-                raise OutputError(
-                    f"the disk is full: {self.out} needs {self.needed_bytes:,} bytes in all and {free:,} are free; "
-                    f"free space{' and go on with --resume' if self.journal else ''}, or give another folder"
-                ) from error
-            raise OutputError(f"cannot write {self.out}: {error}; give a folder that can be written to") from error
-
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Header]]:
     """Write and sync a safetensors file, wide elements first, so that everything is aligned.
@@ -265,11 +203,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, 
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _passing(error: BaseException | None) -> bool:
-    """Whether the same job may get further another time: not after an error that lies in what it was given."""
-    return not isinstance(error, MopeqError) or isinstance(error, OutputError)
 
 
 def _temporary(number: int) -> str:

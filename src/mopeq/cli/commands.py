@@ -109,6 +109,9 @@ def do_analyze(options: argparse.Namespace) -> None:
             options=precisions_of(options, model),
             quantizer=options.method,
             dtype=dtype_of(options),
+            out=out,
+            resume=options.resume,
+            max_memory=size_of(options.max_memory),
             across=across,
             track=track,
         )

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         help="names, comma-separated (default: %(default)s)",
     )
     _options(p)
-    add_spread(p)
+    _bounded(p)
     p.add_argument("-o", "--out", default="stats.json", help="file to write (default: %(default)s)")
 
     p = verb("allocate", commands.do_allocate, "give every expert a precision")
@@ -110,9 +110,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="try N exchanges of precisions on text kept apart (default: 0)",
     )
-    p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
-    add_spread(p)
-    p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
+    _bounded(p)
 
     add_export(verb("export", do_export, "write a packed model for other runtimes"))
 
@@ -177,6 +175,12 @@ def _options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--levels", default=usual, help="bits or precisions to choose from (default: %(default)s)")
     p.add_argument("--group-size", type=int, help=f"inputs per scale {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points")
+
+
+def _bounded(p: argparse.ArgumentParser) -> None:
+    add_spread(p)
+    p.add_argument("--resume", action="store_true", help="go on with what the same command left unfinished")
+    p.add_argument("--max-memory", metavar="SIZE", help="such as 8GB: keep below it, or say what is needed")
 
 
 def _uniform_layers(p: argparse.ArgumentParser) -> None:
