@@ -18,8 +18,8 @@ from common import arguments, store
 from mopeq.data.samples import bundled_images, bundled_vlm
 from mopeq.load import load
 from mopeq.measure import Calibration, observed, open_model
+from mopeq.pack import pack_model
 from mopeq.precision import DEFAULT_REST, FULL, Precision, PrecisionMap
-from mopeq.quantize import pack_model
 from vlm_study import BITS, CONVERSATIONS, SIZE, accuracy_of, judged, judges_of
 
 EXPERTS, ALL = "routed_experts", "all"
