@@ -1,11 +1,10 @@
 """The frontier of size and quality: the knapsack beside every control and every peer, at equal bytes, window by window.
 
 For every calibration seed the model is observed once and every unit quantized once at every precision. Each map is
-judged with those codes, dequantized, in the experts of the original, all else as it was; one map of the last seed is
+judged with those codes, dequantized, in the experts of the original, all else as it was; one map is
 also packed, loaded and judged, to show that this is the same. Controls have the bytes of the knapsack's map and the
 same codes. Peers run, for the last seed, in environments of their own on the same calibration tokens
-(``peers_quality.py``), their matrices, dequantized, take the same places, and a knapsack of their bytes stands beside
-each of them.
+(``peers_quality.py``), and their matrices, dequantized, take the same places.
 
 Rows are stored one by one; the same command goes on where it was stopped.
 """
@@ -36,11 +35,10 @@ from mopeq.allocate import allocate, inverted_map, predicted, random_map, ranked
 from mopeq.analyze import analyze, layer_metrics, moments
 from mopeq.analyze.forward import experts_module
 from mopeq.data.text import Window, read_texts, text_windows
-from mopeq.errors import BudgetError
 from mopeq.evaluate import Comparison, run_tasks
 from mopeq.evaluate.divergence import judging
-from mopeq.load import load
-from mopeq.measure import Calibration, Prepared, observed, open_model
+from mopeq.load import load, load_source
+from mopeq.measure import Calibration, Prepared, calibrated, observed, open_model
 from mopeq.pack import pack_model
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap
 from mopeq.qtensor import Codes, dequantize, on_cpu
@@ -64,7 +62,7 @@ DRAWS = 2
 SAMENESS = 0.005
 """Relative difference of the KL that packing and loading may make: other kernels, other sums."""
 TASKS = ("original", "uniform 2", "uniform 3", "ours 2.25", "ours 2.5", "ours 3.0")
-"""What is asked questions, with the peers at 2 to 3 bits."""
+"""What is asked questions."""
 
 Judge = Callable[[nn.Module, str], Comparison]
 
@@ -106,13 +104,17 @@ class Study:
     def take_matrices(self, found: Mapping[str, Tensor]) -> nn.Module:
         """The model with these matrices, by their names in the checkpoint, as its experts."""
         self.filled.clear()
-        for layer in self.prepared.spec.layers:
-            module = experts_module(self.model, layer)
-            for number, expert in enumerate(layer.experts):
-                for group in GROUPS:
-                    matrices = [found[f"{expert.names[matrix]}.weight"] for matrix in MATRICES[group]]
-                    _place(module, group, number, torch.cat(matrices).float())
-        return self.model
+        return _take_matrices(self.model, self.prepared, found)
+
+
+def _take_matrices(model: nn.Module, opened: Prepared, found: Mapping[str, Tensor]) -> nn.Module:
+    for layer in opened.spec.layers:
+        module = experts_module(model, layer)
+        for number, expert in enumerate(layer.experts):
+            for group in GROUPS:
+                matrices = [found[f"{expert.names[matrix]}.weight"] for matrix in MATRICES[group]]
+                _place(module, group, number, torch.cat(matrices).float())
+    return model
 
 
 def _place(module: nn.Module, group: str, expert: int, weight: Tensor) -> None:
@@ -134,7 +136,9 @@ def main() -> None:
             if run is None:
                 run = {"seed": seed, "rows": []}
                 results["runs"].append(run)
-            _run(asked, opened, run, Path(temporary), seed == asked.seeds[-1], lambda: store(asked.out, results))
+            proved = any("packed" in other for other in results["runs"])
+            save = partial(store, asked.out, results)
+            _run(asked, opened, run, Path(temporary), seed == asked.seeds[-1], proved, save)
             store(asked.out, results)
 
 
@@ -144,90 +148,59 @@ def _run(
     run: dict[str, Any],
     folder: Path,
     last: bool,
+    proved: bool,
     save: Callable[[], None],
 ) -> None:
-    """Every row of one seed that is not there yet."""
-    if run.get("complete") == _wanted(asked, last):
-        return
+    """Every row of one seed that is not there yet; peers first, as they need nothing measured."""
     rows = {row["name"]: row for row in run["rows"]}
-    left = any(f"{LAST_CONTROL} = {bits}" not in rows for bits in asked.bits if bits in FULL_CONTROLS)
-    study = _studied(asked, opened, run["seed"], left)
-    run["seconds"] = {**run.get("seconds", {}), **study.seconds}
-    windows, domains = _windows(asked, study.prepared.tokenizer)
+    ready = calibrated(opened, Calibration(asked.data, asked.samples, asked.length, 8, run["seed"]))
+    windows, domains = _windows(asked, ready.tokenizer)
+    full = [bits for bits in asked.bits if bits in FULL_CONTROLS]
+    left = any(f"{LAST_CONTROL} = {bits}" not in rows for bits in full)
+    methods = {f"{m} {bits}": (m, bits) for m in asked.methods for bits in QUANTIZED[m]} if last else {}
+    questions = asked.questions if last else 0
+    measured = left or any(f"frequency = {bits}" not in rows for bits in asked.bits) or not set(methods) <= set(rows)
+    measured = measured or (questions and len(run.get("questions", ())) < len(TASKS))
 
-    def add(name: str, row: Mapping[str, Any], found: Comparison | Mapping[str, Any]) -> None:
-        """Store a row; ``found`` may be that of the same model under another name."""
-        seen = _facts(found, domains) if isinstance(found, Comparison) else found
-        rows[name] = {**seen, **row, "name": name}
+    def add(name: str, row: Mapping[str, Any], found: Comparison) -> None:
+        rows[name] = {"name": name, **row, **_facts(found, domains)}
         run["rows"] = list(rows.values())
         save()
         print(time.strftime("%H:%M:%S"), run["seed"], name, rows[name]["kl"], flush=True)
 
-    def maps(judge: Judge, budgets: Sequence[float]) -> None:
-        for job in _jobs(study, budgets, left):
+    original = load_source(opened.source, torch.float32)
+    changed = copy.deepcopy(original)
+    with judging(original, windows, cache=folder, batch_size=8) as judge:
+        for name, work in peers_quality.runs(asked, ready, run["seed"]) if last else ():
+            if name in rows or name in run.setdefault("failed", {}):
+                continue
+            if "error" in (told := work()):
+                run["failed"][name] = told["error"]
+                print(name, told["error"], flush=True)
+                continue
+            _take_matrices(changed, opened, peers_quality.read(told.pop("matrices")))
+            add(name, {**told, "kind": "peer", "bytes": _size(opened, told["bits"])}, judge(changed, name))
+        if not measured:
+            return
+        study = _studied(asked, opened, run["seed"], left, changed)
+        run["seconds"] = {**run.get("seconds", {}), **study.seconds}
+        for job in (*_jobs(study, full, left), *_jobs(study, asked.bits, left)):
             if job.name not in rows:
                 row = _described(study, job)
                 if job.like is not None and row["bytes"] > rows[job.like]["bytes"]:
                     raise RuntimeError(f"{job.name} takes {row['bytes']} bytes, {job.like} {rows[job.like]['bytes']}")
                 add(job.name, row, judge(study.take(job.precisions), job.name))
-
-    with judging(study.prepared.model, windows, cache=folder, batch_size=8) as judge:
-        maps(judge, [bits for bits in asked.bits if bits in FULL_CONTROLS])
-        for name, work in peers_quality.runs(asked, study.prepared, run["seed"]) if last else ():
-            _peer(study, name, work, rows, judge, add, run)
-        maps(judge, asked.bits)
-        if last and "packed" not in run and "ours 2.5" in rows:
+        if not proved and "ours 2.5" in rows:
             run["packed"] = _packed(study, rows["ours 2.5"], judge, folder)
-        for method, bits in ((m, b) for m, many in QUANTIZED.items() for b in many) if last else ():
-            if (name := f"{method} {bits}") not in rows:
+        for name, (method, bits) in methods.items():
+            if name not in rows:
                 row = {**_described(study, _uniform(study, bits)), "kind": "peer"}
                 begun = time.process_time()
                 model = study.take_matrices(_requantized(study, method, Precision(bits, 128)))
                 row["processor_seconds"] = round(time.process_time() - begun, 1)
                 add(name, row, judge(model, name))
-    if last and asked.questions:
-        _asked_questions(asked, study, rows, run, folder, save)
-    run["complete"] = _wanted(asked, last)
-
-
-def _wanted(asked: argparse.Namespace, last: bool) -> list[Any]:
-    return [*map(float, asked.bits), *(sorted(asked.peer) if last else []), asked.questions if last else 0]
-
-
-def _peer(
-    study: Study,
-    name: str,
-    work: Callable[[], Mapping[str, Any]],
-    rows: Mapping[str, Mapping[str, Any]],
-    judge: Judge,
-    add: Callable[[str, Mapping[str, Any], Any], None],
-    run: dict[str, Any],
-) -> None:
-    """A peer's row, and one of the knapsack with its bytes; or what it said when it failed."""
-    if name in rows or name in run.setdefault("failed", {}):
-        return
-    told = work()
-    if "error" in told:
-        run["failed"][name] = told["error"]
-        print(name, told["error"], flush=True)
-        return
-    model = study.stats.model
-    row = {key: value for key, value in told.items() if key != "matrices"}
-    row |= {"kind": "peer", "bytes": _size(study, told["bits"])}
-    add(name, row, judge(study.take_matrices(peers_quality.read(told["matrices"])), name))
-    own = f"ours = {told['bits']:.4f} bits"
-    if own not in rows:
-        options = [Precision(bits, 128) for bits in LEVELS]
-        try:
-            budget = f"{row['bytes']}B"
-            made = allocate(study.stats, budget=budget, cost=COST, options=options, rest=KEPT)
-        except BudgetError as error:
-            print(own, error, flush=True)
-            return
-        model.check(made)
-        facts = _described(study, Job(own, "ours", made, name))
-        same = next((r for r in rows.values() if r["kind"] == "uniform" and r["units"] == facts["units"]), None)
-        add(own, facts, judge(study.take(made), own) if same is None else same)
+    if questions:
+        _asked_questions(asked, study, run, folder, save)
 
 
 def _uniform(study: Study, bits: int) -> Job:
@@ -251,14 +224,14 @@ def _requantized(study: Study, method: str, precision: Precision) -> dict[str, T
     return made
 
 
-def _size(study: Study, bits: float) -> int:
+def _size(opened: Prepared, bits: float) -> int:
     """Bytes of the checkpoint if every expert weight takes ``bits``, the rest as it was, headers included."""
-    model = study.stats.model
+    model = opened.inventory
     uniform = uniform_map(model, [Precision(2, 128)], rest=KEPT)
     return model.total_bytes(uniform) - model.expert_bytes(uniform) + math.ceil(bits * model.expert_parameters / 8)
 
 
-def _studied(asked: argparse.Namespace, opened: Prepared, seed: int, compared: bool) -> Study:
+def _studied(asked: argparse.Namespace, opened: Prepared, seed: int, compared: bool, changed: nn.Module) -> Study:
     """Observe, quantize every unit at every precision, and measure mopeq's costs and, if asked, those of controls."""
     begun = time.process_time()
     calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
@@ -290,7 +263,7 @@ def _studied(asked: argparse.Namespace, opened: Prepared, seed: int, compared: b
         stats = stats.with_metrics({**controls.control_costs(prepared, options), **controls.alphaq(prepared, options)})
         seconds["costs of controls"] = time.process_time() - begun
     rounded = {name: round(value, 1) for name, value in seconds.items()}
-    return Study(seed, prepared, stats, codes, copy.deepcopy(prepared.model), rounded)
+    return Study(seed, prepared, stats, codes, changed, rounded)
 
 
 def _jobs(study: Study, budgets: Sequence[float], compared: bool) -> Iterator[Job]:
@@ -382,7 +355,6 @@ def _packed(study: Study, row: Mapping[str, Any], judge: Judge, folder: Path) ->
 def _asked_questions(
     asked: argparse.Namespace,
     study: Study,
-    rows: Mapping[str, Mapping[str, Any]],
     run: dict[str, Any],
     folder: Path,
     save: Callable[[], None],
@@ -393,9 +365,6 @@ def _asked_questions(
     maps = {job.name: job.precisions for job in _jobs(study, asked.bits, False) if job.name in TASKS}
     loaders: dict[str, Callable[[], nn.Module]] = {"original": lambda: study.prepared.model}
     loaders |= {name: partial(study.take, made) for name, made in maps.items()}
-    for name, work in peers_quality.runs(asked, study.prepared, run["seed"]):
-        if name in rows and rows[name]["bits"] < 3.2:
-            loaders[name] = partial(lambda work: study.take_matrices(peers_quality.read(work()["matrices"])), work)
     for name, taken in loaders.items():
         if name in done:
             continue
@@ -441,6 +410,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the calibration")
     parser.add_argument("--bits", type=float, nargs="+", default=list(BITS), help="sizes of the knapsack's maps")
     parser.add_argument("--questions", type=int, default=0, help="about held-out text, for the last seed")
+    parser.add_argument(
+        "--methods", nargs="*", choices=list(QUANTIZED), default=list(QUANTIZED), help="of mopeq, judged"
+    )
     peers_quality.add_flags(parser)
     return parser
 

@@ -127,16 +127,22 @@ def _peers(named: Mapping[str, Sequence[Row]], results: Mapping[str, Any]) -> st
         if rows[0]["kind"] != "peer":
             continue
         (row,) = rows
-        own = [r for r in named.get(f"ours = {row['bits']:.4f} bits", ()) if r["seed"] == row["seed"]]
-        cells = ["no map is as small", ""]
+        own = [r for n, many in named.items() if re.fullmatch(r"ours [\d.]+|uniform 2", n) for r in many
+               if r["seed"] == row["seed"] and r["bytes"] <= row["bytes"]]  # fmt: skip
+        cells = ["no map is as small", "", ""]
         if own:
-            gap = estimate([a - b for a, b in zip(own[0]["window_kl"], row["window_kl"], strict=True)])
-            cells = [f"{own[0]['kl']:.4f}", f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"]
+            best = max(own, key=lambda r: r["bytes"])
+            gap = estimate([a - b for a, b in zip(best["window_kl"], row["window_kl"], strict=True)])
+            cells = [
+                f"{best['bits']:.3f}",
+                f"{best['kl']:.4f}",
+                f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})",
+            ]
         seconds = row.get("processor_seconds", "")
         body.append((row["bits"], [name, f"{row['bits']:.3f}", *_shown(row["window_kl"]), *cells, seconds]))
     failed = [f"{name}: `{said[:200]}`." for run in results["runs"] for name, said in run.get("failed", {}).items()]
-    head = ["quantizer", "bits per expert weight", "KL", "95 % interval", "knapsack of its bytes",
-            "knapsack above it, 95 %", "processor s"]  # fmt: skip
+    head = ["quantizer", "bits per expert weight", "KL", "95 % interval", "largest knapsack within its bytes",
+            "KL of that", "knapsack above it, 95 %", "processor s"]  # fmt: skip
     return table(head, [cells for _, cells in sorted(body, key=lambda line: line[0])]) + "".join(
         f"\n{f}\n" for f in failed
     )

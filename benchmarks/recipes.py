@@ -1,7 +1,8 @@
 """What the recipes of ``mopeq quantize`` give, and what they cost: the commands as a user gives them.
 
-Every recipe, and no recipe, makes a checkpoint to each budget; all are then compared with the original on the same
-held-out text, which none of them has seen. Times are of the processor, of one thread, comparison included.
+Every recipe, no recipe, and exchanges make a checkpoint to each budget; all are then compared with the original on the
+same held-out text, which none of them has seen. Times are of the processor, of one thread. What measuring costs is seen
+in two runs more, without any comparison: to the first budget, and of the same levels at uniform 3 bits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import io
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,19 +27,30 @@ from mopeq.evaluate import evaluate_many, paired_difference
 from mopeq.load import load, load_original, load_tokenizer
 from mopeq.stats import read_json
 
+EXCHANGES = 12
+
 
 def main() -> None:
     asked = _parser().parse_args()
     torch.set_num_threads(asked.threads)
     made: dict[str, dict[str, Any]] = {}
+    ways = {"default": [], **{name: ["--recipe", name] for name in RECIPES}, "refined": ["--refine", str(EXCHANGES)]}
     with tempfile.TemporaryDirectory() as temporary:
         folders = {}
         for budget in asked.budgets:
-            for recipe in ("default", *RECIPES):
-                name = f"{recipe} at {budget}"
+            for way, flags in ways.items():
+                if asked.ways and way not in asked.ways:
+                    continue
+                name = f"{way} at {budget}"
                 folders[name] = Path(temporary) / name.replace(" ", "-")
-                made[name] = _run(asked, recipe, budget, folders[name])
+                made[name] = _run(asked, ["--budget", budget, *flags], folders[name])
+                made[name]["budget"] = budget
                 print(name, made[name]["processor_seconds"], flush=True)
+        bare = ["--no-guard", "--no-eval"]
+        asked_for = {"measured": ["--budget", asked.budgets[0], *bare], "uniform": ["--uniform", "3", *bare]}
+        measuring = {
+            name: _run(asked, flags, Path(temporary) / name)["processor_seconds"] for name, flags in asked_for.items()
+        }
         tokenizer = load_tokenizer(asked.model)
         each = asked.windows // len(asked.text)
         windows = [
@@ -53,7 +66,7 @@ def main() -> None:
         if name != usual:
             gain = paired_difference(found.divergence, seen[usual].divergence)
             made[name] |= {"above_default": gain.value, "above_low": gain.low, "above_high": gain.high}
-    store(asked.out, {"model": asked.label or Path(asked.model).name, "rows": made})
+    store(asked.out, {"model": asked.label or Path(asked.model).name, "rows": made, "measuring": measuring})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence, and of a held-out window")
     parser.add_argument("--windows", type=int, default=48, help="held-out windows, evenly spread over all files")
     parser.add_argument("--budgets", nargs="+", default=["2.5bpw", "3.0bpw"])
+    parser.add_argument("--ways", nargs="+", help="default, recipes, refined; all unless given")
     return parser
 
 
-def _run(asked: argparse.Namespace, recipe: str, budget: str, out: Path) -> dict[str, Any]:
-    words = ["quantize", asked.model, "-o", str(out), "--budget", budget, "--length", str(asked.length), "--json"]
-    words += [] if recipe == "default" else ["--recipe", recipe]
-    words += [] if recipe == "data-free" else ["--data", asked.data]
+def _run(asked: argparse.Namespace, flags: Sequence[str], out: Path) -> dict[str, Any]:
+    words = ["quantize", asked.model, "-o", str(out), "--length", str(asked.length), "--json", *flags]
+    words += [] if "data-free" in flags else ["--data", asked.data]
     before = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()) as said:
         code = mopeq(words)
@@ -79,7 +92,7 @@ def _run(asked: argparse.Namespace, recipe: str, budget: str, out: Path) -> dict
         raise RuntimeError(f"mopeq {' '.join(words)} ended with {code}: {said.getvalue()}")
     run = read_json(out / "mopeq" / "run.json")
     return {
-        "budget": budget, "bytes": run["bytes"], "expert_bits": round(run["expert_bits"], 4),
+        "bytes": run["bytes"], "expert_bits": round(run["expert_bits"], 4),
         "processor_seconds": round(time.process_time() - before, 1), "guard": run.get("guard"),
         "recipe": run.get("recipe", "default"),
     }  # fmt: skip

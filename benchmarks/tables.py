@@ -286,7 +286,13 @@ def recipes(results: Mapping[str, Any]) -> dict[str, str]:
         gain = "{:+.4f} ({:+.4f} to {:+.4f})".format(*(row[k] for k in above)) if above[0] in row else ""
         interval = f"{row['kl_low']:.4f} to {row['kl_high']:.4f}"
         body.append([name, f"{row['expert_bits']:.3f}", f"{row['kl']:.4f}", interval, gain, row["processor_seconds"]])
-    return {"recipes": table(["recipe", "bits", "KL", "95 %", "above no recipe", "processor s"], body)}
+    head = ["recipe", "bits", "KL", "95 %", "above no recipe", "processor s"]
+    spent = results["measuring"]
+    cost = [[f"{spent['uniform']:.1f}", f"{spent['measured']:.1f}", f"{spent['measured'] / spent['uniform']:.2f}"]]
+    return {
+        "recipes": table(head, body),
+        "measuring": table(["uniform 3 bits, processor s", "measured and allocated", "times"], cost),
+    }
 
 
 def levels(results: Mapping[str, Any]) -> dict[str, str]:

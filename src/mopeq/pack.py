@@ -29,10 +29,10 @@ from mopeq.errors import InputError
 from mopeq.evaluate import Evaluation
 from mopeq.measure import Prepared
 from mopeq.memory import MOST
-from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Noting, Track, note, silent
 from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
-from mopeq.quantizers import DATA_FREE, QUANTIZERS, once
+from mopeq.quantizers import DATA_FREE, QUANTIZERS, check_codebooks, once
 from mopeq.source import Source, close_files, read_kept, read_matrix, stored_bytes
 from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 
@@ -110,7 +110,7 @@ def pack_model(
     :class:`OutputError` where the folder exists or the disk is full.
     """
     prepared.inventory.check(precisions)
-    check_method(method)
+    check_method(method, precisions.histogram())
 
     def tensors(layer: MoELayer, fallbacks: list[str]) -> Iterator[Stored]:
         seen = prepared.routed.get(layer.index)
@@ -240,7 +240,8 @@ def pack_experts(
         note(track, layer=layer.index, expert=done, experts=count, lost=slab.lost, whole=slab.whole, error_of=share)
     for expert in layer.experts:
         for matrix, name in expert.names.items():
-            yield name, made[expert.id.expert, matrix]
+            if (expert.id.expert, matrix) in made:  # it is not left out
+                yield name, made[expert.id.expert, matrix]
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def _packed_slab(
         moments = None if slab.moments is None else getattr(slab.moments, group)
         inputs = once(quantizer, moments)
         wanted = [rows[group][expert] for expert in slab.experts]
-        for precision in dict.fromkeys(wanted):
+        for precision in dict.fromkeys(p for p in wanted if p != LEFT_OUT):
             at = [i for i, p in enumerate(wanted) if p == precision]
             if precision.bits == 16:
                 packed = {i: [pack_full(m.cpu()) for m in weights[i].chunk(parts)] for i in at}
@@ -298,10 +299,11 @@ def packed_step(layer: MoELayer) -> str:
     return f"pack layer {layer.index}"
 
 
-def check_method(method: str) -> None:
-    """Raise :class:`InputError` unless there is such a quantizer."""
+def check_method(method: str, precisions: Iterable[Precision] = ()) -> None:
+    """Raise :class:`InputError` unless there is such a quantizer and it can make the precisions."""
     if method not in QUANTIZERS:
         raise InputError(f"no quantizer {method!r}; there are {', '.join(QUANTIZERS)}")
+    check_codebooks(method, precisions)
 
 
 def run_record(

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mopeq.allocate import COSTS, allocate, parse_budget, uniform_map
-from mopeq.allocate.budget import check_budget, expert_budget
+from mopeq.allocate import COSTS, allocate, parse_budget
+from mopeq.allocate.budget import check_budget, expert_budget, least_bytes
 from mopeq.analyze import Map, Routed, check_request, here
 from mopeq.autoload import callable_module
 from mopeq.candidates import Stock, candidate_bytes, chosen
@@ -130,7 +130,7 @@ def quantize(
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
     if refine < 0 or (refine and uniform_layers) or ((guard or refine) and budget is None):
         raise InputError("guard and exchanges (not with uniform layers) are for a budget, 0 or more; leave them out")
-    check_method(method)
+    check_method(method, [*(options or ()), *filter(None, [uniform]), *(precisions.histogram() if precisions else ())])
     if not resume:
         require_new(Path(out))
     calibration = calibration or Calibration()
@@ -140,8 +140,7 @@ def quantize(
     training, heldout = split_texts(calibration, opened.source.path)
     options = options or opened.inventory.precisions()
     if budget is not None:
-        sizes = (opened.inventory.expert_bytes(uniform_map(opened.inventory, [p], None, rest)) for p in options)
-        check_budget(parse_budget(budget), opened.inventory, rest, min(sizes))
+        check_budget(parse_budget(budget), opened.inventory, rest, least_bytes(opened.inventory, options))
         if cost not in COSTS:
             raise InputError(f"no cost {cost!r}; there are {', '.join(COSTS)}")
         check_request(opened.inventory, (cost,), options, method)
@@ -243,7 +242,7 @@ class _Plan:
             return inventory.total_bytes(self.precisions) + (0 if self.method in DATA_FREE else 2 * stored)
         most = expert_budget(parse_budget(self.budget or ""), inventory, self.rest)
         fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
-        return most + fixed + candidate_bytes(inventory, self.options) + (layers + 2) * stored
+        return most + fixed + candidate_bytes(inventory, self.options) + (layers + 3) * stored
 
     def carry_out(self, writer: PackedWriter, clock: _Clock, across: Map, track: Track) -> Packed:
         """All steps that are not done yet."""

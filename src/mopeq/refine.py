@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopeq.evaluate import Divergence, paired_difference
-from mopeq.precision import GROUPS, Precision, PrecisionMap
+from mopeq.precision import GROUPS, LEFT_OUT, Precision, PrecisionMap
 from mopeq.progress import Track, silent
 from mopeq.stats import CostTable, Stats, cost_table
 
@@ -88,7 +88,7 @@ def _exchanges(table: CostTable, choice: NDArray[np.int64]) -> Iterator[tuple[in
     pairs: list[tuple[float, int, int]] = []
     for sizes, units in ladders.items():
         order = np.argsort(sizes, kind="stable")
-        for low, high in pairwise(order):
+        for low, high in pairwise(i for i in order if table.options[i] != LEFT_OUT):  # a unit is not left out alone
             gain = table.loss[:, low] - table.loss[:, high]
             up = sorted((u for u in units if choice[u] == low), key=lambda u: -gain[u])
             down = sorted((u for u in units if choice[u] == high), key=lambda u: gain[u])

@@ -19,6 +19,7 @@ from mopeq.analyze.cost import COSTS, Keep, layer_costs
 from mopeq.analyze.fisher import fisher
 from mopeq.analyze.forward import Batch, check_batches, experts_module, token_mask, vision_mask
 from mopeq.analyze.hessian import hessian_trace
+from mopeq.analyze.left_out import left_out_costs, outputs
 from mopeq.analyze.moments import Moments, moment_traces, moments
 from mopeq.analyze.observe import Routed, expert_rows, observe
 from mopeq.analyze.peak import output_peaks
@@ -26,9 +27,9 @@ from mopeq.analyze.slab import Layer, Map, Slab, here, mapped, on, slabs
 from mopeq.analyze.weight_norm import hutchinson_norm_trace, inverse_norm, norm_trace
 from mopeq.errors import DataError, MapError
 from mopeq.memory import MOST
-from mopeq.precision import GROUPS, Precision, ProjectionGroup
+from mopeq.precision import GROUPS, LEFT_OUT, Precision, ProjectionGroup
 from mopeq.progress import Track, note, silent
-from mopeq.quantizers import QUANTIZERS
+from mopeq.quantizers import QUANTIZERS, check_codebooks
 from mopeq.source import Source
 from mopeq.spec import ExpertId, Inventory, MoELayer, MoESpec
 from mopeq.stats import Stats, cost_metric
@@ -188,6 +189,7 @@ def check_request(inventory: Inventory, metrics: Sequence[str], options: Sequenc
     """What :func:`analyze` refuses before it needs a model or data; raises :class:`MapError`."""
     _check_names(metrics, METRICS, "metric")
     _check_names((quantizer,), QUANTIZERS, "quantizer")
+    check_codebooks(quantizer, options)
     costs = [name for name in COSTS if name in metrics]
     if costs and not options:
         raise MapError(f"{costs[0]} without precisions to measure it at; give options such as 2, 3 and 4 bits")
@@ -251,11 +253,18 @@ def layer_metrics(
     short: list[str] = []
     done = 0
     given = None if quantizer in WITHOUT_MOMENTS or not costs else seen
+    together = None
+    if costs and LEFT_OUT in options:
+        parts_of = mapped(
+            across, Layer(source, layer, None, None, memory=memory), partial(outputs, seen=seen, module=module)
+        )
+        together = sum(parts_of, torch.zeros(()))
     slab_costs = partial(
         _slab_costs,
         seen=seen,
         module=module,
-        options=options,
+        options=[p for p in options if p != LEFT_OUT],
+        whole=together,
         quantizer=quantizer,
         costs=costs,
         wanted=wanted,
@@ -286,6 +295,7 @@ def _slab_costs(
     seen: Routed,
     module: nn.Module,
     options: Sequence[Precision],
+    whole: torch.Tensor | None,
     quantizer: str,
     costs: Sequence[str],
     wanted: Sequence[str],
@@ -309,6 +319,8 @@ def _slab_costs(
             experts=slab.experts,
             keep=None if keep is None else lambda *unit: made.append(keep(*unit)),
         )
+    if whole is not None:
+        values |= left_out_costs(slab, whole, seen=seen, module=module, costs=costs)
     if "output_peak" in wanted:
         values["output_peak"] = output_peaks(seen, module, slab.weights["gate_up"], slab.weights["down"], slab.experts)
     if "moment_trace" in wanted:

@@ -20,7 +20,7 @@ from mopeq.checkpoint import Manifest, PackedLinear, verify
 from mopeq.errors import CheckpointError, InputError
 from mopeq.integrations.vllm.experts import PackedExpertsMethod
 from mopeq.integrations.vllm.linear import PackedLinearMethod
-from mopeq.precision import FULL
+from mopeq.precision import FULL, LEFT_OUT
 
 __all__ = ["MopeqVllmConfig"]
 
@@ -65,7 +65,13 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MopeqVllmConfig:
         """From ``quantization_config``; :class:`CheckpointError` where it breaks docs/format.md."""
-        return cls(Manifest.from_json(config))
+        manifest = Manifest.from_json(config)
+        if LEFT_OUT in manifest.precisions.histogram():
+            raise InputError(
+                "this checkpoint leaves experts out, and under vLLM every expert has to be there; serve it with mopeq "
+                "serve without vLLM, or quantize without 0 in the levels"
+            )
+        return cls(manifest)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Check the files of a local folder before anything is built, and mend what vLLM's models leave out."""

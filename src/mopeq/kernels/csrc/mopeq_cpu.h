@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { MOPEQ_ABI = 4 };
+enum { MOPEQ_ABI = 6 };
 
 // Type of the activations.
 enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
@@ -31,9 +31,12 @@ enum {
   MOPEQ_TYPE = 9,      // an unknown type or number of digits
 };
 
+// How the codes of a matrix are meant: with zero points, without, or as points of the codebook, of 2 bits a weight.
+enum { MOPEQ_ZEROS = 0, MOPEQ_SYMMETRIC = 1, MOPEQ_CODEBOOK = 2 };
+
 // One matrix of one expert; offsets in elements of the three buffers. Eight int64, as the caller's table has them.
 typedef struct {
-  int64_t bits, group, symmetric, rows, inputs, codes, scales, zeros;
+  int64_t bits, group, kind, rows, inputs, codes, scales, zeros;
 } mopeq_matrix;
 
 // The matrices of all experts of a layer in one projection group, and the buffers that they lie in.
@@ -56,6 +59,7 @@ typedef struct {
   void *out;               // (rows, out_features) contiguous, of type x_type
   int64_t out_features;
   int64_t digits;   // int8 digits of an activation, 1 to 3
+  int64_t coarse;   // matrices of up to so many bits use the first of 2 digits alone; 0: none
   int64_t threads;  // at most so many
 } mopeq_job;
 
@@ -73,7 +77,7 @@ typedef struct {
   int64_t bias_type, interleaved;        // interleaved: gate_up_bias is g0 u0 g1 u1 ... instead of g0 g1 ... u0 u1 ...
   float alpha, limit, shift;
   void *out;  // (tokens, hidden) contiguous, of type x_type
-  int64_t digits, threads;
+  int64_t digits, coarse, threads;
 } mopeq_experts_job;
 
 // A router and its experts. The router's scores are x router^T, rounded to x_type; of their softmax the k largest (of
@@ -103,7 +107,7 @@ typedef struct {
   int64_t norm_heads;                                   // 1: norms of each head (size); 0: of all heads together
   const float *cos, *sin;                               // (rotated)
   void *keys, *values;                                  // (kv_heads, room, size) of type `type`
-  int64_t room, position, digits, threads;
+  int64_t room, position, digits, coarse, threads;
 } mopeq_attention_job;
 
 MOPEQ_API int mopeq_abi(void);
