@@ -27,8 +27,16 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         "scores": ["scores.py", *named],
         "methods": ["methods.py", *named, "--text", *text],
         "align": ["methods.py", *named, "--text", *text, "--studies", "align", "-o", "benchmarks/results/align.json"],
-        "bundled_methods": ["methods.py", *bundled, "--studies", "prune", "--seeds", "0", "-o",
-                            "benchmarks/results/bundled_methods.json"],  # fmt: skip
+        "bundled_methods": [
+            "methods.py",
+            *bundled,
+            "--studies",
+            "prune",
+            "--seeds",
+            "0",
+            "-o",
+            "benchmarks/results/bundled_methods.json",
+        ],
         "resident_memory": ["resident_memory.py", *named],
         "export": ["export.py"],
         "vlm_study": ["vlm_study.py"],
