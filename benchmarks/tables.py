@@ -192,19 +192,25 @@ def vlm(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def parts(results: Mapping[str, Any]) -> dict[str, str]:
-    """What few bits in one part of the bundled vision-language model cost, the other parts whole."""
-    head = ["rounded", "weights", "bits"]
-    for name in ("plain", "harder"):
-        head += [f"KL, {name}", "95 % interval", f"right %, {name}"]
-    rows = []
-    for row in results["rows"]:
-        cells = [row["part"].replace("_", " "), f"{results['weights'][row['part']]:,}", row["bits"]]
-        for name in ("plain", "harder"):
-            at = row[name]
-            cells += [f"{at['kl']:.4f}", f"{at['kl_low']:.4f} to {at['kl_high']:.4f}", f"{100 * at['right']:.1f}"]
-        rows.append(cells)
-    whole = [["0", "", f"{100 * results['original'][name]['right']:.1f}"] for name in ("plain", "harder")]
-    return {"vlm parts": table(head, [*rows, ["nothing", "", "", *whole[0], *whole[1]]])}
+    """What few bits in one part of the bundled vision-language model cost, the other parts whole.
+
+    Parts that cannot be packed, whose bytes are the same at all bits, are left out.
+    """
+    sizes = {part: {row["bytes"] for row in results["rows"] if row["part"] == part} for part in results["weights"]}
+    weights = {part: count for part, count in results["weights"].items() if len(sizes[part]) > 1}
+    weights["all"] = sum(weights.values()) - weights["all"]
+    tasks = list(results["original"]["by_task"])
+    head = ["rounded", "weights", "bits", "KL", "95 % interval", "right %", *tasks]
+
+    def shares(row: Mapping[str, Any]) -> list[str]:
+        return _percent([row["right"], *(row["by_task"][task] for task in tasks)])
+
+    rows = [
+        [row["part"].replace("_", " "), f"{weights[row['part']]:,}", row["bits"], f"{row['kl']:.4f}",
+         f"{row['kl_low']:.4f} to {row['kl_high']:.4f}", *shares(row)]
+        for row in results["rows"] if row["part"] in weights
+    ]  # fmt: skip
+    return {"vlm parts": table(head, [*rows, ["nothing", "", "", "0", "", *shares(results["original"])]])}
 
 
 def _plain(named: Mapping[str, Sequence[Sequence[Row]]], original: Row, tasks: Sequence[str]) -> str:

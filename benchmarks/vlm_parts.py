@@ -1,8 +1,7 @@
 """Which part of the bundled vision-language model few bits hurt: its routed experts, attention, shared experts or head.
 
 One part at a time is rounded to 2, 3 and 4 bits and the others stay in 16; then all of them together. Every model is
-packed, loaded and judged on the held-out questions, about the images as drawn and about harder ones, as in
-``vlm_study.py``.
+packed, loaded and judged on the held-out questions about the images as they are drawn.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from common import arguments, store
 from mopeq.data.samples import bundled_images, bundled_vlm
 from mopeq.load import load
 from mopeq.measure import Calibration, observed, open_model
+from mopeq.pack import pack_model
 from mopeq.precision import DEFAULT_REST, FULL, Precision, PrecisionMap
-from mopeq.quantize import pack_model
 from vlm_study import BITS, CONVERSATIONS, SIZE, accuracy_of, judged, judges_of
 
 EXPERTS, ALL = "routed_experts", "all"
@@ -31,7 +30,7 @@ def main() -> None:
     opened = open_model(bundled_vlm())
     calibration = Calibration(str(bundled_images("calibration.jsonl")), CONVERSATIONS, batch_size=16)
     own = observed(opened, calibration, dtype=torch.float32)
-    judges = judges_of(own)
+    judge = judges_of(own, ["plain"])["plain"]
     rest = [group for group in DEFAULT_REST if group in opened.inventory.linears]
     weights = {group: sum(o * i * n for o, i, n in opened.inventory.linears[group]) for group in rest}
     weights = {EXPERTS: opened.inventory.expert_parameters, **weights}
@@ -40,7 +39,7 @@ def main() -> None:
         "group_size": SIZE,
         "quantizer": "gptq",
         "weights": {**weights, ALL: sum(weights.values())},
-        "original": {name: accuracy_of(judge(own.model)) for name, judge in judges.items()},
+        "original": accuracy_of(judge(own.model)),
         "rows": [],
     }
     for part in (*weights, ALL):
@@ -52,8 +51,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as at:
                 done = pack_model(own, made, Path(at) / "packed")
                 model = load(done.path, dtype=torch.float32)
-                found = {name: judged(judge(model)) for name, judge in judges.items()}
-            results["rows"].append({"part": part, "bits": bits, "bytes": done.bytes, **found})
+                results["rows"].append({"part": part, "bits": bits, "bytes": done.bytes, **judged(judge(model))})
             store(asked.out, results)
 
 

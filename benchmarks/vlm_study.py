@@ -124,7 +124,7 @@ def _harder(table: Sequence[Question]) -> list[Question]:
     return made
 
 
-def judges_of(own: Prepared) -> dict[str, Callable[[nn.Module], Answers]]:
+def judges_of(own: Prepared, tables: Sequence[str] = ("harder", "plain")) -> dict[str, Callable[[nn.Module], Answers]]:
     """What tells how a model answers the held-out questions, and how far it is there from the original in ``own``.
 
     ``harder``: about images of less contrast and with noise. ``plain``: about the images as they are drawn.
@@ -138,7 +138,7 @@ def judges_of(own: Prepared) -> dict[str, Callable[[nn.Module], Answers]]:
         expected = answer_logits(own.model, batches)
         return lambda model: judge_answers(answer_logits(model, batches), batches, categories, expected)
 
-    return {"harder": judge(_harder(plain)), "plain": judge(plain)}
+    return {name: judge(plain if name == "plain" else _harder(plain)) for name in tables}
 
 
 def _arms(seed: int, folder: Path) -> Iterator[tuple[str, Calibration]]:
