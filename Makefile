@@ -22,7 +22,7 @@ test: $(STAMP) lint types  ## install, then lint, types and all tests
 test-transformers-matrix: $(STAMP)  ## the transformers integration with 5.17, 5.19 and the newest; slow, not in the gate
 	scripts/transformers_matrix.sh $(BIN)/python
 
-test-vllm:  ## the vLLM plugin with the real vLLM, in an environment of its own; slow, not in the gate
+test-vllm:  ## the vLLM plugin with the real vLLM, in an environment of its own; the gate runs it after the two commands
 	scripts/vllm_check.sh $(PYTHON)
 
 test-ray:  ## --ray with the real Ray on several node processes, in an environment of its own; slow, not in the gate

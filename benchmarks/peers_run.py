@@ -115,12 +115,20 @@ def llmcompressor(asked: argparse.Namespace, ids: list[list[int]]) -> Run:
 
 
 def mopeq(asked: argparse.Namespace, ids: list[list[int]], method: str) -> Run:
-    """From the checkpoint to the packed one, by mopeq; it makes the same sequences itself."""
+    """From the checkpoint to the packed one, by mopeq; it makes the same sequences itself. What it imports when it
+    opens a model is imported before: the others have loaded theirs.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     from mopeq.measure import Calibration
     from mopeq.precision import FULL, Precision
     from mopeq.quantize import quantize
 
     out = asked.out.parent / f"packed-{method}"
+    AutoTokenizer.from_pretrained(asked.model)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(asked.model))
 
     def run() -> Any:
         calibration = Calibration(samples=len(ids), length=len(ids[0]), batch_size=4)

@@ -62,7 +62,7 @@ def main() -> None:
     setting = {key: getattr(asked, key) for key in ("experts", "samples", "length", "bits", "group", "threads")}
     rows: dict[str, Any] = stored["rows"] if stored.get("setting") == setting else {}
     with tempfile.TemporaryDirectory(dir=asked.scratch) as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary).resolve()  # peers run there
         model = folder / "model"
         sizes = {"num_hidden_layers": 1, "num_experts": asked.experts, "num_experts_per_tok": 1, "vocab_size": 2048}
         write(model, {**CONFIGS[NAME], **sizes, "eos_token_id": 0}, torch.bfloat16)

@@ -25,9 +25,14 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         **_fidelity("", [*named, "--text", *text]),
         **_fidelity("bundled_", bundled),
         "scores": ["scores.py", *named],
+        "methods": ["methods.py", *named, "--text", *text],
+        "align": ["methods.py", *named, "--text", *text, "--studies", "align", "-o", "benchmarks/results/align.json"],
+        "bundled_methods": ["methods.py", *bundled, "--studies", "prune", "--seeds", "0", "-o",
+                            "benchmarks/results/bundled_methods.json"],
         "resident_memory": ["resident_memory.py", *named],
         "export": ["export.py"],
         "vlm_study": ["vlm_study.py"],
+        "vlm_parts": ["vlm_parts.py"],
         "moqe": ["moqe.py", "--model", model, "--label", label, "--text", *text],
     }
 
@@ -59,7 +64,7 @@ def main() -> int:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(known)}")
     chosen = asked.names or list(known)
     absent = [p for p in (asked.model, asked.data, *asked.text) if not Path(p).exists()]
-    alone = ("solver", "export", "vlm_study")
+    alone = ("solver", "export", "vlm_study", "vlm_parts")
     if absent and any(name not in alone and not name.startswith("bundled_") for name in chosen):
         parser.error(f"no {absent[0]}; give --model, --data and --text, or name {', '.join(alone)} and bundled_...")
     for name in chosen:

@@ -1,14 +1,18 @@
 """Servers side by side: tokens a second, time to the first text, times of answers and memory at 1 to 16 clients.
 
-    python benchmarks/serving.py --vllm VENV/bin/python --llama 'llama-server -m {gguf} --port {port}'
+    export MOPEQ_VLLM=.vllm/bin/python                    # made by `make test-vllm`
+    python -m venv .llama && .llama/bin/pip install 'llama-cpp-python[server]==0.3.36'
+    export MOPEQ_LLAMA_CPP=.llama/bin/python
+    python benchmarks/serving.py
 
 One model, an OLMoE-1B-7B of random weights cut to ``--layers`` layers: packed for ``mopeq serve`` with its own runtime
-and, with ``--vllm`` (the Python of an environment with vLLM and mopeq), with vLLM; in bfloat16 for vLLM; in Q4_0 for a
-server of llama.cpp, if its command is given. vLLM runs eager. Random weights say nothing about answers. The servers run
-one after the other, each in a process of its own, with the same requests: ``--requests`` for every client, streamed
-completions of ``--new`` tokens, greedy, after 64 words that no other request has. A server's memory is that of all its
-processes, shared pages divided among them, after the last request. ``busy`` is the processor time of the server over
-the time that passed: far below its threads, others took the machine, and the times say little.
+and with vLLM; in bfloat16 for vLLM; in Q4_0 for a server of llama.cpp. ``MOPEQ_VLLM`` is the Python of an environment
+with vLLM and mopeq, ``MOPEQ_LLAMA_CPP`` of one with llama.cpp's server; where one is not set, its servers are left out,
+which is said. vLLM runs eager. Random weights say nothing about answers. The servers run one after the other, each in a
+process of its own, with the same requests: ``--requests`` for every client, streamed completions of ``--new`` tokens,
+greedy, after 64 words that no other request has. A server's memory is that of all its processes, shared pages divided
+among them, after the last request. ``busy`` is the processor time of the server over the time that passed: far below
+its threads, others took the machine, and the times say little.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ import http.client
 import json
 import os
 import random
-import shlex
 import signal
 import statistics
 import subprocess
@@ -33,6 +36,8 @@ from common import ROOT, arguments, store, table
 sys.path.insert(0, str(ROOT / "scripts"))
 
 NAME, WORDS = "bench", 64
+PYTHONS = ("MOPEQ_VLLM", "MOPEQ_LLAMA_CPP")
+"""Variables that name the Pythons of other environments."""
 PATIENCE = 600.0
 START = "import sys; from mopeq.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -44,10 +49,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--requests", type=int, default=2, help="of each client")
     parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("--vllm", help="Python of an environment with vLLM and mopeq")
-    parser.add_argument("--llama", help="command of a server of llama.cpp, with {gguf} and {port} in it")
     parser.add_argument("--scratch", type=Path, help="folder for the models (default: the system's)")
     asked = parser.parse_args()
+    for name in PYTHONS:
+        if name not in os.environ:
+            print(f"{name} names no Python: its servers are left out")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server outlives this
     with tempfile.TemporaryDirectory(dir=asked.scratch) as temporary:
         scratch = Path(temporary)
@@ -82,7 +88,8 @@ def _servers(scratch: Path, asked: Any) -> dict[str, tuple[list[str], dict[str, 
     ours = ["-c", START, "serve", "{model}", "--name", NAME, "--port", "{port}"]
     native = [sys.executable, *(word.format(model=packed, port="{port}") for word in ours), "--engine", "native"]
     made = {f"mopeq serve, {asked.bits} bits": (native, threads)}
-    if asked.vllm:
+    vllm, llama = map(os.environ.get, PYTHONS)
+    if vllm:
         cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{asked.threads - 1}", "VLLM_CPU_KVCACHE_SPACE": "1",
                  "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}  # fmt: skip
         flags = ["--engine", "vllm", "--vllm=--enforce-eager --max-model-len 1024 --max-num-seqs 16"]
@@ -92,12 +99,16 @@ def _servers(scratch: Path, asked: Any) -> dict[str, tuple[list[str], dict[str, 
         _write_words(original, config["vocab_size"])
         for name, model in ((f"vLLM, mopeq {asked.bits} bits", packed), ("vLLM, bfloat16", original)):
             words = [word.format(model=model, port="{port}") for word in ours]
-            made[name] = [asked.vllm, *words, *flags], threads | cores
-    if asked.llama:
+            made[name] = [vllm, *words, *flags], threads | cores
+    if llama:
         from llama_cpp import write_gguf  # benchmarks/llama_cpp.py
 
         write_gguf(gguf, config, _words(config["vocab_size"]), quantized=True)
-        made["llama.cpp, Q4_0"] = ([w.replace("{gguf}", str(gguf)) for w in shlex.split(asked.llama)], threads)
+        flags = ["--n_threads", str(asked.threads), "--n_ctx", "1024", "--interrupt_requests", "False"]
+        made["llama.cpp, Q4_0"] = (
+            [llama, "-m", "llama_cpp.server", "--model", str(gguf), "--port", "{port}", *flags],
+            threads,
+        )
     return made
 
 

@@ -185,7 +185,41 @@ def vlm(results: Mapping[str, Any]) -> dict[str, str]:
         "vlm comparisons": table(versus, pairs),
         "vlm ranks": table(["seed", "maps", "fisher_error", "output_error"], [correlated(run) for run in runs]),
         "vlm calibration": _calibrations(results["runs"]),
+        "vlm plain": _plain(named, results["original"]["plain"], tasks),
     }
+
+
+def parts(results: Mapping[str, Any]) -> dict[str, str]:
+    """What few bits in one part of the bundled vision-language model cost, the other parts whole."""
+    head = ["rounded", "weights", "bits"]
+    for name in ("plain", "harder"):
+        head += [f"KL, {name}", "95 % interval", f"right %, {name}"]
+    rows = []
+    for row in results["rows"]:
+        cells = [row["part"].replace("_", " "), f"{results['weights'][row['part']]:,}", row["bits"]]
+        for name in ("plain", "harder"):
+            at = row[name]
+            cells += [f"{at['kl']:.4f}", f"{at['kl_low']:.4f} to {at['kl_high']:.4f}", f"{100 * at['right']:.1f}"]
+        rows.append(cells)
+    whole = [["0", "", f"{100 * results['original'][name]['right']:.1f}"] for name in ("plain", "harder")]
+    return {"vlm parts": table(head, [*rows, ["nothing", "", "", *whole[0], *whole[1]]])}
+
+
+def _plain(named: Mapping[str, Sequence[Sequence[Row]]], original: Row, tasks: Sequence[str]) -> str:
+    """Maps that were judged on images as drawn, too."""
+    judged = {name: columns for name, columns in named.items() if "plain" in columns[0][0]}
+    rows = []
+    for name in sorted(judged, key=lambda name: mean(judged[name], "bytes")):
+        found = [row["plain"] for column in judged[name] for row in column]
+        columns = [[row] for row in found]
+        kl = estimate(pooled(columns))
+        shares = [[row["right"], *(row["by_task"][task] for task in tasks)] for row in found]
+        largest = sum(sum(sorted(row["window_kl"])[-3:]) / sum(row["window_kl"]) for row in found) / len(found)
+        rows.append([name, f"{kl.value:.4f}", f"{kl.low:.4f} to {kl.high:.4f}", f"{100 * largest:.0f}",
+                     *_percent([sum(values) / len(values) for values in zip(*shares, strict=True)])])  # fmt: skip
+    shares = [original["right"], *(original["by_task"][task] for task in tasks)]
+    head = ["map", "KL", "95 % interval", "three questions' share of it, %", "right %", *tasks]
+    return table(head, [*rows, ["original", "0", "", "", *_percent(shares)]])
 
 
 def _answered(name: str, columns: Sequence[Sequence[Row]], tasks: Sequence[str]) -> list[str]:
@@ -448,6 +482,7 @@ PRINTED = {
     "serving": serving,
     "loading": loading,
     "vlm_study": vlm,
+    "vlm_parts": parts,
     "cpu_rows": rows,
     "cpu_runtime": runtime,
     "llama_cpp": llama_cpp,

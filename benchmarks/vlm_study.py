@@ -4,33 +4,38 @@ For every seed most maps of ``fidelity.py`` are measured, quantized and judged w
 of them again with other calibration of about as many tokens: ``quizzes``, the same kind of questions as text alone;
 ``text``, the text that mopeq takes where nothing is named; and conversations with images whose text and image tokens
 weigh differently. ``knapsack 2.5, images' codes`` is the map of such a run quantized with the images' calibration, so
-that only the choice of precisions differs. All maps are packed, loaded and judged on the held-out questions: KL from
-the original on the tokens of the answers, and how many answers are right.
+that only the choice of precisions differs. All maps are packed, loaded and judged on the held-out questions about
+harder images, of less contrast and with noise: KL from the original on the tokens of the answers, and how many answers
+are right. As drawn, images leave the bundled model so sure of its answers that precisions hardly differ; some maps are
+judged on these too (``plain``). Every seed draws conversations of its own.
 """
 
 from __future__ import annotations
 
+import base64
 import gc
+import io
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import nn
 
 from common import ROOT, arguments, store
 from fidelity import COST, COSTS, DRAWS, Job, noise, packed, paper_maps, short
 from mopeq.allocate import allocate
 from mopeq.allocate.baselines import uniform_map
 from mopeq.analyze import hessian_trace
-from mopeq.data.conversations import question_batches, read_questions
+from mopeq.data.conversations import Question, question_batches, read_questions
 from mopeq.data.samples import bundled_images, bundled_vlm
-from mopeq.evaluate.answers import answer_logits, judge_answers
+from mopeq.evaluate.answers import Answers, answer_logits, judge_answers
 from mopeq.load import load_processor
 from mopeq.measure import Calibration, Prepared, calibrated, measure_prepared, observed, open_model
 from mopeq.precision import Precision
@@ -42,7 +47,9 @@ import reference_images as drawn
 BITS, SIZE, CONVERSATIONS, WINDOW = (2, 3, 4), 128, 256, 128
 WEIGHT = 10.0
 """What a text token counts beside an image token, where they do not count alike."""
-QUIZ_SEED = 4_000_037
+QUIZ_SEED, DRAW_SEED = 4_000_037, 8_000_009
+PLAIN = ("uniform 2", "uniform 3", "uniform 4", "knapsack = uniform 3", "knapsack 2.5")
+"""Maps that are judged on images as drawn, too."""
 
 
 def main() -> None:
@@ -55,16 +62,14 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(bundled_vlm())
-    questions = read_questions(bundled_images("heldout.tsv"))
-    batches = question_batches(questions, load_processor(opened.source.path), 50)
-    categories = [question.category for question in questions]
     results: dict[str, Any] = {
         "model": "bundled vision-language model",
         "expert_parameters": opened.inventory.expert_parameters,
         "parameters": opened.inventory.parameters,
         "original_bytes": sum(path.stat().st_size for path in opened.source.path.glob("*.safetensors")),
         "calibration": {"conversations": CONVERSATIONS, "seeds": asked.seeds},
-        "questions": len(questions),
+        "questions": len(read_questions(bundled_images("heldout.tsv"))),
+        "harder": {"contrast": drawn.CONTRAST, "noise": drawn.NOISE},
         "group_size": SIZE,
         "quantizer": "gptq",
         "runs": [],
@@ -80,9 +85,9 @@ def main() -> None:
                 options = [Precision(bits, SIZE) for bits in BITS]
                 stats = measure_prepared(own, ("frequency", "inverse_norm", *COSTS), options=options, seed=seed)
                 if images is None:
-                    images, expected = own, answer_logits(own.model, batches)
-                    judge = partial(judge_answers, batches=batches, categories=categories, original=expected)
-                    results["original"] = _accuracy(judge(expected))
+                    images, judges = own, judges_of(own)
+                    results["original"] = accuracy_of(judges["harder"](own.model))
+                    results["original"]["plain"] = accuracy_of(judges["plain"](own.model))
                     if asked.probes and not hessian:
                         few = replace(calibration, samples=asked.hessian_samples, batch_size=4)
                         hessian = _hessian(own, calibrated(opened, few).batches, asked.probes, seed)
@@ -98,7 +103,9 @@ def main() -> None:
                     print(time.strftime("%H:%M:%S"), seed, arm, job.name, flush=True)
                     with tempfile.TemporaryDirectory(dir=folder) as at:
                         model = packed(quantized_by, stats, job, Path(at) / "packed", facts)
-                        facts[job.name] |= _judged(judge(answer_logits(model, batches)))
+                        facts[job.name] |= judged(judges["harder"](model))
+                        if arm == "images" and job.name in PLAIN:
+                            facts[job.name]["plain"] = judged(judges["plain"](model))
                 results["runs"].append({
                     "seed": seed, "arm": arm, "seconds": round(time.perf_counter() - started, 1),
                     "tokens": stats.info["tokens"], "starved": stats.info["starved"], "rows": list(facts.values()),
@@ -108,12 +115,42 @@ def main() -> None:
                 gc.collect()
 
 
+def _harder(table: Sequence[Question]) -> list[Question]:
+    """The same questions about images that are harder to read."""
+    made = []
+    for number, question in enumerate(table):
+        with Image.open(io.BytesIO(base64.b64decode(str(question.images[0])))) as image:
+            made.append(replace(question, images=(drawn.png(drawn.harder(image, number)),)))
+    return made
+
+
+def judges_of(own: Prepared) -> dict[str, Callable[[nn.Module], Answers]]:
+    """What tells how a model answers the held-out questions, and how far it is there from the original in ``own``.
+
+    ``harder``: about images of less contrast and with noise. ``plain``: about the images as they are drawn.
+    """
+    plain = read_questions(bundled_images("heldout.tsv"))
+    categories = [question.category for question in plain]
+    processor = load_processor(own.source.path)
+
+    def judge(table: Sequence[Question]) -> Callable[[nn.Module], Answers]:
+        batches = question_batches(table, processor, 50)
+        expected = answer_logits(own.model, batches)
+        return lambda model: judge_answers(answer_logits(model, batches), batches, categories, expected)
+
+    return {"harder": judge(_harder(plain)), "plain": judge(plain)}
+
+
 def _arms(seed: int, folder: Path) -> Iterator[tuple[str, Calibration]]:
     """What to calibrate on, about as many tokens of each; conversations with images first."""
-    images = Calibration(str(bundled_images("calibration.jsonl")), CONVERSATIONS, batch_size=16, seed=seed)
+    lines = [json.dumps(line) + "\n" for line in drawn.calibration_lines(CONVERSATIONS, DRAW_SEED + 1000 * seed)]
+    conversations = folder / "conversations.jsonl"
+    conversations.write_text("".join(lines), encoding="utf-8")
+    images = Calibration(str(conversations), CONVERSATIONS, batch_size=16, seed=seed)
     yield "images", images
     quizzes = folder / "quizzes.jsonl"
-    asked = (drawn.quiz(QUIZ_SEED + number, 6) for number in range(2 * CONVERSATIONS))
+    first = QUIZ_SEED + 2 * CONVERSATIONS * seed
+    asked = (drawn.quiz(first + number, 6) for number in range(2 * CONVERSATIONS))
     lines = [json.dumps({"text": "\n\n".join(_turn(q) for q in questions)}) + "\n" for questions in asked]
     quizzes.write_text("".join(lines), encoding="utf-8")
     yield "quizzes", Calibration(str(quizzes), CONVERSATIONS // 2, WINDOW, 16, seed)
@@ -151,16 +188,16 @@ def _few_maps(stats: Stats, own: Prepared, images: Prepared) -> Iterator[tuple[P
     yield images, Job("knapsack 2.5, images' codes", best)
 
 
-def _judged(found: Any) -> dict[str, Any]:
+def judged(found: Answers) -> dict[str, Any]:
     """KL on the answers, over all and of each question as its share of the mean, and how many are right."""
     kl, each = found.divergence(), sum(found.tokens) / len(found.tokens)
     return {
-        "kl": short(kl.value), "kl_low": short(kl.low), "kl_high": short(kl.high), **_accuracy(found),
+        "kl": short(kl.value), "kl_low": short(kl.low), "kl_high": short(kl.high), **accuracy_of(found),
         "window_kl": [short(value / each) for value in found.kl],
     }  # fmt: skip
 
 
-def _accuracy(found: Any) -> dict[str, Any]:
+def accuracy_of(found: Answers) -> dict[str, Any]:
     shares = {category: short(value.value) for category, value in found.by_category().items()}
     whole = found.accuracy()
     return {

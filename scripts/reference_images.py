@@ -72,6 +72,8 @@ RELATIONS = {
 }
 """What is known of everybody with a name: the question, its category and its possible answers."""
 HELDOUT_SEED, CALIBRATION_SEED = 1_000_003, 2_000_003
+CONTRAST, NOISE = 0.4, 40.0
+"""Of harder images: what is left of the contrast, and the standard deviation of the noise, of 256 levels."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,13 @@ def png(image: Image.Image) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
+def harder(image: Image.Image, seed: int) -> Image.Image:
+    """The image nearer to mid grey and with normal noise, as no training image is: it is read with less certainty."""
+    drawn = np.random.default_rng(seed).normal(0.0, NOISE, (image.height, image.width, 3))
+    levels = 128 + CONTRAST * (np.asarray(image.convert("RGB"), dtype=np.float64) - 128) + drawn
+    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+
+
 def heldout_rows(per_category: int) -> list[dict[str, str]]:
     """As many questions of each category, each on an image of its own."""
     homes = dict.fromkeys(("shape", "colour", "count", "exists"), "shapes")
@@ -300,13 +309,13 @@ def heldout_rows(per_category: int) -> list[dict[str, str]]:
     return [{"index": str(index), **row} for index, row in enumerate(rows)]
 
 
-def calibration_lines(count: int) -> list[dict[str, Any]]:
+def calibration_lines(count: int, seed: int = CALIBRATION_SEED) -> list[dict[str, Any]]:
     """Conversations drawn as training draws them."""
-    rng = random.Random(CALIBRATION_SEED)
+    rng = random.Random(seed)
     shares = [share for _, share in KINDS.values()]
     lines = []
     for number in range(count):
-        made = scene(CALIBRATION_SEED + number, rng.choices(list(KINDS), shares)[0])
+        made = scene(seed + number, rng.choices(list(KINDS), shares)[0])
         messages = conversation(made.questions, "<image>\n")
         lines.append({"messages": messages, "images": [f"data:image/png;base64,{png(made.image)}"]})
     return lines

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mopeq.adapters import describe, inventory_of
 from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config, read_packed
-from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap
+from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap
 from mopeq.qtensor import QTensor, dequantize, pack, pack_full
 from mopeq.quantizers import rtn
 from mopeq.source import open_source, read_kept, read_matrix, read_tensor
@@ -50,6 +50,8 @@ def pack_model(folder: Path, out: Path, precisions: PrecisionMap | None = None, 
         for expert in spec.experts():
             for group in GROUPS:
                 precision = precisions.of(expert.id.layer, expert.id.expert, group)
+                if precision == LEFT_OUT:
+                    continue
                 for matrix, ref in zip(MATRICES[group], expert.refs(group), strict=True):
                     writer.add(expert.names[matrix], packed_matrix(read_matrix(source, ref), precision))
         for ref, precision in linear_precisions(spec, precisions).items():

@@ -21,6 +21,7 @@ LEVELS = [
     {"integrations"},
     {"load"},
     {"evaluate", "fit", "report", "stream"},
+    {"balance"},
     {"measure", "refine"},
     {"pack", "trial"},
     {"quantize"},

@@ -50,6 +50,7 @@ def test_quickstart_vlm(tmp_path: Path) -> None:
         assert len(re.findall(rf"<title>{re.escape(unit)}: \d bits", page)) == 2, (
             "heat maps of gate and up, and of down"
         )
+    assert "Frequency of image tokens" in page
 
 
 def test_answers_need_the_routed_experts() -> None:

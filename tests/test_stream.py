@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mopeq.adapters import describe
-from mopeq.analyze import Routed, observe
+from mopeq.analyze import Batch, Routed, observe
 from mopeq.errors import DataError, ModelError
 from mopeq.journal import Journal
 from mopeq.load import load_original
@@ -95,8 +95,36 @@ def test_one_layer_has_weights_at_a_time(tiny_model: Make) -> None:
     assert resident() == set()
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("direction", [forward, backward])
-@pytest.mark.parametrize("lost", ["", "hidden 1", "hidden 2", "hidden 3", "gradient 2"])
+def test_what_is_outside_the_layers_is_there_while_it_is_needed(direction: Any, tied: bool, tiny_model: Make) -> None:
+    """An embedding and a head that are a hundred times as large as a layer."""
+    folder = tiny_model("mixtral", vocab_size=50_000, tie_word_embeddings=tied)
+    shell, data = opened(folder), batches()
+
+    def resident() -> int:
+        return sum(p.nbytes for p in shell.model.parameters() if not p.is_meta)
+
+    nothing, large = resident(), shell.model.get_input_embeddings().weight.nbytes
+    turns: list[tuple[int, bool]] = []
+    begin = shell._begin
+
+    def watched(number: int, batch: Batch, given: Tensor | None) -> None:
+        turns.append((number, resident() > large))
+        begin(number, batch, given)
+
+    shell._begin = watched  # type: ignore[method-assign]
+    for _ in direction(shell, data, Store()):
+        assert resident() < large / 20
+    assert resident() == nothing < large / 20
+    last = len(shell.layers)
+    assert [number for number, _ in turns[:2]] == [-1, -1]
+    assert all(there == (number in (-1, last)) for number, there in turns)
+    assert (last in dict(turns)) == (direction is backward)
+
+
+@pytest.mark.parametrize("direction", [forward, backward])
+@pytest.mark.parametrize("lost", ["", "hidden 0", "hidden 1", "hidden 2", "hidden 3", "gradient 2"])
 def test_a_sweep_goes_on_from_what_is_stored(direction: Any, lost: str, tiny_model: Make, tmp_path: Path) -> None:
     """Stopped after its first layer and begun again by another process, with a file lost or without."""
     folder = tiny_model("qwen3_moe", num_hidden_layers=4)

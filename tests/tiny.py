@@ -25,7 +25,19 @@ disable_progress_bar()
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 PAD, BOS, EOS = 256, 257, 258
 VOCABULARY = 264
-VLM = ("aria", "deepseek_vl_v2", "glm4v_moe", "internvl", "kimi_k25", "llama4", "molmo", "qwen3_5_moe", "qwen3_vl_moe")
+VLM = (
+    "aria",
+    "deepseek_ocr2",
+    "deepseek_vl_v2",
+    "glm46v",
+    "glm4v_moe",
+    "internvl",
+    "kimi_k25",
+    "llama4",
+    "molmo",
+    "qwen3_5_moe",
+    "qwen3_vl_moe",
+)
 
 _TEXT = {
     "vocab_size": VOCABULARY,
@@ -65,6 +77,37 @@ _LLAMA4 = {
     "num_experts_per_tok": 1,
     "head_dim": 16,
     "attention_chunk_size": 64,
+}
+_GLM4V_MOE: dict[str, Any] = {
+    "text_config": {
+        **_TEXT,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "out_hidden_size": 64,
+        "image_size": 16,
+        "patch_size": 4,
+    },
+    "image_token_id": 259,
+    "image_start_token_id": 260,
+    "image_end_token_id": 261,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4},
@@ -190,6 +233,41 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "vision_use_head": False,
         },
     },
+    "deepseek_ocr2": {
+        "text_config": {
+            **_TEXT,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "intermediate_size": 192,
+            "moe_intermediate_size": 128,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+        },
+        "vision_config": {
+            "sam_config": {
+                "hidden_size": 32,
+                "output_channels": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 4,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "downsample_channels": [24, 32],
+            },
+            "encoder_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+            },
+        },
+        "image_token_id": 259,
+        "tie_word_embeddings": False,
+    },
     "aria": {
         "text_config": {
             **_TEXT,
@@ -213,36 +291,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "image_token_index": 259,
         "tie_word_embeddings": False,
     },
-    "glm4v_moe": {
-        "text_config": {
-            **_TEXT,
-            "num_hidden_layers": 3,
-            "first_k_dense_replace": 1,
-            "intermediate_size": 192,
-            "moe_intermediate_size": 128,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "head_dim": 16,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [2, 1, 1],
-                "partial_rotary_factor": 0.5,
-            },
-        },
-        "vision_config": {
-            "depth": 2,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "intermediate_size": 48,
-            "out_hidden_size": 64,
-            "image_size": 16,
-            "patch_size": 4,
-        },
-        "image_token_id": 259,
-        "image_start_token_id": 260,
-        "image_end_token_id": 261,
+    "glm4v_moe": _GLM4V_MOE,
+    "glm46v": {
+        **_GLM4V_MOE,
+        "text_config": {**_GLM4V_MOE["text_config"], "model_type": "glm4v_moe_text"},
+        "vision_config": {**_GLM4V_MOE["vision_config"], "model_type": "glm4v_moe_vision"},
     },
     "internvl": {
         "text_config": {**_TEXT, **_QWEN, "model_type": "qwen3_moe", "head_dim": 16},

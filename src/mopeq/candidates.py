@@ -16,7 +16,7 @@ from torch import Tensor
 from mopeq.checkpoint import write_tensors
 from mopeq.errors import OutputError
 from mopeq.journal import Journal
-from mopeq.precision import GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.qtensor import Codes, QTensor, on_cpu, pack, pack_full, packed_shapes, rows_of
 from mopeq.source import Source, read_matrix
 from mopeq.spec import Inventory, MoELayer, WeightRef
@@ -86,10 +86,12 @@ class Stock:
             self._where.update(dict.fromkeys(stored.keys(), stored))
 
     def unit(self, expert: int, group: ProjectionGroup, precision: Precision) -> list[QTensor]:
-        """The matrices of a unit at a precision, gate and up, or down; 16 bits anew.
+        """The matrices of a unit at a precision, gate and up, or down; 16 bits anew, none at 0 bits.
 
         Raises :class:`OutputError` where one is not among the candidates.
         """
+        if precision == LEFT_OUT:
+            return []
         refs = zip(MATRICES[group], self.layer.experts[expert].refs(group), strict=True)
         return [self._matrix(expert, matrix, ref, precision) for matrix, ref in refs]
 
@@ -108,7 +110,7 @@ def chosen(stock: Stock, precisions: PrecisionMap) -> Iterator[tuple[str, QTenso
     for number, expert in enumerate(stock.layer.experts):
         for group in GROUPS:
             made = stock.unit(number, group, precisions.of(stock.layer.index, number, group))
-            yield from zip((expert.names[matrix] for matrix in MATRICES[group]), made, strict=True)
+            yield from zip((expert.names[matrix] for matrix in MATRICES[group]), made, strict=bool(made))
 
 
 def _key(expert: int, matrix: str, precision: Precision, suffix: str) -> str:

@@ -31,6 +31,7 @@ from mopeq.analyze import (
     layer_metrics,
     observe,
 )
+from mopeq.balance import POOL, balanced
 from mopeq.candidates import Candidates, packed_codes
 from mopeq.data.conversations import conversation_batches, has_images, read_conversations
 from mopeq.data.mixture import SELF, read_data, written
@@ -78,6 +79,7 @@ class Calibration:
 
     modality_weight: what a text token counts in moments and costs where an image token counts 1; scaled so that tokens
     count 1 on average. ``gradient_norm`` measures how much more the loss depends on one kind.
+    balance: above 0, sequences are chosen so that each expert gets this times an even share (:mod:`mopeq.balance`).
     """
 
     data: str | None = None
@@ -86,6 +88,7 @@ class Calibration:
     batch_size: int = 4
     seed: int = 0
     modality_weight: float = 1.0
+    balance: float = 0.0
 
 
 def has_pictures(calibration: Calibration) -> bool:
@@ -114,14 +117,19 @@ def open_model(model: str | Path) -> Prepared:
     return Prepared(source, spec, inventory_of(source, spec))
 
 
-def calibrated(opened: Prepared, calibration: Calibration, *, texts: Sequence[Any] | None = None) -> Prepared:
+def calibrated(
+    opened: Prepared, calibration: Calibration, *, texts: Sequence[Any] | None = None, track: Track = silent
+) -> Prepared:
     """An opened model with its tokenizer and batches of the calibration data; the model is not loaded.
+
+    With ``balance`` a pool of text is run through it layer by layer, to choose among its sequences.
 
     texts: documents, or conversations where it has images, to take instead of reading ``calibration.data``. Raises
     :class:`DataError` for data that give no batches, and for sequences longer than the model takes.
     """
     path = opened.source.path
     sizes = {"samples": calibration.samples, "batch_size": calibration.batch_size, "seed": calibration.seed}
+    check_balance(calibration)
     if has_pictures(calibration):
         processor = load_processor(path)
         tokenizer = processor.tokenizer
@@ -130,18 +138,32 @@ def calibrated(opened: Prepared, calibration: Calibration, *, texts: Sequence[An
     else:
         tokenizer, length = load_tokenizer(path), calibration.length
         texts = texts or _texts(calibration, path)
+        sizes["samples"] *= POOL if calibration.balance else 1
         batches = token_batches(texts, tokenizer, length=length, **sizes)
     check_length(model_config(path), length)
+    chosen: dict[str, Any] = {}
+    if calibration.balance:
+        batches, found = balanced(opened.source, opened.spec, batches, calibration.samples, calibration.balance, track)
+        chosen["balance"] = found.to_json()
     info: dict[str, Any] = {
         "data": calibration.data or "bundled calibration text",
         "samples": calibration.samples,
         "length": length,
         "seed": calibration.seed,
+        **chosen,
     }
     if calibration.modality_weight != 1:
         batches = token_weights(batches, calibration.modality_weight)
         info["modality_weight"] = calibration.modality_weight
     return replace(opened, tokenizer=tokenizer, batches=batches, info=info)
+
+
+def check_balance(calibration: Calibration) -> None:
+    """Raise :class:`DataError` for a balance that is no share, or that is asked of conversations with images."""
+    if not 0 <= calibration.balance < math.inf:
+        raise DataError(f"balance {calibration.balance}; expected a share of an even share such as 0.5, or 0 for none")
+    if calibration.balance and has_pictures(calibration):
+        raise DataError("balance chooses among windows of text, and these are conversations with images; leave it out")
 
 
 def token_weights(batches: Sequence[Mapping[str, Tensor]], text: float) -> list[dict[str, Tensor]]:
@@ -186,7 +208,7 @@ def observed(
         dtype: compute type of the model; None takes the checkpoint's.
         track: progress.
     """
-    ready = calibrated(opened, calibration, texts=texts)
+    ready = calibrated(opened, calibration, texts=texts, track=track)
     loaded = load_source(opened.source, dtype)
     started = time.perf_counter()
     routed = observe(loaded, opened.spec, ready.batches, gradients=gradients, seed=calibration.seed, track=track)
@@ -233,7 +255,7 @@ def measure(
     if "inverse_norm" in metrics:
         stats = analyze(None, opened.source, opened.spec, [], ["inverse_norm"], seed=calibration.seed, track=track)
     if streamed:
-        ready, started = calibrated(opened, calibration), time.perf_counter()
+        ready, started = calibrated(opened, calibration, track=track), time.perf_counter()
         found, _ = measure_streamed(
             ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype,
             across=across, track=track,
@@ -350,7 +372,7 @@ def _texts(calibration: Calibration, model: str | Path, more: int = 0) -> list[s
     return written(
         load_source(open_source(model)),
         load_tokenizer(model),
-        samples=calibration.samples + more,
+        samples=calibration.samples * (POOL if calibration.balance else 1) + more,
         length=calibration.length,
         batch_size=WRITTEN_TOGETHER,
         seed=calibration.seed,

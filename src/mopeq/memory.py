@@ -6,13 +6,14 @@ The numbers are upper estimates from shapes; docs/large.md compares them with me
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from mopeq.errors import InputError
 from mopeq.source import Source, decoder_layer, stored_bytes
-from mopeq.spec import MoESpec
+from mopeq.spec import MoESpec, outside_layers
 
 __all__ = ["Footprint", "available_bytes", "footprint", "slab_bytes"]
 
@@ -60,22 +61,23 @@ def footprint(
     if not tokens:
         return Footprint(PROCESS + max(packed, 8 * largest), expert)
     expert += 4 * (shape[0] ** 2 + shape[1] ** 2)
-    layers: dict[int, int] = {}
-    outside = 0
+    layers: dict[int | None, list[str]] = {}
     for key in source.shapes:
-        number = decoder_layer(key, spec.layers[0])
-        elements = prod(source.shapes[key])
-        if number is None:
-            outside += itemsize * elements
-        else:
-            layers[number] = layers.get(number, 0) + itemsize * elements + stored_bytes(source, key)
+        layers.setdefault(decoder_layer(key, spec.layers[0]), []).append(key)
+    outside = outside_layers(spec, layers.pop(None))
+
+    def loaded(keys: Iterable[str]) -> int:
+        """Bytes of tensors as the model has them, and mapped as they are stored."""
+        return sum(itemsize * prod(source.shapes[key]) + stored_bytes(source, key) for key in keys)
+
     hidden, top_k = shape[1], max(layer.top_k for layer in spec.layers)
     kept = tokens * (hidden * itemsize * (8 if gradients else 5) + 24 * top_k)  # images, stored, recorded, and joined
     width = 3 * shape[0] + 3 * hidden
     run = batch_tokens * itemsize * (16 * hidden + 2 * top_k * width)
     vocabulary = max((ref.shape[0] for ref in spec.kept if ref.group == "embedding"), default=0)
-    head = batch_tokens * vocabulary * (2 * itemsize + 12) if gradients else 0
-    return Footprint(PROCESS + outside + max(max(layers.values()) + run, head, packed) + kept, expert)
+    head = loaded(outside.last) + batch_tokens * vocabulary * (2 * itemsize + 12) if gradients else 0
+    turns = loaded(outside.first), max(map(loaded, layers.values())) + run, head, packed
+    return Footprint(PROCESS + loaded(outside.always) + max(turns) + kept, expert)
 
 
 def slab_bytes(limit: int | None, need: Footprint) -> int:

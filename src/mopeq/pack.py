@@ -6,10 +6,15 @@ it was in (:class:`~mopeq.checkpoint.PackedWriter`).
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,7 @@ from mopeq.errors import InputError
 from mopeq.evaluate import Evaluation
 from mopeq.measure import Prepared
 from mopeq.memory import MOST
-from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Noting, Track, note, silent
 from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
 from mopeq.quantizers import DATA_FREE, QUANTIZERS, once
@@ -39,6 +44,7 @@ __all__ = [
     "pack_experts",
     "pack_model",
     "packed_step",
+    "run_record",
     "write_packed",
 ]
 
@@ -234,7 +240,8 @@ def pack_experts(
         note(track, layer=layer.index, expert=done, experts=count, lost=slab.lost, whole=slab.whole, error_of=share)
     for expert in layer.experts:
         for matrix, name in expert.names.items():
-            yield name, made[expert.id.expert, matrix]
+            if (expert.id.expert, matrix) in made:  # it is not left out
+                yield name, made[expert.id.expert, matrix]
 
 
 @dataclass(frozen=True)
@@ -260,14 +267,15 @@ def _packed_slab(
         moments = None if slab.moments is None else getattr(slab.moments, group)
         inputs = once(quantizer, moments)
         wanted = [rows[group][expert] for expert in slab.experts]
-        for precision in dict.fromkeys(wanted):
+        for precision in dict.fromkeys(p for p in wanted if p != LEFT_OUT):
             at = [i for i, p in enumerate(wanted) if p == precision]
             if precision.bits == 16:
                 packed = {i: [pack_full(m.cpu()) for m in weights[i].chunk(parts)] for i in at}
             else:
-                codes = quantizer(weights[at], precision, None if inputs is None else inputs[at])
+                some = at if len(at) < len(wanted) else slice(None)  # which copies nothing
+                codes = quantizer(weights[some], precision, None if inputs is None else inputs[some])
                 if judged:
-                    one, all_of_it = _loss(weights[at], codes, None if moments is None else moments[at])
+                    one, all_of_it = _loss(weights[some], codes, None if moments is None else moments[some])
                     lost, whole = lost + one, whole + all_of_it
                 codes = on_cpu(codes)
                 packed = {i: [pack(c) for c in rows_of(codes[n], parts)] for n, i in enumerate(at)}
@@ -295,3 +303,33 @@ def check_method(method: str) -> None:
     """Raise :class:`InputError` unless there is such a quantizer."""
     if method not in QUANTIZERS:
         raise InputError(f"no quantizer {method!r}; there are {', '.join(QUANTIZERS)}")
+
+
+def run_record(
+    prepared: Prepared,
+    packed: Packed,
+    method: str,
+    commands: Sequence[str],
+    seconds: Mapping[str, float],
+    recipe: str = "",
+) -> dict[str, Any]:
+    """What ``run.json`` says: how the folder was made, with which versions, and which experts fell back."""
+    names = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
+    return {
+        "format": "mopeq-run",
+        "version": 1,
+        "commands": [command for command in commands if command],
+        "model": str(prepared.source.path.name),
+        "method": method,
+        "calibration": dict(prepared.info),
+        "bytes": packed.bytes,
+        "original_bytes": packed.original_bytes,
+        "expert_bits": prepared.inventory.expert_bits(packed.precisions),
+        "inventory": prepared.inventory.to_json(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "fallbacks": list(packed.fallbacks),
+        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
+        "seconds": dict(seconds),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
+    }

@@ -22,6 +22,7 @@ __all__ = [
     "FULL",
     "GROUPS",
     "GROUP_SIZES",
+    "LEFT_OUT",
     "MATRICES",
     "Precision",
     "PrecisionMap",
@@ -48,7 +49,8 @@ class Precision:
     """How one matrix is stored: ``bits`` per code, one fp16 scale per ``group_size`` inputs, a zero point or none.
 
     ``group_size`` -1 means one group per row. ``symmetric`` fixes the zero point at ``2**(bits-1)`` and stores none.
-    ``bits`` 16 stores bfloat16 and has no groups. Printed as ``3g64``, ``4g128s`` (symmetric), ``8g-1``, ``16``.
+    ``bits`` 16 stores bfloat16 and has no groups; 0 stores nothing: the expert is left out. Printed as ``3g64``,
+    ``4g128s`` (symmetric), ``8g-1``, ``16``, ``0``.
     """
 
     bits: int
@@ -56,16 +58,19 @@ class Precision:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise MapError(f"precision of {self.bits} bits; expected one of {', '.join(map(str, BITS))}")
-        if self.bits == 16:
+        if self.bits not in (0, *BITS):
+            widths = ", ".join(map(str, BITS))
+            raise MapError(f"precision of {self.bits} bits; expected one of {widths}, or 0 for experts left out")
+        if self.bits in (0, 16):
             object.__setattr__(self, "group_size", -1)
             object.__setattr__(self, "symmetric", True)
         elif self.group_size not in GROUP_SIZES:
             raise MapError(f"group size {self.group_size}; expected one of {', '.join(map(str, GROUP_SIZES))}")
 
     def __str__(self) -> str:
-        return "16" if self.bits == 16 else f"{self.bits}g{self.group_size}{'s' if self.symmetric else ''}"
+        return (
+            str(self.bits) if self.bits in (0, 16) else f"{self.bits}g{self.group_size}{'s' if self.symmetric else ''}"
+        )
 
     @property
     def levels(self) -> int:
@@ -73,11 +78,11 @@ class Precision:
         return 1 << self.bits
 
     def group_count(self, in_features: int) -> int:
-        """Groups in a row of ``in_features`` inputs (0 at 16 bits).
+        """Groups in a row of ``in_features`` inputs (0 at 16 bits and at 0).
 
         Raises :class:`MapError` where the group size does not divide the row.
         """
-        if self.bits == 16:
+        if self.bits in (0, 16):
             return 0
         size = in_features if self.group_size == -1 else self.group_size
         if in_features % size or in_features % 8:
@@ -89,8 +94,8 @@ class Precision:
 
     def nbytes(self, out_features: int, in_features: int) -> int:
         """Stored bytes of a matrix (out, in): codes, scales and zero points (docs/format.md)."""
-        if self.bits == 16:
-            return 2 * out_features * in_features
+        if self.bits in (0, 16):
+            return self.bits // 8 * out_features * in_features
         if out_features % 8:
             raise MapError(
                 f"a matrix of {out_features} outputs cannot be packed: expected a multiple of 8; keep it at 16 bits"
@@ -110,6 +115,8 @@ class Precision:
 
 
 FULL = Precision(16)
+LEFT_OUT = Precision(0)
+"""Of both groups of an expert that is not there; a token's other experts take its share (docs/format.md)."""
 DEFAULT_REST = {"attention": Precision(8, 128, True), "dense_mlp": Precision(8, 128, True),
                 "shared_experts": Precision(8, 128, True), "lm_head": Precision(8, 128, True)}  # fmt: skip
 """Precision of the groups outside the routed experts, where nothing else is asked for."""
@@ -148,6 +155,14 @@ class PrecisionMap:
         up, down = ({k: len(v) for k, v in self.experts[g].items()} for g in GROUPS)
         if up != down:
             raise MapError("gate_up and down must list the same layers and numbers of experts; they differ")
+        for layer, row in self.experts["gate_up"].items():
+            for expert, pair in enumerate(zip(row, self.experts["down"][layer], strict=True)):
+                if (pair[0] == LEFT_OUT) != (pair[1] == LEFT_OUT):
+                    raise MapError(
+                        f"expert {layer}.{expert} has {pair[0]} and {pair[1]}; 0 bits leaves out a whole expert"
+                    )
+        if LEFT_OUT in self.rest.values():
+            raise MapError("0 bits outside the routed experts; only experts can be left out")
 
     @classmethod
     def uniform(cls, layers: Mapping[int, int], precision: Precision, rest: Mapping[str, Precision] | None = None,
@@ -178,13 +193,13 @@ class PrecisionMap:
         """A dictionary a person can edit: one row of bits per layer; units off the most common grouping are strings."""
         counts: dict[tuple[int, bool], int] = {}
         for p, n in self.histogram().items():
-            if p.bits != 16:
+            if p.bits not in (0, 16):
                 counts[p.group_size, p.symmetric] = counts.get((p.group_size, p.symmetric), 0) + n
         size, symmetric = max(counts, key=lambda k: counts[k]) if counts else (DEFAULT_GROUP_SIZE, False)
         base = (size, symmetric)
 
         def cell(p: Precision) -> int | str:
-            return p.bits if p.bits == 16 or (p.group_size, p.symmetric) == base else str(p)
+            return p.bits if p.bits in (0, 16) or (p.group_size, p.symmetric) == base else str(p)
 
         return {
             "format": MAP_FORMAT,

@@ -149,6 +149,8 @@ def dequantize(q: QTensor | Codes, dtype: torch.dtype = torch.float32) -> Tensor
 def packed_shapes(shape: tuple[int, int], precision: Precision) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
     """``{suffix: ((rows, columns), dtype)}`` of the tensors that store a matrix (docs/format.md); no empty ones."""
     out, inp = shape
+    if precision.bits == 0:
+        return {}
     if precision.bits == 16:
         return {"qweight": ((out, 2 * inp), torch.uint8)}
     groups = precision.group_count(inp)

@@ -9,12 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mopeq.allocate import COSTS, allocate, parse_budget, uniform_map
-from mopeq.allocate.budget import check_budget, expert_budget
+from mopeq.allocate import COSTS, allocate, parse_budget
+from mopeq.allocate.budget import check_budget, expert_budget, least_bytes
 from mopeq.analyze import Map, Routed, check_request, here
 from mopeq.autoload import callable_module
 from mopeq.candidates import Stock, candidate_bytes, chosen
@@ -50,6 +47,7 @@ from mopeq.pack import (
     pack_experts,
     pack_model,
     packed_step,
+    run_record,
     write_packed,
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
@@ -61,7 +59,7 @@ from mopeq.stats import Stats, write_json
 from mopeq.stream import Shell, Store, forward, stored_dtype
 from mopeq.trial import JUDGED_WINDOWS, Choice, compared, settled, tried
 
-__all__ = ["Packed", "pack_model", "quantize", "require_new", "run_record"]
+__all__ = ["Packed", "pack_model", "quantize", "require_new"]
 
 TRIED = "try the map"
 """The step of the journal in which a map was tried on held-out text."""
@@ -80,6 +78,7 @@ def quantize(
     cost: str = "fisher_error",
     granularity: str = "group",
     uniform_layers: bool = False,
+    protect: bool = True,
     rest: Mapping[str, Precision] | None = None,
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
@@ -110,6 +109,7 @@ def quantize(
         cost: cost metric that it reads.
         granularity: ``group`` or ``expert``.
         uniform_layers: allocate one precision for all experts of a layer, as other runtimes need (mopeq export).
+        protect: give super-experts the most bits among the options (:mod:`mopeq.allocate.protect`).
         rest: precisions of the groups outside the experts, over the defaults.
         dtype: compute type of the original model.
         evaluated: compare the result with the original, if both fit in memory together; ``Packed.note`` says if not.
@@ -140,8 +140,7 @@ def quantize(
     training, heldout = split_texts(calibration, opened.source.path)
     options = options or opened.inventory.precisions()
     if budget is not None:
-        sizes = (opened.inventory.expert_bytes(uniform_map(opened.inventory, [p], None, rest)) for p in options)
-        check_budget(parse_budget(budget), opened.inventory, rest, min(sizes))
+        check_budget(parse_budget(budget), opened.inventory, rest, least_bytes(opened.inventory, options))
         if cost not in COSTS:
             raise InputError(f"no cost {cost!r}; there are {', '.join(COSTS)}")
         check_request(opened.inventory, (cost,), options, method)
@@ -156,13 +155,15 @@ def quantize(
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
         except DataError as error:
             raise DataError(f"of the tenth of the data kept apart for comparing, {error}, or use --no-eval") from error
-    if calibration.modality_weight != 1 and budget is None and method in DATA_FREE:
-        raise InputError(f"a modality weight does not enter {method} with a map; use gptq or a budget, or leave it out")
+    if (calibration.modality_weight != 1 or calibration.balance) and budget is None and method in DATA_FREE:
+        raise InputError(
+            f"{method} with a map takes no data to weigh or balance; use gptq or a budget, or leave it out"
+        )
     if budget is not None or method not in DATA_FREE:
-        opened = calibrated(opened, calibration, texts=training)
+        opened = calibrated(opened, calibration, texts=training, track=track)
     plan = _Plan(
-        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, rest, calibration,
-        dtype, max_memory, heldout, guard, refine,
+        opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, protect, rest,
+        calibration, dtype, max_memory, heldout, guard, refine,
     )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
@@ -203,6 +204,7 @@ class _Plan:
     cost: str
     granularity: str
     uniform_layers: bool
+    protect: bool
     rest: Mapping[str, Precision]
     calibration: Calibration
     dtype: torch.dtype | None
@@ -240,7 +242,7 @@ class _Plan:
             return inventory.total_bytes(self.precisions) + (0 if self.method in DATA_FREE else 2 * stored)
         most = expert_budget(parse_budget(self.budget or ""), inventory, self.rest)
         fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
-        return most + fixed + candidate_bytes(inventory, self.options) + (layers + 2) * stored
+        return most + fixed + candidate_bytes(inventory, self.options) + (layers + 3) * stored
 
     def carry_out(self, writer: PackedWriter, clock: _Clock, across: Map, track: Track) -> Packed:
         """All steps that are not done yet."""
@@ -251,7 +253,7 @@ class _Plan:
             return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track)
         stats, fallbacks = measure_streamed(
             opened,
-            ("frequency", "gate_mass", self.cost),
+            ("frequency", "gate_mass", "output_peak", self.cost),
             options=self.options,
             quantizer=self.method,
             seed=self.calibration.seed,
@@ -272,6 +274,7 @@ class _Plan:
                 options=self.options,
                 granularity=self.granularity,
                 uniform_layers=self.uniform_layers,
+                protect=self.protect,
                 rest=self.rest,
             )
             known = {"map": made.to_json()}
@@ -357,6 +360,7 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
             else {}
         ),
         **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
+        **({} if plan.protect else {"protect": False}),
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
         "dtype": None if plan.dtype is None else str(plan.dtype),
@@ -402,36 +406,6 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[stage] = round(now - self._last, 2)
         self._last = now
-
-
-def run_record(
-    prepared: Prepared,
-    packed: Packed,
-    method: str,
-    commands: Sequence[str],
-    seconds: Mapping[str, float],
-    recipe: str = "",
-) -> dict[str, Any]:
-    """What ``run.json`` says: how the folder was made, with which versions, and which experts fell back."""
-    names = ("mopeq", "torch", "transformers", "safetensors", "numpy", "scipy")
-    return {
-        "format": "mopeq-run",
-        "version": 1,
-        "commands": [command for command in commands if command],
-        "model": str(prepared.source.path.name),
-        "method": method,
-        "calibration": dict(prepared.info),
-        "bytes": packed.bytes,
-        "original_bytes": packed.original_bytes,
-        "expert_bits": prepared.inventory.expert_bits(packed.precisions),
-        "inventory": prepared.inventory.to_json(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "fallbacks": list(packed.fallbacks),
-        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
-        "seconds": dict(seconds),
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
-    }
 
 
 def require_new(out: Path) -> None:

@@ -18,9 +18,9 @@ from mopeq.errors import OutputError
 from mopeq.evaluate import Comparison, Evaluation, evaluate_many, paired_difference, resident_bytes
 from mopeq.load import load, load_original
 from mopeq.measure import Calibration, Prepared, measure_prepared, observed, open_model
+from mopeq.pack import Packed, pack_model, run_record
 from mopeq.precision import PrecisionMap
 from mopeq.progress import Track, silent
-from mopeq.quantize import Packed, pack_model, run_record
 from mopeq.report import render
 from mopeq.stats import Stats, write_json
 

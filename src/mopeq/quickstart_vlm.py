@@ -18,9 +18,9 @@ from mopeq.evaluate.bootstrap import Estimate
 from mopeq.evaluate.vqa import read_table, scores
 from mopeq.load import load, load_original, load_processor
 from mopeq.measure import Calibration, Prepared, measure_prepared, observed, open_model
+from mopeq.pack import Packed, pack_model, run_record
 from mopeq.precision import PrecisionMap
 from mopeq.progress import Track, silent
-from mopeq.quantize import Packed, pack_model, run_record
 from mopeq.quickstart import COST, fresh_folder
 from mopeq.report import render
 from mopeq.stats import write_json

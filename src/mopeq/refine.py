@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopeq.evaluate import Divergence, paired_difference
-from mopeq.precision import GROUPS, Precision, PrecisionMap
+from mopeq.precision import GROUPS, LEFT_OUT, Precision, PrecisionMap
 from mopeq.progress import Track, silent
 from mopeq.stats import CostTable, Stats, cost_table
 
@@ -45,7 +45,8 @@ def refined(
     granularity: str = "group",
     track: Track = silent,
 ) -> Refined:
-    """``made`` after at most ``tries`` exchanges, each judged once; every unit is in one of them at most.
+    """``made`` after at most ``tries`` exchanges, each judged once; every unit is in one of them at most,
+    and super-experts are in none.
 
     cost, options, granularity: those that the map was made with.
     """
@@ -53,7 +54,8 @@ def refined(
     choice = _choice(table, made)
     best = judge(made)
     first, precisions = best.kl.value, made
-    moved: set[int] = set()
+    held = made.note.get("super_experts", ())
+    moved = {i for i, unit in enumerate(table.units) if f"{unit.layer}.{unit.expert}" in held}
     tried = taken = 0
     for _ in track(range(tries), "exchange precisions", tries):
         pair = next((p for p in _exchanges(table, choice) if not moved & {*p}), None)
@@ -86,7 +88,7 @@ def _exchanges(table: CostTable, choice: NDArray[np.int64]) -> Iterator[tuple[in
     pairs: list[tuple[float, int, int]] = []
     for sizes, units in ladders.items():
         order = np.argsort(sizes, kind="stable")
-        for low, high in pairwise(order):
+        for low, high in pairwise(i for i in order if table.options[i] != LEFT_OUT):  # a unit is not left out alone
             gain = table.loss[:, low] - table.loss[:, high]
             up = sorted((u for u in units if choice[u] == low), key=lambda u: -gain[u])
             down = sorted((u for u in units if choice[u] == high), key=lambda u: gain[u])

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from mopeq.errors import MapError
-from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, MATRICES, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 
-__all__ = ["TOWERS", "Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "WeightRef"]
+__all__ = [
+    "TOWERS", "Expert", "ExpertId", "Inventory", "KeptRef", "LinearRef", "MoELayer", "MoESpec", "Outside", "WeightRef",
+    "outside_layers",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -157,6 +160,28 @@ class MoESpec:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """Stored tensors outside the decoder layers by when a pass needs them: ``first``, before the layers (embedding and
+    towers, of which ``towers`` says whether there are any), ``last``, after them (the head, which may be the
+    embedding), and ``always``.
+    """
+
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+    always: tuple[str, ...]
+    towers: bool
+
+
+def outside_layers(spec: MoESpec, keys: Sequence[str]) -> Outside:
+    """``keys``, all stored tensors outside the layers, by when they are needed."""
+    groups = {ref.key: ref.group for ref in spec.linears} | {ref.key: ref.group for ref in spec.kept}
+    found = {group: tuple(key for key in keys if groups.get(key) == group) for group in set(groups.values())}
+    embedding, towers = found.get("embedding", ()), tuple(k for group in TOWERS for k in found.get(group, ()))
+    first, last = embedding + towers, found.get("lm_head", ()) or embedding
+    return Outside(first, last, tuple(key for key in keys if key not in {*first, *last}), bool(towers))
+
+
+@dataclass(frozen=True)
 class LayerShape:
     """Numbers of a MoE layer: experts, hidden size H, intermediate size I of an expert, experts per token."""
 
@@ -278,6 +303,10 @@ class Inventory:
             raise MapError(
                 f"the precision map names unknown groups {sorted(unknown)}; this model has {sorted(self.linears)}"
             )
+        for layer, row in precisions.experts["down"].items():
+            kept, wanted = sum(p != LEFT_OUT for p in row), self.layers[layer].top_k
+            if kept < wanted:
+                raise MapError(f"layer {layer} keeps {kept} experts and gives each token {wanted}; leave out fewer")
         for group in GROUPS:
             for layer, row in precisions.experts[group].items():
                 for precision in set(row):

@@ -1,9 +1,10 @@
 """Running a model of which one decoder layer at a time is in memory, forward and backward.
 
-The model stands on the meta device; what is outside its decoder layers is loaded, and each layer gets its weights by
-transformers' own conversion when its turn comes. A layer is run by the model's own ``forward``: the layers before it
-are passed over, the one just before it gives the output that was stored, and the pass ends when the layer has run. So
-masks, positions and what a model does between layers are its own, and no architecture is written down here.
+The model stands on the meta device, and each decoder layer gets its weights by transformers' own conversion when its
+turn comes; embedding and vision tower have theirs before the first layer, the head after the last one. A layer is run
+by the model's own ``forward``: the layers before it are passed over, the one just before it gives the output that was
+stored, and the pass ends when the layer has run. So masks, positions and what a model does between layers are its own,
+and no architecture is written down here.
 
 Activations go to a :class:`Store`: the outputs of a layer, batch by batch, are all that the next one needs, so a run
 goes on from the last layer stored. Backward, every layer runs again from its stored input, with the gradient at its
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,13 @@ from mopeq.journal import Journal
 from mopeq.load import auto_class, model_config
 from mopeq.progress import Track, note, silent
 from mopeq.source import Source, decoder_layer, read_tensor
-from mopeq.spec import MoELayer, MoESpec
+from mopeq.spec import MoELayer, MoESpec, outside_layers
 
 __all__ = ["Shell", "Store", "backward", "forward", "stored_dtype"]
+
+
+ENTERING = -1
+"""The turn before that of the first layer."""
 
 
 class Store:
@@ -118,9 +123,15 @@ class Shell:
                 module.get_image_features = self._once_a_batch(name, module.get_image_features)
         for number, layer in enumerate(self.layers):
             layer.forward = self._passing(number, layer.forward)
-        self._load(self._keys(None))
+        embedding = self.model.get_input_embeddings()
+        embedding.forward = self._embedding(embedding.forward)
+        self._outside = outside_layers(spec, self._keys(None))
+        self.sees = self._outside.towers
+        self._load(self._outside.always)
+        self._parts = {part: self._names_of(getattr(self._outside, part)) for part in ("first", "last")}
         self.model.tie_weights()
-        self._check(lambda name: not name.startswith(self._module + "."), "outside the decoder layers")
+        apart = {name for names in self._parts.values() for name in names}
+        self._check(lambda n: n not in apart and not n.startswith(self._module + "."), "outside the decoder layers")
 
     def layer(self, number: int, then: int = -1) -> None:
         """Load the weights of one decoder layer, and begin to read those of the one that is wanted ``then``."""
@@ -133,16 +144,32 @@ class Shell:
         for module in self.layers[number].modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
-                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+                    _empty(module, name)
+
+    @contextmanager
+    def part(self, part: str) -> Iterator[None]:
+        """With the weights that are needed ``first``, those of embedding and towers, or ``last``, those of the head."""
+        self._load(getattr(self._outside, part))
+        self.model.tie_weights()
+        try:
+            yield
+        finally:
+            self._release(self._parts[part])
+            self.model.tie_weights()
+
+    def enter(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """What enters the first decoder layer, (sequences, length, H) of each batch, images in it."""
+        with self.part("first"), torch.no_grad():
+            return [self.run(ENTERING, batch, None) for batch in batches]
 
     def release_experts(self, module: nn.Module) -> None:
         """Let go of the large weights of an experts module that has run; biases and the gate function stay."""
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.ndim > 2:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+                _empty(module, name)
 
     def run(self, number: int, batch: Batch, given: Tensor | None) -> Tensor:
-        """Output (sequences, length, H) of a loaded layer; ``given`` is the output of the one before it."""
+        """Output (sequences, length, H) of a loaded layer; ``given`` is that of the one before it, or what enters."""
         self._begin(number, batch, given)
         try:
             self.model(**inputs_of(batch, torch.device("cpu")), use_cache=False)
@@ -179,9 +206,35 @@ class Shell:
         def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if number < self._turn:
                 return self._given if number == self._turn - 1 and self._given is not None else hidden_states
-            raise Reached(_tensor(forward(hidden_states, *args, **kwargs), self._module, number))
+            if self._turn == ENTERING:
+                raise Reached(hidden_states)
+            entered = self._given if number == 0 and self._given is not None else hidden_states
+            raise Reached(_tensor(forward(entered, *args, **kwargs), self._module, number))
 
         return passing
+
+    def _embedding(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Once the layers run, what the embedding gives is not looked at, but for its shape."""
+
+        def embedded(ids: Tensor) -> Tensor:
+            if self._turn == ENTERING:
+                return forward(ids)
+            return torch.zeros(*ids.shape, self.spec.layers[0].hidden_size, dtype=self.dtype)
+
+        return embedded
+
+    def _names_of(self, keys: Sequence[str]) -> list[str]:
+        """The parameters outside the layers that are made of these tensors, which are let go again."""
+        meta = {name for name, parameter in self.model.named_parameters() if parameter.is_meta}
+        self._load(keys)
+        made = [name for name, parameter in self.model.named_parameters() if name in meta and not parameter.is_meta]
+        self._release(made)
+        return made
+
+    def _release(self, names: Sequence[str]) -> None:
+        for name in names:
+            path, _, last = name.rpartition(".")
+            _empty(self.model.get_submodule(path), last)
 
     def _keys(self, number: int | None) -> list[str]:
         """Stored tensors of a decoder layer, or of what is outside; without those that transformers drops."""
@@ -241,7 +294,9 @@ def forward(
     moe = {layer.index: layer for layer in shell.spec.layers}
     last = max(moe)
     start = until if until is not None else 0
-    begin = next((k for k in range(start, 0, -1) if store.has(f"hidden {k}")), 0)
+    begin = next((k for k in range(start, -1, -1) if store.has(f"hidden {k}")), None)
+    if begin is None or shell.sees:
+        begin = _enter(shell, batches, store, begin)
     for number in track(range(begin, last + 1), "calibration data through the model", last + 1 - begin):
         tap = Tap(moe[number], experts_module(shell.model, moe[number]), False, None) if number in moe else None
         with torch.no_grad():
@@ -276,8 +331,10 @@ def backward(
     least_done = count if until is None else until
     top = next((k for k in range(least_done, count + 1) if store.has(f"gradient {k}")), None)
     needed = [*range(1, top or count), *([] if top else [count])]
+    if shell.sees or not store.has("hidden 0"):
+        _enter(shell, batches, store, 0 if store.has("hidden 0") else None)
     if lost := [k for k in needed if not store.has(f"hidden {k}")]:
-        begin = next((k for k in range(lost[0] - 1, 0, -1) if store.has(f"hidden {k}")), 0)
+        begin = next(k for k in range(lost[0] - 1, -1, -1) if store.has(f"hidden {k}"))
         for number in track(range(begin, lost[-1]), "calibration data forward", lost[-1] - begin):
             with torch.no_grad():
                 store.put(f"hidden {number + 1}", _layer(shell, number, batches, store, None, track=track))
@@ -300,6 +357,14 @@ def backward(
         store.drop(f"gradient {number + 1}")
 
 
+def _enter(shell: Shell, batches: Sequence[Batch], store: Store, begin: int | None) -> int:
+    """Store what enters the first layer where nothing of it is stored; the layer to begin with. Towers run anyway."""
+    entered = shell.enter(batches)
+    if begin is None:
+        store.put("hidden 0", entered)
+    return begin or 0
+
+
 def _layer(
     shell: Shell,
     number: int,
@@ -311,7 +376,7 @@ def _layer(
 ) -> list[Tensor]:
     """Run one layer over all batches: its outputs, or, given the gradients at them, the gradients at its inputs."""
     shell.layer(number, number + (1 if gradients is None else -1))
-    inputs: Sequence[Tensor | None] = store.get(f"hidden {number}") if number else [None] * len(batches)
+    inputs = store.get(f"hidden {number}")
     handles = [] if tap is None else tap.attach(shell.model)
     made: list[Tensor] = []
     tokens = 0
@@ -334,12 +399,12 @@ def _layer(
     return made
 
 
-def _pulled(shell: Shell, number: int, batch: Batch, given: Tensor | None, gradient: Tensor) -> Tensor:
-    """The gradient at a layer's input; at the first layer, whose input is the embedding, nothing asks for it."""
-    leaf = None if given is None else given.detach().requires_grad_()
+def _pulled(shell: Shell, number: int, batch: Batch, given: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient at a layer's input; at the first layer nothing asks for it."""
+    leaf = given.detach().requires_grad_(number > 0)
     output = shell.run(number, batch, leaf)
     output.backward(gradient)  # type: ignore[no-untyped-call]
-    if leaf is None:
+    if number == 0:
         return torch.empty(0)
     assert leaf.grad is not None
     return leaf.grad
@@ -349,7 +414,7 @@ def _loss_gradients(shell: Shell, batches: Sequence[Batch], hidden: Sequence[Ten
     """dL/d(output of the last layer) of each batch."""
     generator = torch.Generator().manual_seed(seed)
     made = []
-    with torch.enable_grad():
+    with shell.part("last"), torch.enable_grad():
         for number, (batch, given) in enumerate(zip(batches, hidden, strict=True)):
             leaf = given.detach().requires_grad_()
             logits = shell.logits(batch, leaf)
@@ -358,6 +423,11 @@ def _loss_gradients(shell: Shell, batches: Sequence[Batch], hidden: Sequence[Ten
             assert leaf.grad is not None
             made.append(leaf.grad)
     return made
+
+
+def _empty(module: nn.Module, name: str) -> None:
+    """Let go of a parameter's values."""
+    module._parameters[name] = nn.Parameter(torch.empty_like(module.get_parameter(name), device="meta"), False)
 
 
 def _tensor(output: object, module: str, number: int) -> Tensor:

@@ -21,14 +21,14 @@ from torch import nn
 from mopeq.allocate import uniform_map
 from mopeq.data.conversations import conversation_batches
 from mopeq.data.text import Window, sliding_windows, token_stream
-from mopeq.errors import DataError
+from mopeq.errors import BudgetError, DataError
 from mopeq.evaluate import Divergence, Evaluation, evaluate, paired_difference
 from mopeq.evaluate.answers import evaluate_answers
 from mopeq.evaluate.divergence import judging
 from mopeq.kernels.layout import PARTS, GroupLayout
 from mopeq.load import load, load_processor, load_source, load_tokenizer
 from mopeq.measure import Calibration, Prepared, has_pictures
-from mopeq.precision import GROUPS, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import GROUPS, LEFT_OUT, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Track, silent
 from mopeq.qtensor import QTensor
 from mopeq.refine import refined
@@ -203,7 +203,10 @@ def guarded(made: PrecisionMap, opened: Prepared, options: Sequence[Precision], 
     A uniform map may be smaller than the budget: then ``made`` has to be worth its bytes, and the sentence says so.
     """
     inventory = opened.inventory
-    uniform = uniform_map(inventory, options, budget, made.rest)
+    try:
+        uniform = uniform_map(inventory, [p for p in options if p != LEFT_OUT], budget, made.rest)
+    except BudgetError:
+        return Verdict(made, f"the map was not compared: no uniform precision fits {budget}")
     (level,) = uniform.histogram()
     if made.experts == uniform.experts:
         return Verdict(made, f"the map is uniform, {level} for every expert")

@@ -26,13 +26,13 @@ from mopeq.spec import MoESpec, fitting
 from tiny import FAMILIES, VLM, edit_config, rewrite, tensors, tiny_config
 
 Saver = Callable[..., Path]
-FUSED_ON_HUB = {"aria", "granitemoe", "gpt_oss", "qwen3_vl_moe", "llama4", "llama4_text"}
+FUSED_ON_HUB = {"aria", "glm46v", "granitemoe", "gpt_oss", "qwen3_vl_moe", "llama4", "llama4_text"}
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
 layouts = pytest.mark.parametrize("hub_layout", [True, False], ids=["hub", "fused"])
 QWEN3_30B = {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
 MOE_LAYERS = {"qwen2_moe": [0, 2], "deepseek_v2": [1, 2], "deepseek_v3": [1, 2], "glm4_moe": [1, 2], "llama4": [0, 2],
               "llama4_text": [0, 2], "ernie4_5_moe": [1, 2], "deepseek_vl_v2": [1, 2],
-              "glm4v_moe": [1, 2], "kimi_k25": [1, 2]}  # fmt: skip
+              "glm4v_moe": [1, 2], "glm46v": [1, 2], "kimi_k25": [1, 2], "deepseek_ocr2": [1, 2]}  # fmt: skip
 
 
 @cache
@@ -174,6 +174,7 @@ def test_names_of_packed_tensors_are_the_hubs(tiny_model: Saver, family: str) ->
 def module_name(family: str, name: str) -> str:
     """What a name in files is in models whose modules go by other names; saved fused, their files have those."""
     nested = family in ("aria", "internvl", "kimi_k25")
+    name = re.sub(r"\Amodel\.layers\.", "model.language_model.layers.", name) if family == "deepseek_ocr2" else name
     name = re.sub(r"\Alanguage_model\.model\.", "model.language_model.", name) if nested else name
     return name.replace(".blocks.", ".layers.")
 

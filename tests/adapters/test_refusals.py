@@ -41,6 +41,8 @@ def test_unknown_architecture(olmoe: Source) -> None:
         {"model_type": "olmo3e", "num_experts": 4}, {}, "'olmo3e' is not supported", *SUPPORTED, "did you mean olmoe?"
     )
     refused({"model_type": "zzz"}, olmoe.shapes, "'zzz' is not supported")
+    for name in ("ernie4_5_vl_moe", "ernie4_5_moe_vl"):
+        refused({"model_type": name, "moe_num_experts": 4}, {}, name, "two sets of experts", "expected one set")
     refused(NO_OPTIONS, olmoe.shapes, "model_type None", "expected one of")
 
 
@@ -136,7 +138,7 @@ def test_weights_that_are_not_floats(olmoe: Source) -> None:
 def test_no_tensor_can_be_missing(tiny_model: Saver, family: str) -> None:
     source = open_source(tiny_model(family))
     tower = re.compile(
-        r".*(visual|vision|projector|new_embedding)|image_newline|view_seperator|(model\.norm|lm_head)\.bias"
+        r".*(visual|vision|projector|new_embedding|sam_model|qwen2_model|view_sep)|image_newline|(model\.norm|lm_head)\.bias"
     )
     for key in source.shapes:
         if not tower.match(key):

@@ -19,7 +19,7 @@ def test_everything_at_once(tiny_model: Make) -> None:
     data = batches((2, 8), (1, 10))
     stats = analyze(model, source, spec, data, list(METRICS), options=OPTIONS, probes=2, seed=5, info={"data": "noise"})
     scores = {"tokens", "frequency", "gate_mass", "gradient_norm", "inverse_norm", "fisher", "hessian_trace"}
-    scores |= {"moment_trace.gate_up", "moment_trace.down"}
+    scores |= {"moment_trace.gate_up", "moment_trace.down", "output_peak"}
     errors = {"fisher.stderr", "hessian_trace.stderr"}
     assert {n for n in stats.metrics if "/" not in n} == scores | errors
     for cost in ("output_error", "fisher_error"):

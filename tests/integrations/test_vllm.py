@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import gc
+import json
 import os
 import random
 import shutil
@@ -226,10 +228,45 @@ def test_deepseek_vl2_with_images_is_the_native_runtimes(tmp_path: Path) -> None
             assert not count or want.text.strip()
 
 
-def test_molmoe_is_for_the_native_server(tmp_path: Path) -> None:
-    from mopeq.errors import InputError
-    from mopeq.serve import serve
-    from reference import FOLDER, MOLMOE
+def test_molmoe_with_an_image_is_the_native_runtimes(tmp_path: Path) -> None:
+    """A random model as large as vLLM's attention wants, with the published names, processor and conversation."""
+    from openai import BadRequestError
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    with pytest.raises(InputError, match="MolmoE, which vLLM has no class for"):
-        serve(FOLDER / MOLMOE, engine="vllm")
+    from mopeq.load import load_processor
+    from mopeq.runtime.generate import generate
+    from reference import FILES, FOLDER, MOLMOE, PROCESSORS
+
+    settings = json.loads((FOLDER / MOLMOE / "config.json").read_text()) | {"d_model": 128}
+    torch.manual_seed(0)
+    original = AutoModelForImageTextToText.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.normal_(std=0.15) if parameter.ndim > 1 else parameter.normal_(1, 0.1)
+    original.save_pretrained(tmp_path / "original")
+    folder = tmp_path / "packed"
+    pack_model(tmp_path / "original", folder, mixed(tmp_path / "original"))
+    shutil.copytree(PROCESSORS / FILES[MOLMOE], folder, dirs_exist_ok=True)
+    model, processor = load(folder, torch.float32), load_processor(folder)
+    pictures = [PROCESSORS / "images" / name for name in ("img_a_wide.png", "img_b_tall.png")]
+    answers = set()
+    with served(folder, tmp_path / "log", "--max-model-len 512") as client:
+
+        def ask(*shown: Path) -> Any:
+            urls = [f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" for path in shown]
+            parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+            said = [{"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}]
+            return client.chat.completions.create(
+                model="tiny", messages=said, max_tokens=8, temperature=0, extra_body={"return_token_ids": True}
+            )
+
+        for shown in ([], pictures[:1], pictures[1:]):
+            parts = [*({"type": "image", "path": path} for path in shown), {"type": "text", "text": "What is this?"}]
+            want = generate(model, processor, [{"role": "user", "content": parts}], max_new_tokens=8)
+            got = ask(*shown)
+            assert got.choices[0].token_ids == list(want.tokens)
+            assert got.usage.prompt_tokens == want.prompt_tokens
+            answers.add(want.tokens)
+        assert len(answers) == 3
+        with pytest.raises(BadRequestError, match="1 image"):
+            ask(*pictures)

@@ -8,7 +8,7 @@ from torch import nn
 
 from mopeq.errors import CheckpointError, InputError
 from mopeq.integrations.vllm.parts import Cut, Filling, cut_part
-from mopeq.kernels import GroupLayout, grouped_linear
+from mopeq.kernels import GroupLayout
 from mopeq.precision import FULL, Precision
 from mopeq.qtensor import QTensor, dequantize
 from packing import packed_matrix
@@ -64,7 +64,7 @@ def test_filled_buffers_run() -> None:
             for part, tensor in stored(q).items():
                 made.put(expert, matrix, part, tensor, cut, (48, 64))
     x = torch.randn(5, 64)
-    got = grouped_linear(x, made.finish(), torch.tensor([0, 2, 5]))
+    got = made.finish(torch.float32)(x, torch.tensor([0, 2, 5]))
     expected = torch.cat([x[:2] @ torch.cat(dense[:2]).T, x[2:] @ torch.cat(dense[2:]).T])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -76,4 +76,4 @@ def test_what_is_missing_or_of_another_shape_is_an_error() -> None:
         made.put(0, 0, "qweight", torch.zeros(24, 32, dtype=torch.uint8), cut, (24, 64))
     made.put(0, 0, "qweight", torch.zeros(24, 24, dtype=torch.uint8), cut, (24, 64))
     with pytest.raises(CheckpointError, match="5 packed tensors are missing"):
-        made.finish()
+        made.finish(torch.float32)

@@ -93,6 +93,37 @@ def test_outliers_cost_what_they_must(bits: int) -> None:
 
 @pytest.mark.usefixtures("every_isa")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_coarse_widths_use_one_digit_of_two(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 2 bits, unless asked otherwise; a wider neighbour in the call keeps all of its digits. float32 has none."""
+    packed = experts(tuple(Precision(b, 64, b == 4) for b in WIDTHS), ((24, 256), (40, 256)))
+    x, offsets = inputs(6 * 7, 256).to(dtype), torch.arange(7) * 7  # tiles of 4, 2 and 1 tokens
+    one, two = (cpu.grouped_linear(x, packed, offsets, digits) for digits in (1, 2))
+    for asked in (None, 0, 4, 8):
+        cpu._coarse.cache_clear()
+        monkeypatch.setenv("MOPEQ_COARSE", "" if asked is None else str(asked))
+        got = cpu.grouped_linear(x, packed, offsets)
+        for e, bits in enumerate(WIDTHS):
+            rows = slice(7 * e, 7 * e + 7)
+            if bits > (cpu.COARSE if asked is None else asked):
+                assert got[rows].equal(two[rows])
+            else:  # the first digit rounds a tie otherwise than a single one
+                assert error(got[rows], one[rows].double()) < 4e-3 < error(got[rows], two[rows].double())
+        wide = cpu.grouped_linear(x.float(), packed, offsets)
+        assert wide.equal(cpu.grouped_linear(x.float(), packed, offsets, 3))
+    cpu._coarse.cache_clear()
+
+
+@pytest.mark.parametrize("asked", ["9", "-1", "two"])
+def test_a_bad_coarse_width_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu._coarse.cache_clear()
+    monkeypatch.setenv("MOPEQ_COARSE", asked)
+    with pytest.raises(InputError, match=f"MOPEQ_COARSE is {asked}; expected a width in bits, 0 to 8"):
+        cpu.digits_of(torch.bfloat16)
+    cpu._coarse.cache_clear()
+
+
+@pytest.mark.usefixtures("every_isa")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_types_of_activations(dtype: torch.dtype) -> None:
     """The result is the one in float64, rounded to the activations' type: closer to it than the reference kernel."""
     packed = experts((Precision(3, 64), Precision(8, 64), FULL), ((64, 512),))
@@ -224,7 +255,7 @@ def call(**changed: Any) -> Tensor:
     packed = experts((Precision(3, 32), FULL), ((16, 64),))
     given = {"x": inputs(5, 64), "qweight": packed.qweight, "scales": packed.scales, "zeros": packed.zeros,
              "table": packed.layout.table.clone(), "offsets": torch.tensor([0, 2, 5]), "out_features": 16,
-             "digits": 3}  # fmt: skip
+             "digits": 3, "coarse": 0}  # fmt: skip
     for name, change in changed.items():
         given[name] = change(given[name]) if callable(change) else change
     result: Tensor = torch.ops.mopeq.grouped_linear(*given.values())
@@ -263,6 +294,8 @@ REFUSED = {
     "no outputs": ({"out_features": 0}, "expected float32"),
     "no digits": ({"digits": 0}, "number of digits"),
     "4 digits": ({"digits": 4}, "number of digits"),
+    "coarse without a second digit": ({"coarse": 2}, "number of digits"),
+    "coarse beyond 8 bits": ({"digits": 2, "coarse": 9}, "number of digits"),
     "40 inputs": ({"x": torch.zeros(5, 40)}, "do not fit together"),
     "float64": ({"x": torch.zeros(5, 64, dtype=torch.float64)}, "expected float32, bfloat16 or float16"),
     "three axes": ({"x": torch.zeros(5, 1, 64)}, "expected float32"),

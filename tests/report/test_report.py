@@ -99,6 +99,18 @@ def test_every_expert_has_a_cell_with_its_value(folder: Path) -> None:
     assert "0.1: 0 %, 0 tokens" in cells
 
 
+def test_text_and_image_tokens_have_maps_of_their_own(folder: Path) -> None:
+    stats = fakes.stats()
+    vision = {layer: row[::-1] for layer, row in stats.metrics["frequency"].items()}
+    counts = {layer: [7 + layer + expert for expert in range(8)] for layer in vision}
+    more = {"frequency.text": stats.metrics["frequency"], "frequency.vision": vision, "tokens.vision": counts}
+    write_json(folder / "mopeq" / "stats.json", stats.with_metrics(more).to_json())
+    tree = read(render(folder))
+    assert "Frequency of text tokens" in tree.words
+    assert "Frequency of image tokens" in tree.words
+    assert any(t.startswith("1.3: ") and t.endswith(f" %, {counts[1][3]} tokens") for t in tree.titles)
+
+
 def test_predicted_loss_is_the_sum_of_the_chosen_costs(folder: Path) -> None:
     stats, chosen = fakes.stats(), fakes.precisions()
     total = sum(
@@ -111,6 +123,16 @@ def test_predicted_loss_is_the_sum_of_the_chosen_costs(folder: Path) -> None:
     shown = re.search(r"predicted loss \(fisher_error\) (\S+)", words)
     assert shown is not None
     assert float(shown[1]) == pytest.approx(total, rel=5e-3)
+
+
+def test_super_experts_are_named(folder: Path) -> None:
+    assert "super-expert" not in read(render(folder, folder / "page.html")).words
+    peaks = {0: [1.0] * 8, 1: [1.0, 90.0, *[1.0] * 6], 2: [2.0] * 8}
+    write_json(folder / "mopeq" / "stats.json", fakes.stats().with_metrics({"output_peak": peaks}).to_json())
+    assert (
+        "1 super-expert by the peak of their output: 1.1 (90 times the median)"
+        in read(render(folder, folder / "page.html")).words
+    )
 
 
 def test_sizes_add_up(folder: Path) -> None:

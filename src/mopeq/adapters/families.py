@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from mopeq.adapters.family import MLA, MLA_QUERIES, QKVO, Config, Family, count, numbers
 from mopeq.adapters.layouts import fused, per_expert
+from mopeq.errors import ModelError
 from mopeq.models.published import deepseek_vl2, molmo
 
 __all__ = ["FAMILIES"]
@@ -48,6 +49,16 @@ def _listed(text: Config, index: int) -> bool:
     return (index + 1) % count(text, "interleave_moe_layer_step", default=1) == 0
 
 
+def _typed(text: Config, index: int) -> bool:
+    found = text.get("mlp_layer_types")
+    if not isinstance(found, list) or len(found) <= index or not set(map(str, found)) <= {"dense", "sparse"}:
+        raise ModelError(
+            f"config.json has mlp_layer_types = {found!r}; expected dense or sparse for every layer; "
+            "use the model's own config.json"
+        )
+    return bool(found[index] == "sparse")
+
+
 _NAMES = ("gate_proj", "up_proj", "down_proj")
 _W = ("w1", "w3", "w2")
 _MLP_FUSED = fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -75,6 +86,12 @@ _GLM4_MOE = replace(
     shared="shared_experts",
     router_keys=_CORRECTION,
     extra_layers=True,
+)
+_GLM4V_MOE = replace(
+    _GLM4_MOE,
+    text="text_config",
+    prefix="model.language_model.",
+    towers={"model.visual.": "vision", "model.visual.merger.": "projector"},
 )
 _DEEPSEEK_V3 = replace(_GLM4_MOE, attention=MLA, alternatives=MLA_QUERIES, is_moe=_after_first(3))
 _LLAMA4_TEXT = Family(
@@ -168,6 +185,23 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": replace(_DEEPSEEK_V3, is_moe=_after_first(0), router_keys=r"mlp\.gate\.weight", extra_layers=False),
     "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_ocr2": replace(
+        _OLMOE,
+        width="moe_intermediate_size",
+        is_moe=_typed,
+        shared="shared_experts",
+        text="text_config",
+        prefix="model.language_model.",
+        renamed=((r"\Amodel\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),),
+        towers={
+            "model.sam_model.": "vision",
+            "model.qwen2_model.": "vision",
+            "model.vision_tower.": "vision",
+            "model.projector.": "projector",
+            "model.multi_modal_projector.": "projector",
+            "model.view_sep": "projector",  # seperator in the hub's files, separator in transformers
+        },
+    ),
     "deepseek_vl_v2": replace(  # either attention
         _DEEPSEEK_V3,
         attention={**MLA, **QKVO},
@@ -187,12 +221,8 @@ FAMILIES: dict[str, Family] = {
         dropped=r"vision\.attn_pool\..*",
     ),
     "glm4_moe": _GLM4_MOE,
-    "glm4v_moe": replace(
-        _GLM4_MOE,
-        text="text_config",
-        prefix="model.language_model.",
-        towers={"model.visual.": "vision", "model.visual.merger.": "projector"},
-    ),
+    "glm46v": replace(_GLM4V_MOE, decoders=("glm4v_moe_text",), layouts=(_MLP_FUSED,)),
+    "glm4v_moe": _GLM4V_MOE,
     "internvl": replace(  # with Qwen3-MoE as its decoder
         _QWEN3_MOE,
         text="text_config",

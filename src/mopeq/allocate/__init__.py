@@ -10,6 +10,7 @@ from mopeq.allocate.baselines import interpolated_map, inverted_map, random_map,
 from mopeq.allocate.budget import Budget, expert_budget, parse_budget
 from mopeq.allocate.kmeans import kmeans_map
 from mopeq.allocate.knapsack import knapsack_map
+from mopeq.allocate.protect import super_experts
 from mopeq.allocate.scores import score as scored
 from mopeq.errors import BudgetError, MapError
 from mopeq.precision import DEFAULT_REST, GROUPS, Precision, PrecisionMap
@@ -30,6 +31,7 @@ __all__ = [
     "random_map",
     "ranked_map",
     "scored",
+    "super_experts",
     "uniform_map",
 ]
 
@@ -54,6 +56,7 @@ def allocate(
     rest: Mapping[str, Precision] | None = None,
     floors: Mapping[int, Precision | int] | None = None,
     ceilings: Mapping[int, Precision | int] | None = None,
+    protect: bool = True,
     exact: bool = True,
     seed: int = 0,
 ) -> PrecisionMap:
@@ -81,7 +84,7 @@ def allocate(
         assert budget is not None
         made = knapsack_map(stats, _cost(stats, cost), budget, options, granularity=granularity,
                             uniform_layers=uniform_layers, rest=rest, floors=floors, ceilings=ceilings,
-                            exactly=exact)  # fmt: skip
+                            protect=protect, exactly=exact)  # fmt: skip
     elif method == "kmeans":
         if budget is not None:
             raise BudgetError(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mopeq.errors import BudgetError
-from mopeq.precision import Precision
+from mopeq.errors import BudgetError, MapError
+from mopeq.precision import GROUPS, LEFT_OUT, Precision
 from mopeq.spec import Inventory
 
-__all__ = ["Budget", "check_budget", "expert_budget", "parse_budget"]
+__all__ = ["Budget", "check_budget", "expert_budget", "least_bytes", "parse_budget"]
 
 UNITS = {"B": 1, **{f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)},
          **{f"{p}IB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}}  # fmt: skip
@@ -98,3 +98,15 @@ def _up(bits: float) -> str:
 
 def _megabytes(count: int) -> str:
     return f"{math.ceil(count / 1e4) / 100:.2f}MB"
+
+
+def least_bytes(model: Inventory, options: Sequence[Precision]) -> int:
+    """Bytes of the smallest routed experts that these options allow; with 0 bits, a layer keeps those a token needs."""
+    if set(options) <= {LEFT_OUT}:
+        raise MapError("0 bits is the only precision to choose from; add others to the levels, such as 0,2,3,4")
+    total = 0
+    for index, layer in model.layers.items():
+        kept = layer.top_k if LEFT_OUT in options else layer.experts
+        for group in GROUPS:
+            total += kept * min(model.unit_bytes(index, group, p) for p in options if p != LEFT_OUT)
+    return total

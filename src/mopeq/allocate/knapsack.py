@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopeq.allocate.budget import Budget, check_budget, parse_budget
+from mopeq.allocate.protect import super_experts
 from mopeq.errors import BudgetError, MapError
-from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
+from mopeq.precision import DEFAULT_REST, GROUPS, LEFT_OUT, Precision, PrecisionMap
 from mopeq.stats import CostTable, Stats, cost_table
 
 __all__ = ["Solution", "exact", "greedy", "knapsack_map", "relaxation"]
@@ -111,6 +112,7 @@ def knapsack_map(
     rest: Mapping[str, Precision] | None = None,
     floors: Mapping[int, Precision | int] | None = None,
     ceilings: Mapping[int, Precision | int] | None = None,
+    protect: bool = True,
     exactly: bool = True,
     time_limit: float = 5.0,
 ) -> PrecisionMap:
@@ -119,27 +121,87 @@ def knapsack_map(
     ``cost`` names a measured cost, ``options`` (default: all measured) the precisions to choose from, ``granularity``
     whether gate_up and down of an expert choose apart (``group``) or together (``expert``). With ``uniform_layers`` all
     experts of a layer choose together, as runtimes need that know one precision a layer. ``floors`` and
-    ``ceilings`` bound the bits of single layers. ``exactly`` chooses the solver. Raises :class:`BudgetError` for a
-    budget outside what the options can reach, :class:`MapError` for costs, layers or bounds that do not exist.
+    ``ceilings`` bound the bits of single layers; ``protect`` gives super-experts the most bits among the options (not
+    with ``uniform_layers``, where it would give them to their whole layer). ``exactly`` chooses the solver. Raises
+    :class:`BudgetError` for a budget outside what the options can reach, :class:`MapError` for costs, layers or bounds
+    that do not exist.
     """
     rest = DEFAULT_REST if rest is None else rest
     asked = parse_budget(budget)
     table = cost_table(stats, cost, options, granularity)
     loss, size = np.where(_allowed(table, floors or {}, ceilings or {}), table.loss, np.inf), table.size
+    held = super_experts(stats) if protect and not uniform_layers else {}
+    loss = np.where(_below_best(table, loss, held), np.inf, loss)
+    loss = np.where(_needed(table, stats, uniform_layers), np.inf, loss)
     chooser = np.arange(len(table.units))
+    pairs: Ints | None = None
     if uniform_layers:
         loss, size, chooser = _merged(table, loss)
+    elif granularity == "group" and any(p == LEFT_OUT for p in table.options):
+        loss, size, chooser, pairs = _whole(table, loss)
     cheapest = int(np.where(np.isfinite(loss), size, np.iinfo(np.int64).max).min(1).sum())
     available = check_budget(asked, stats.model, rest, cheapest)
     solved = exact(loss, size, available, time_limit) if exactly else greedy(loss, size, available)
     note: dict[str, Any] = {"method": "knapsack", "cost": cost, "granularity": granularity, "budget": str(asked)}
     note |= {"uniform_layers": True} if uniform_layers else {}
+    note |= {"super_experts": list(held)} if held else {}
     note |= {"options": [str(p) for p in table.options], "solver": solved.solver, "lower_bound": solved.bound}
     note |= {name: {str(k): _bits(v) for k, v in sorted(b.items())} for name, b in
              (("floors", floors), ("ceilings", ceilings)) if b}  # fmt: skip
-    made = table.to_map(solved.choice[chooser], rest, note)
+    choice = solved.choice[chooser]
+    if pairs is not None:
+        choice = pairs[choice, [GROUPS.index(unit.group or GROUPS[0]) for unit in table.units]]
+    made = table.to_map(choice, rest, note)
     stats.model.check(made)
     return made
+
+
+def _below_best(table: CostTable, loss: Floats, held: Collection[str]) -> NDArray[np.bool_]:
+    """Options (units, options) of the experts named that have fewer bits than the best which their layer allows."""
+    bits = np.array([p.bits for p in table.options])
+    named = np.array([f"{unit.layer}.{unit.expert}" in held for unit in table.units])
+    best = np.where(np.isfinite(loss), bits, 0).max(1)
+    below: NDArray[np.bool_] = named[:, None] & (bits < best[:, None])
+    return below
+
+
+def _needed(table: CostTable, stats: Stats, uniform_layers: bool) -> NDArray[np.bool_]:
+    """Options (units, options) of 0 bits that are none: of as many experts of a layer as a token chooses, the dearest.
+
+    With ``uniform_layers`` of all.
+    """
+    needed = np.zeros(table.loss.shape, dtype=bool)
+    if LEFT_OUT not in table.options:
+        return needed
+    column = table.options.index(LEFT_OUT)
+    lost: dict[int, dict[int, float]] = {}
+    for unit, loss in zip(table.units, table.loss[:, column], strict=True):
+        row = lost.setdefault(unit.layer, {})
+        row[unit.expert] = row.get(unit.expert, 0.0) + float(loss)
+    kept = {
+        (layer, expert)
+        for layer, row in lost.items()
+        for expert in sorted(row, key=lambda e, row=row: -row[e])[: stats.model.layers[layer].top_k]  # type: ignore[misc]
+    }
+    needed[:, column] = [uniform_layers or (unit.layer, unit.expert) in kept for unit in table.units]
+    return needed
+
+
+def _whole(table: CostTable, loss: Floats) -> tuple[Floats, Ints, Ints, Ints]:
+    """Experts choose for both groups, because they are left out with both: loss and size (experts, pairs of options).
+
+    Then each unit's expert (units,), and the options of both groups in each pair (pairs, 2).
+    """
+    none = table.options.index(LEFT_OUT)
+    pairs = [(a, b) for a in range(len(table.options)) for b in range(len(table.options)) if (a == none) == (b == none)]
+    numbers: dict[tuple[int, int], int] = {}
+    chooser = np.array([numbers.setdefault((unit.layer, unit.expert), len(numbers)) for unit in table.units])
+    both, size = np.zeros((len(numbers), len(pairs))), np.zeros((len(numbers), len(pairs)), dtype=np.int64)
+    for at, unit in enumerate(table.units):
+        columns = [pair[GROUPS.index(unit.group or GROUPS[0])] for pair in pairs]
+        both[chooser[at]] += loss[at, columns]
+        size[chooser[at]] += table.size[at, columns]
+    return both, size, chooser, np.array(pairs)
 
 
 def _merged(table: CostTable, loss: Floats) -> tuple[Floats, Ints, Ints]:

@@ -19,13 +19,15 @@ from mopeq.analyze.cost import COSTS, Keep, layer_costs
 from mopeq.analyze.fisher import fisher
 from mopeq.analyze.forward import Batch, check_batches, experts_module, token_mask, vision_mask
 from mopeq.analyze.hessian import hessian_trace
+from mopeq.analyze.left_out import left_out_costs, outputs
 from mopeq.analyze.moments import Moments, moment_traces, moments
 from mopeq.analyze.observe import Routed, expert_rows, observe
+from mopeq.analyze.peak import output_peaks
 from mopeq.analyze.slab import Layer, Map, Slab, here, mapped, on, slabs
 from mopeq.analyze.weight_norm import hutchinson_norm_trace, inverse_norm, norm_trace
 from mopeq.errors import DataError, MapError
 from mopeq.memory import MOST
-from mopeq.precision import GROUPS, Precision, ProjectionGroup
+from mopeq.precision import GROUPS, LEFT_OUT, Precision, ProjectionGroup
 from mopeq.progress import Track, note, silent
 from mopeq.quantizers import QUANTIZERS
 from mopeq.source import Source
@@ -71,6 +73,7 @@ METRICS = {
     "gate_mass": "sum of the routing weights; apart for image and text tokens",
     "gradient_norm": "mean length of the loss gradient at the layer's output; apart for image and text tokens",
     "moment_trace": "traces of the quantizer's second moments, per token; apart for image and text tokens",
+    "output_peak": "largest magnitude in the expert's output; super-experts stand out",
     "inverse_norm": "MoPEQ's score from the weights alone: 1/||W||_F summed over gate, up and down",
     "hessian_trace": "trace of the Hessian of the calibration loss, by Hutchinson's estimator, with its standard error",
     "fisher": "trace of the true Fisher information per token, labels drawn from the model, with its standard error; "
@@ -224,8 +227,8 @@ def layer_metrics(
         layer: which.
         seen: what it saw.
         module: its experts module, asked for the gate function.
-        metrics: of ``tokens``, ``frequency``, ``gate_mass``, ``gradient_norm``, ``moment_trace``, ``output_error`` and
-            ``fisher_error``; others are left to :func:`analyze`.
+        metrics: of ``tokens``, ``frequency``, ``gate_mass``, ``gradient_norm``, ``moment_trace``, ``output_peak``,
+            ``output_error`` and ``fisher_error``; others are left to :func:`analyze`.
         options: precisions at which costs are measured.
         quantizer: name of the quantizer they are measured with.
         minimum_tokens: experts with fewer are quantized with moments filled up from their layer's mean; None for a
@@ -243,19 +246,27 @@ def layer_metrics(
     used = usage({layer.index: seen}, {layer.index: count}, tuple(name for name in USAGE if name in metrics))
     found = {name: rows[layer.index] for name, rows in used.items()}
     costs = [name for name in COSTS if name in metrics]
-    if not costs and "moment_trace" not in metrics:
+    wanted = tuple(name for name in ("moment_trace", "output_peak") if name in metrics)
+    if not costs and not wanted:
         return found, []
     short: list[str] = []
     done = 0
     given = None if quantizer in WITHOUT_MOMENTS or not costs else seen
+    together = None
+    if costs and LEFT_OUT in options:
+        parts_of = mapped(
+            across, Layer(source, layer, None, None, memory=memory), partial(outputs, seen=seen, module=module)
+        )
+        together = sum(parts_of, torch.zeros(()))
     slab_costs = partial(
         _slab_costs,
         seen=seen,
         module=module,
-        options=options,
+        options=[p for p in options if p != LEFT_OUT],
+        whole=together,
         quantizer=quantizer,
         costs=costs,
-        traced="moment_trace" in metrics,
+        wanted=wanted,
         memory=memory,
         keep=keep,
     )
@@ -283,13 +294,14 @@ def _slab_costs(
     seen: Routed,
     module: nn.Module,
     options: Sequence[Precision],
+    whole: torch.Tensor | None,
     quantizer: str,
     costs: Sequence[str],
-    traced: bool,
+    wanted: Sequence[str],
     memory: int,
     keep: Keep[T] | None,
 ) -> tuple[tuple[int, ...], Mapping[ProjectionGroup, tuple[int, ...]], dict[str, list[float]], list[T]]:
-    """Experts, those filled up, their costs and traces, and what ``keep`` made of each unit at each option."""
+    """Experts, those filled up, their costs, traces and peaks, and what ``keep`` made of each unit at each option."""
     made: list[T] = []
     values: dict[str, list[float]] = {}
     if costs:
@@ -306,7 +318,11 @@ def _slab_costs(
             experts=slab.experts,
             keep=None if keep is None else lambda *unit: made.append(keep(*unit)),
         )
-    if traced:
+    if whole is not None:
+        values |= left_out_costs(slab, whole, seen=seen, module=module, costs=costs)
+    if "output_peak" in wanted:
+        values["output_peak"] = output_peaks(seen, module, slab.weights["gate_up"], slab.weights["down"], slab.experts)
+    if "moment_trace" in wanted:
         kinds = {kind: replace(seen.only(rows), token_weight=None) for kind, rows in seen.kinds().items()}
         for kind, part in {"": seen, **kinds}.items():
             traces = moment_traces(part, module, slab.weights["gate_up"], slab.experts)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mopeq.errors import CheckpointError, MapError
-from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap, parse_precision
+from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, parse_precision
 from mopeq.qtensor import packed_shapes
 from mopeq.spec import Inventory, LinearRef, MoELayer, MoESpec, fitting
 
@@ -83,11 +83,13 @@ class Manifest:
                 )
 
     def matrices(self) -> Iterator[tuple[str, tuple[int, int], Precision]]:
-        """(base name, (out, in), precision) of every packed matrix: the experts', and the linears' below 16 bits."""
+        """(base name, (out, in), precision) of packed matrices: experts' that are there, linears' below 16 bits."""
         for index, packed in self.experts.items():
             for group in GROUPS:
                 shapes = self.inventory.layers[index].matrices(group)
                 for expert, precision in enumerate(self.precisions.experts[group][index]):
+                    if precision == LEFT_OUT:
+                        continue
                     for matrix, shape in zip(MATRICES[group], shapes, strict=True):
                         yield packed.base(expert, matrix), shape, precision
         for linear in self.linears.values():

@@ -21,7 +21,7 @@ def check_allocate(options: argparse.Namespace) -> None:
     elif options.model is None:
         raise InputError("--fit needs the model's configuration, found no --model; give the model that was measured")
     if options.method != "knapsack":
-        refuse(options, ("uniform_layers",), "--method knapsack")
+        refuse(options, ("uniform_layers", "no_protect"), "--method knapsack")
     if options.method != "random":
         refuse(options, ("seed",), "--method random")
     if not options.levels:
@@ -33,7 +33,8 @@ def check_quantize(options: argparse.Namespace) -> None:
     if not options.fit:
         refuse(options, ("context", "batch"), "--fit")
     if options.map or options.uniform:
-        refuse(options, ("levels", "cost", "granularity", "guard", "uniform_layers"), "--budget and --fit")
+        of_a_budget = ("levels", "cost", "granularity", "guard", "uniform_layers", "no_protect")
+        refuse(options, of_a_budget, "--budget and --fit")
     if options.map:
         refuse(options, ("group_size", "symmetric"), "--budget, --fit and --uniform")
 

@@ -95,6 +95,7 @@ def do_describe(options: argparse.Namespace) -> None:
 
 def do_analyze(options: argparse.Namespace) -> None:
     """Measure every expert."""
+    from mopeq.allocate import super_experts
     from mopeq.measure import measure, open_model
 
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
@@ -120,7 +121,9 @@ def do_analyze(options: argparse.Namespace) -> None:
         flat = sorted(value for row in values.values() for value in row)
         rows.append((name, *(f"{flat[int(q * (len(flat) - 1))]:.4g}" for q in (0, 0.25, 0.5, 0.75, 1))))
     show.table("Metrics over experts", ("metric", "least", "25 %", "median", "75 %", "most"), rows)
+    show.print_balance(stats.info)
     show.print_starved(stats)
+    show.print_super(super_experts(stats))
     print(f"wrote {out}")
     return None
 
@@ -142,6 +145,7 @@ def do_allocate(options: argparse.Namespace) -> None:
         options=precisions_of(options, stats.model) if options.levels else None,
         granularity=options.granularity,
         uniform_layers=options.uniform_layers,
+        protect=not options.no_protect,
         rest={**DEFAULT_REST, **rest_of(options.rest)},
         seed=options.seed,
     )
@@ -180,6 +184,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             cost=options.cost,
             granularity=options.granularity,
             uniform_layers=options.uniform_layers,
+            protect=not options.no_protect,
             rest=rest_of(options.rest),
             dtype=dtype_of(options),
             evaluated=not options.no_eval,
@@ -204,6 +209,7 @@ def do_quantize(options: argparse.Namespace) -> None:
     print(
         f"{show.megabytes(packed.original_bytes)} MB -> {show.megabytes(packed.bytes)} MB, {smaller:.2f} times smaller"
     )
+    show.print_balance(read_json(packed.path / "mopeq" / "run.json")["calibration"])
     if packed.fallbacks:
         some = ", ".join(packed.fallbacks[:8]) + (" ..." if len(packed.fallbacks) > 8 else "")
         print(f"{len(packed.fallbacks)} units saw few calibration tokens and used their layer's moments too: {some}")

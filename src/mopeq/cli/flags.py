@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     _model(p)
     _calibration(p)
     p.add_argument(
-        "--metrics", default="frequency,gate_mass,fisher_error", help="names, comma-separated (default: %(default)s)"
+        "--metrics",
+        default="frequency,gate_mass,fisher_error,output_peak",
+        help="names, comma-separated (default: %(default)s)",
     )
     _options(p)
     add_spread(p)
@@ -72,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "--granularity", default="group", choices=("group", "expert"), help="down may differ from gate and up, or not"
     )
     _uniform_layers(p)
+    _protect(p)
     p.add_argument("--group-size", type=int, help=f"inputs per scale of --levels {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points in --levels")
     _rest(p)
@@ -92,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cost", default="fisher_error", help="cost metric of the allocation (default: %(default)s)")
     p.add_argument("--granularity", default="group", choices=("group", "expert"))
     _uniform_layers(p)
+    _protect(p)
     _rest(p)
     p.add_argument("--no-eval", action="store_true", help="do not compare the result with the original")
     p.add_argument(
@@ -158,6 +162,10 @@ def _calibration(p: argparse.ArgumentParser) -> None:
         "--modality-weight", type=float, default=1.0, metavar="W",
         help="what a text token counts in moments and costs, an image token being 1 (default: 1)",
     )  # fmt: skip
+    p.add_argument(
+        "--balance", type=float, default=0.0, metavar="R",
+        help="choose sequences so that each expert gets R times an even share of tokens where it can (default: 0, no)",
+    )  # fmt: skip
     _seed(p)
 
 
@@ -175,6 +183,10 @@ def _uniform_layers(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--uniform-layers", action="store_true", help="one precision for all experts of a layer, for mopeq export"
     )
+
+
+def _protect(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--no-protect", action="store_true", help="do not give super-experts the most bits on offer")
 
 
 def _rest(p: argparse.ArgumentParser) -> None:

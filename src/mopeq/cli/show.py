@@ -23,9 +23,11 @@ __all__ = [
     "following",
     "map_table",
     "megabytes",
+    "print_balance",
     "print_json",
     "print_result",
     "print_starved",
+    "print_super",
     "ranges",
     "table",
     "write",
@@ -79,6 +81,8 @@ def map_table(precisions: PrecisionMap, inventory: Inventory) -> None:
     table("Precisions of the routed experts", ("group", "precision", "experts"), rows)
     total = inventory.total_bytes(precisions)
     print(f"{inventory.expert_bits(precisions):.3f} bits per expert weight, at most {megabytes(total)} MB in all")
+    if held := precisions.note.get("super_experts"):
+        print(f"super-experts at the most bits on offer: {', '.join(held)}")
     loss = precisions.note.get("predicted_loss")
     if loss is not None:
         print(f"predicted {precisions.note.get('cost', 'loss')}: {float(loss):.5g} a token")
@@ -115,6 +119,25 @@ def print_starved(stats: Stats) -> None:
         some = ", ".join(f"{name} ({count})" for name, count in list(starved.items())[:8])
         more = " ..." if len(starved) > 8 else ""
         print(f"{len(starved)} experts saw fewer than {stats.info['minimum_tokens']} tokens: {some}{more}")
+
+
+def print_super(found: Mapping[str, float]) -> None:
+    """Name the super-experts, if there are any."""
+    if found:
+        from mopeq.allocate.protect import super_sentence
+
+        print(super_sentence(found))
+
+
+def print_balance(info: Mapping[str, Any]) -> None:
+    """Say what choosing calibration sequences changed."""
+    found: Mapping[str, int] = info.get("balance") or {}
+    if found:
+        print(
+            f"{found['taken']} of {found['pool']} sequences chosen: experts with fewer than {found['least']} tokens "
+            f"{found['short_before']} -> {found['short_after']}, fewest tokens of one {found['fewest_before']} -> "
+            f"{found['fewest_after']}"
+        )
 
 
 def megabytes(count: int) -> str:

@@ -15,7 +15,7 @@ from mopeq.errors import InputError, ModelError
 from mopeq.export import auto_round, compressed_tensors, gguf_model
 from mopeq.export.fields import Field, Stored
 from mopeq.export.folder import FolderWriter, PackedFolder, open_packed, unfinished
-from mopeq.precision import Precision
+from mopeq.precision import LEFT_OUT, Precision
 from mopeq.progress import Track, silent
 from mopeq.qtensor import dequantize
 from mopeq.quantize import require_new
@@ -112,6 +112,8 @@ def plan_export(path: str | Path, kind: str, *, uniform: str = "layer", dtype: s
     if kind not in FORMATS:
         raise InputError(f"no format {kind!r}; there are {', '.join(FORMATS)}")
     folder = open_packed(path)
+    if LEFT_OUT in folder.manifest.precisions.histogram():
+        raise InputError(f"{path} leaves experts out, which no format here can say; quantize without 0 in the levels")
     _check_names(folder)
     stored: Mapping[str, Stored]
     if kind == "compressed-tensors":

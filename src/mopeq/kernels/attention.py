@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mopeq.errors import InputError
-from mopeq.kernels.cpu import DIGITS, TYPES, Group, check, group_of, library
+from mopeq.kernels.cpu import TYPES, Group, check, digits_of, group_of, library
 from mopeq.kernels.layout import PackedGroup
 
 __all__ = ["Attention", "Shape", "Stream"]
@@ -29,7 +29,7 @@ class _Job(ctypes.Structure):
         ("v", Group), ("o", Group), ("q_bias", c_void_p), ("k_bias", c_void_p), ("v_bias", c_void_p),
         ("o_bias", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p), ("norm_heads", c_int64), ("cos", c_void_p),
         ("sin", c_void_p), ("keys", c_void_p), ("values", c_void_p), ("room", c_int64), ("position", c_int64),
-        ("digits", c_int64), ("threads", c_int64),
+        ("digits", c_int64), ("coarse", c_int64), ("threads", c_int64),
     )  # fmt: skip
 
 
@@ -90,11 +90,12 @@ class Attention:
                 f"expected heads of {shape.size} and panels"
             )
         self._kept = (stream, groups, wide, keys, values)  # what the job points to
+        digits, coarse = digits_of(dtype)
         self._job = _Job(
             x=stream.x.data_ptr(), h=stream.h.data_ptr(), type=TYPES[dtype], hidden=hidden, heads=shape.heads,
             kv_heads=shape.kv_heads, size=shape.size, rotated=len(stream.cos), eps=shape.eps, scale=shape.scale,
             norm_heads=per_head, cos=stream.cos.data_ptr(), sin=stream.sin.data_ptr(), keys=keys.data_ptr(),
-            values=values.data_ptr(), room=keys.shape[2], digits=DIGITS[dtype],
+            values=values.data_ptr(), room=keys.shape[2], digits=digits, coarse=coarse,
             **{name: vector.data_ptr() for name, vector in wide.items()},
             **{n: group_of(g.qweight, g.scales, g.zeros, g.layout.table) for n, g in groups.items()},
         )  # fmt: skip

@@ -21,14 +21,16 @@ from mopeq.errors import InputError
 from mopeq.kernels.layout import Form, PackedGroup
 from mopeq.seam import Gate
 
-__all__ = ["DIGITS", "ISAS", "convert", "experts", "grouped_linear", "isa", "library", "why_not"]
+__all__ = ["COARSE", "DIGITS", "ISAS", "convert", "digits_of", "experts", "grouped_linear", "isa", "library", "why_not"]
 
 LIBRARY = Path(__file__).with_name("libmopeq_cpu.so")
-ABI = 4
+ABI = 5
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 """int8 digits of an activation, to the base 128: 22 bits for float32, 15 for the 16-bit types."""
+COARSE = 2
+"""With two digits, matrices of up to so many bits use the first alone; ``MOPEQ_COARSE`` says otherwise, 0 to 8."""
 
 FAULTS = {
     1: "a buffer is missing",
@@ -58,7 +60,8 @@ class _Job(ctypes.Structure):
 
     _fields_ = (
         ("x", c_void_p), ("rows", c_int64), ("inputs", c_int64), ("x_type", c_int64), ("group", Group),
-        ("offsets", c_void_p), ("out", c_void_p), ("out_features", c_int64), ("digits", c_int64), ("threads", c_int64),
+        ("offsets", c_void_p), ("out", c_void_p), ("out_features", c_int64), ("digits", c_int64),
+        ("coarse", c_int64), ("threads", c_int64),
     )  # fmt: skip
 
 
@@ -69,7 +72,8 @@ class ExpertsJob(ctypes.Structure):
         ("x", c_void_p), ("tokens", c_int64), ("hidden", c_int64), ("x_type", c_int64), ("index", c_void_p),
         ("weights", c_void_p), ("k", c_int64), ("gate_up", Group), ("down", Group), ("gate_up_bias", c_void_p),
         ("down_bias", c_void_p), ("bias_type", c_int64), ("interleaved", c_int64), ("alpha", c_float),
-        ("limit", c_float), ("shift", c_float), ("out", c_void_p), ("digits", c_int64), ("threads", c_int64),
+        ("limit", c_float), ("shift", c_float), ("out", c_void_p), ("digits", c_int64), ("coarse", c_int64),
+        ("threads", c_int64),
     )  # fmt: skip
 
 
@@ -129,6 +133,26 @@ def isa() -> str:
     return ISAS[library().mopeq_isa()]
 
 
+@cache
+def _coarse() -> int:
+    asked = os.environ.get("MOPEQ_COARSE") or str(COARSE)
+    if asked not in map(str, range(9)):
+        raise InputError(f"MOPEQ_COARSE is {asked}; expected a width in bits, 0 to 8")
+    return int(asked)
+
+
+def digits_of(dtype: torch.dtype, digits: int | None = None) -> tuple[int, int]:
+    """Digits of an activation of ``dtype``, and the width up to which matrices use the first alone.
+
+    ``digits`` asks for so many, all of them used. The first of two digits is int8 by the largest of 32: its error is
+    far below that of a matrix at 2 bits (docs/results.md), and it halves the products.
+    """
+    if digits is None:
+        digits = DIGITS.get(dtype, 0)
+        return digits, _coarse() if digits == 2 else 0
+    return digits, 0
+
+
 def check(code: int) -> None:
     if code:
         raise InputError(f"the CPU kernel refuses its arguments: {FAULTS.get(code, f'fault {code}')}")
@@ -162,7 +186,7 @@ def group_of(qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table
 
 def _grouped_linear(
     x: Tensor, qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor, offsets: Tensor | None,
-    out_features: int, digits: int,
+    out_features: int, digits: int, coarse: int = 0,
 ) -> Tensor:  # fmt: skip
     x = x.contiguous()
     if x.dim() != 2 or x.dtype not in TYPES or out_features < 1:
@@ -178,7 +202,7 @@ def _grouped_linear(
         )
     out = torch.empty(x.shape[0], out_features, dtype=x.dtype)
     job = _Job(
-        _parts("x", x, x.dtype)[0], *x.shape, TYPES[x.dtype], group, at, out.data_ptr(), out_features, digits,
+        _parts("x", x, x.dtype)[0], *x.shape, TYPES[x.dtype], group, at, out.data_ptr(), out_features, digits, coarse,
         torch.get_num_threads(),
     )  # fmt: skip
     if x.shape[0]:
@@ -191,6 +215,7 @@ def _experts(
     gate_up: Tensor, gate_up_scales: Tensor | None, gate_up_zeros: Tensor | None, gate_up_table: Tensor,
     down: Tensor, down_scales: Tensor | None, down_zeros: Tensor | None, down_table: Tensor,
     gate_up_bias: Tensor | None, down_bias: Tensor | None, interleaved: bool, gate: Sequence[float], digits: int,
+    coarse: int = 0,
 ) -> Tensor:  # fmt: skip
     x, index, weights = x.contiguous(), index.contiguous(), weights.float().contiguous()
     biases = [b for b in (gate_up_bias, down_bias) if b is not None]
@@ -213,7 +238,8 @@ def _experts(
         _parts("x", x, x.dtype)[0], tokens, hidden, TYPES[x.dtype], _parts("index", index, torch.int64)[0],
         _parts("weights", weights, torch.float32)[0], index.shape[1], *groups,
         *(None if b is None else _parts("bias", b, b.dtype)[0] for b in (gate_up_bias, down_bias)),
-        TYPES[biases[0].dtype] if biases else 0, interleaved, *gate, out.data_ptr(), digits, torch.get_num_threads(),
+        TYPES[biases[0].dtype] if biases else 0, interleaved, *gate, out.data_ptr(), digits, coarse,
+        torch.get_num_threads(),
     )  # fmt: skip
     if tokens:
         check(library().mopeq_experts(ctypes.byref(job)))
@@ -222,7 +248,7 @@ def _experts(
 
 def _shape_of_linear(
     x: Tensor, qweight: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor, offsets: Tensor | None,
-    out_features: int, digits: int,
+    out_features: int, digits: int, coarse: int = 0,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], out_features)
 
@@ -235,9 +261,9 @@ _LIBRARY: Any = torch.library.Library("mopeq", "DEF")  # type: ignore[no-untyped
 _PACKED = "Tensor {0}, Tensor? {0}_scales, Tensor? {0}_zeros, Tensor {0}_table"
 for _name, _schema, _call, _fake in (
     ("grouped_linear", "Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor table, Tensor? offsets, "
-     "int out_features, int digits", _grouped_linear, _shape_of_linear),
+     "int out_features, int digits, int coarse=0", _grouped_linear, _shape_of_linear),
     ("experts", f"Tensor x, Tensor index, Tensor weights, {_PACKED.format('gate_up')}, {_PACKED.format('down')}, "
-     "Tensor? gate_up_bias, Tensor? down_bias, bool interleaved, float[] gate, int digits", _experts,
+     "Tensor? gate_up_bias, Tensor? down_bias, bool interleaved, float[] gate, int digits, int coarse=0", _experts,
      _shape_of_experts),
 ):  # fmt: skip
     _LIBRARY.define(f"{_name}({_schema}) -> Tensor")
@@ -249,13 +275,14 @@ for _name, _schema, _call, _fake in (
 def grouped_linear(x: Tensor, packed: PackedGroup, offsets: Tensor | None = None, digits: int | None = None) -> Tensor:
     """As :func:`mopeq.kernels.naive.grouped_linear`, for matrices in panels; without gradients.
 
-    ``offsets`` None gives all rows to the only expert. ``digits`` of an activation, 1 to 3, by default :data:`DIGITS`.
+    ``offsets`` None gives all rows to the only expert. ``digits`` of an activation, 1 to 3, all of them
+    used; by default :func:`digits_of`.
     """
     if packed.form != "panels":
         raise InputError(f"the CPU kernel got matrices in {packed.form} form; expected panels; convert them first")
     out: Tensor = torch.ops.mopeq.grouped_linear.default(
         x, packed.qweight, packed.scales, packed.zeros, packed.layout.table, offsets, packed.out_features,
-        DIGITS.get(x.dtype, 0) if digits is None else digits,
+        *digits_of(x.dtype, digits),
     )  # fmt: skip
     return out
 
@@ -278,7 +305,7 @@ def experts(
     out: Tensor = torch.ops.mopeq.experts.default(
         x, index, weights, gate_up.qweight, gate_up.scales, gate_up.zeros, gate_up.layout.table,
         down.qweight, down.scales, down.zeros, down.layout.table, *biases, gate.interleaved,
-        (gate.alpha, gate.limit, gate.shift), DIGITS.get(x.dtype, 0) if digits is None else digits,
+        (gate.alpha, gate.limit, gate.shift), *digits_of(x.dtype, digits),
     )  # fmt: skip
     return out
 

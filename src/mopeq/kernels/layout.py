@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -68,6 +68,20 @@ class GroupLayout:
                 ]
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
+    @cached_property
+    def kept(self) -> dict[torch.device, Any]:
+        """What the kernel of a device has made of the layout; the layout pickles without it."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"precisions": self.precisions, "shapes": self.shapes}
+
+    @cached_property
+    def left_out(self) -> Tensor | None:
+        """The experts that are not there, bool (experts,); None where all are."""
+        gone = [precision.bits == 0 for precision in self.precisions]
+        return torch.tensor(gone, device="cpu") if any(gone) else None
+
     @property
     def _all(self) -> range:
         return range(len(self.precisions))
@@ -111,13 +125,15 @@ class PackedGroup:
         return sum(out for out, _ in self.layout.shapes)
 
     def matrices(self, expert: int) -> list[QTensor]:
-        """The matrices of one expert, gate and up, or down: views, or plain copies where the form is panels."""
+        """The matrices of one expert, gate and up, or down: views, plain copies of panels, none if it is left out."""
         stored = self.stored(expert)
         return stored if self.form == "plain" else [from_panels(q) for q in stored]
 
     def stored(self, expert: int) -> list[QTensor]:
         """The same as views of the buffers, whatever their form."""
         layout = self.layout
+        if layout.precisions[expert].bits == 0:
+            return []
         qweights = layout.views(self.qweight, "qweight", expert)
         scales: Sequence[Tensor | None] = [] if self.scales is None else layout.views(self.scales, "scales", expert)
         zeros: Sequence[Tensor | None] = [] if self.zeros is None else layout.views(self.zeros, "zeros", expert)

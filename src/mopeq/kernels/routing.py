@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mopeq.errors import InputError
 from mopeq.kernels.attention import Stream
-from mopeq.kernels.cpu import DIGITS, TYPES, ExpertsJob, check, group_of, library
+from mopeq.kernels.cpu import TYPES, ExpertsJob, check, digits_of, group_of, library
 from mopeq.kernels.layout import PackedGroup
 from mopeq.seam import Gate
 
@@ -61,10 +61,11 @@ class Moe:
             name: group_of(g.qweight, g.scales, g.zeros, g.layout.table)
             for name, g in (("gate_up", gate_up), ("down", down))
         }
+        digits, coarse = digits_of(dtype)
         self._job = _Job(
             experts=ExpertsJob(
                 x=stream.h.data_ptr(), tokens=1, hidden=hidden, x_type=TYPES[dtype], k=router.k, alpha=gate.alpha,
-                limit=gate.limit, shift=gate.shift, out=self._out.data_ptr(), digits=DIGITS[dtype], **groups,
+                limit=gate.limit, shift=gate.shift, out=self._out.data_ptr(), digits=digits, coarse=coarse, **groups,
             ),
             router=weight.data_ptr(), router_type=TYPES[weight.dtype], normalized=router.normalized,
             rounded=router.rounded,

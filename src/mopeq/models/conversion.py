@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
-__all__ = ["CONVERSIONS"]
+__all__ = ["CONVERSIONS", "Rearranged"]
 
 Conversions = list[WeightRenaming | WeightConverter]
 

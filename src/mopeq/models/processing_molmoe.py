@@ -216,12 +216,28 @@ class MolmoProcessor(VisionProcessor):
                 row.add([self.tokenizer.eos_token_id], True)
         return row
 
+    def image_row(self, source: Any) -> Row:
+        """One image by itself: its tokens, crops, masks and places."""
+        row = Row()
+        self._add_image(row, open_image(source, ratio=self.side))
+        return row
+
+    def image_tokens(self, size: Pair) -> list[int]:
+        """The tokens of an image of ``size`` = (height, width)."""
+        row = Row()
+        self._add_tokens(row, self._grid(size))
+        return row.ids
+
+    def _grid(self, size: Pair) -> Pair:
+        margins = 2 * self.margin * self.patch
+        return tiling((size[0] - margins, size[1] - margins), self.side - margins, self.max_crops)
+
     def _add_image(self, row: Row, image: Image.Image) -> None:
         """The image's tokens, its crops, their masks and the places of their windows."""
         pixels = np.array(image)
         margins = 2 * self.margin * self.patch
         window = self.side - margins
-        grid = tiling((pixels.shape[0] - margins, pixels.shape[1] - margins), window, self.max_crops)
+        grid = self._grid((pixels.shape[0], pixels.shape[1]))
         whole, _ = resized(pixels, (self.side, self.side))
         canvas, inside = resized(pixels, (grid[0] * window + margins, grid[1] * window + margins))
         views = [whole, *crops_of(canvas, self.side, window)]

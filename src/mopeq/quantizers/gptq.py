@@ -2,6 +2,11 @@
 
 Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", arXiv 2210.17323. For one row w and input moments H it reduces ``(w - q) H (w - q)^T``.
+
+The paper takes rows of the Cholesky factor of the inverse of H. Here no inverse is made: with H = R D R^T, R upper
+triangular with a diagonal of ones and D diagonal, the sum is ``sum_j D_jj (e_j + sum_{i<j} e_i R_ij)^2`` of e = w - q,
+so column j is rounded to the grid point nearest to ``w_j + sum_{i<j} e_i R_ij``. These are the same points (Chen et
+al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", arXiv 2507.18553).
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from torch import Tensor
 from mopeq.errors import DataError
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
-from mopeq.quantizers.grid import Grid, minmax, searched, steps
+from mopeq.quantizers.grid import Grid, bounds, columns, minmax, searched, steps
 from mopeq.quantizers.rtn import importance
 
 __all__ = ["Factored", "factored", "gptq"]
@@ -27,6 +32,8 @@ DAMPING = 0.2
 """Share of the mean diagonal that is added to the diagonal of the moments."""
 LEAF = 16
 """Columns that are rounded one after the other before a matrix product takes over."""
+BLOCK = 256
+"""Columns whose errors are kept apart until the columns after them are in turn."""
 CHUNK = 1 << 28
 """Floats of weights and moments worked on at a time (1 GiB, about three such buffers live)."""
 
@@ -36,7 +43,8 @@ class Factored:
     """What GPTQ needs of moments (experts, in, in), whatever the precision.
 
     importance: float32 (experts, in), of the grid search. order: int64 (experts, in), in which columns are rounded.
-    upper: float32 (experts, in, in), U with U^T U the inverse of the damped moments in that order.
+    upper: float32 (experts, in, in), R of the damped moments R D R^T in that order: upper triangular, ones on the
+    diagonal.
     """
 
     importance: Tensor
@@ -111,67 +119,74 @@ def gptq(
 
 def _round(weight: Tensor, grid: Grid, factors: Factored) -> Tensor:
     """Codes uint8 (experts, out, in). Columns are rows here, (experts, in, out), so that one column is contiguous."""
-    out, inp = weight.shape[1:]
-    levels = grid.precision.levels
+    experts, out, inp = weight.shape
+    levels, groups = grid.precision.levels, grid.scale.shape[-1]
     order, upper = factors.order, factors.upper
-    pivot = upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    group = (order // (inp // grid.scale.shape[-1])).unsqueeze(-1)
-    rows = order.unsqueeze(-1).expand(-1, -1, out)
-    work = weight.transpose(1, 2).gather(1, rows)
+    first = torch.arange(experts, device=weight.device)[:, None]
+    place = (first * inp + order).flatten()  # of each column of all experts
+    group = first * groups + order // (inp // groups)
+    scales, zeros = columns(grid.scale).view(-1, out), columns(grid.zero).view(-1, out)
+    work = columns(weight).view(-1, out).index_select(0, place).view(experts, inp, out)
+    shift = work.new_empty(experts, min(inp, BLOCK), out)  # by which the columns of one block are moved
     codes = torch.empty(work.shape, dtype=torch.uint8, device=weight.device)
-    scales, zeros = grid.scale.transpose(1, 2).contiguous(), grid.zero.transpose(1, 2).contiguous()
 
-    def solve(start: int, stop: int) -> None:
-        """Round columns start..stop-1; their rows of ``work`` become the errors that later columns compensate."""
+    def move(moved: Tensor, by: slice, at: slice) -> None:
+        moved.baddbmm_(upper[:, by, at].transpose(1, 2), work[:, by])
+
+    def solve(start: int, stop: int, block: int) -> None:
+        """Round columns start..stop-1: their rows of ``work`` become errors."""
         if stop - start > LEAF:
             middle = start + (stop - start + LEAF) // (2 * LEAF) * LEAF
-            solve(start, middle)
-            factor = upper[:, start:middle, middle:stop].transpose(1, 2)
-            work[:, middle:stop].baddbmm_(factor, work[:, start:middle], alpha=-1)
-            solve(middle, stop)
+            solve(start, middle, block)
+            move(shift[:, middle - block : stop - block], slice(start, middle), slice(middle, stop))
+            solve(middle, stop, block)
             return
-        index = group[:, start:stop].expand(-1, -1, out)
-        scale, zero = scales.gather(1, index), zeros.gather(1, index)
-        for j in range(start, stop):
-            w, s, z = work[:, j], scale[:, j - start], zero[:, j - start]
-            k = steps(w, s, z, levels)
-            codes[:, j] = k + z
-            w.sub_(k.mul_(s)).div_(pivot[:, j])
-            work[:, j + 1 : stop].sub_(upper[:, j, j + 1 : stop, None] * w[:, None])
+        index = group[:, start:stop].flatten()
+        scale, zero = (part.index_select(0, index).view(experts, stop - start, out) for part in (scales, zeros))
+        least, most = bounds(zero, levels)
+        found = shift[:, start - block : stop - block].add_(work[:, start:stop])
+        for i, j in enumerate(range(start, stop)):
+            k = steps(found[:, i], scale[:, i], least[:, i], most[:, i], out=found[:, i])
+            error = work[:, j].addcmul_(k, scale[:, i], value=-1)
+            found[:, i + 1 :].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None])
+        codes[:, start:stop] = found.add_(zero)
 
-    solve(0, inp)
-    placed: Tensor = torch.empty_like(codes).scatter_(1, rows, codes)
-    return placed.transpose(1, 2).contiguous()
+    for start in range(0, inp, BLOCK):
+        stop = min(inp, start + BLOCK)
+        move(shift[:, : stop - start].zero_(), slice(start), slice(start, stop))
+        solve(start, stop, start)
+    placed = torch.empty_like(codes).view(-1, out).index_copy_(0, place, codes.view(-1, out)).view_as(codes)
+    return columns(placed)
 
 
 def _factor(moments: Tensor, order: Tensor, damping: float) -> Tensor:
-    """Upper triangular U (experts, in, in) with U^T U the inverse of the damped moments in the given order of columns.
+    """Upper triangular R (experts, in, in) of the damped moments in the given order, ones on its diagonal.
 
-    With the columns reversed, H = L L^T gives L^-1, which reversed back is U: one factorization, no explicit inverse.
+    With the columns reversed, H = L L^T; L with its columns divided by its diagonal, reversed back, is R.
     """
-    reverse = order.flip(-1)
-    inp = moments.shape[-1]
-    h = moments.gather(1, reverse.unsqueeze(-1).expand(-1, -1, inp)).gather(2, reverse.unsqueeze(1).expand(-1, inp, -1))
+    h = torch.empty_like(moments)
+    for into, matrix, at in zip(h, moments, order.flip(-1), strict=True):
+        torch.index_select(matrix.index_select(0, at), 1, at, out=into)
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
     seen = mean > 0
     h.div_(torch.where(seen, mean, 1.0)[:, None, None])
     h.diagonal(dim1=-2, dim2=-1).add_(torch.where(seen, damping, 1.0)[:, None])
+    lower: Tensor
     lower, info = torch.linalg.cholesky_ex(h)
-    eye = torch.eye(inp, device=h.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     for e in (info > 0).nonzero().flatten().tolist():
-        inverse[e] = _factor_slowly(h[e].double(), damping).float()
-    return inverse.flip(1, 2)
+        lower[e] = _factor_slowly(h[e].double(), damping).float()
+    lower.div_(lower.diagonal(dim1=-2, dim2=-1).unsqueeze(1).clone())
+    return lower.flip(1, 2)
 
 
 def _factor_slowly(h: Tensor, damping: float) -> Tensor:
-    """Inverse of the Cholesky factor of one matrix in float64, with ten times more damping until it exists."""
+    """The Cholesky factor of one matrix in float64, with ten times more damping until it exists."""
     eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
     more = 0.0
     while more <= 1.0:
         lower, info = torch.linalg.cholesky_ex(h + more * eye)
         if not int(info):
-            made: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+            made: Tensor = lower
             return made
         more = 10 * max(more, damping)
     raise DataError(

@@ -29,7 +29,7 @@ FACTORS = tuple(1.2 - 0.9 * i / 24 for i in range(25))
 SHIFTS = (0, -1, 1)
 """Offsets from the min-max zero point that the search tries."""
 REFITS = 2
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
+CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}
 """Weights searched at a time: on a CPU they stay in its cache."""
 
 
@@ -96,16 +96,22 @@ def searched(
     """
     start = minmax(weight, precision)
     experts, out, inp = weight.shape
-    groups = start.scale.shape[-1]
-    rows = weight.reshape(experts * out, groups, inp // groups)
-    scale, zero = start.scale.view(-1, groups).clone(), start.zero.view(-1, groups).clone()
-    heavy = None if importance is None else importance.float().reshape(experts, groups, inp // groups)
-    for part in _parts(rows):
-        h = None
-        if heavy is not None:
-            h = heavy[torch.arange(part.start, part.stop, device=rows.device) // out]
-        _search(rows[part], h, scale[part], zero[part], precision, factors, refits)
-    return Grid(scale.view_as(start.scale), zero.view_as(start.zero), precision)
+    scale, zero = columns(start.scale).unsqueeze(2), columns(start.zero).unsqueeze(2)
+    shape = (experts, scale.shape[1], inp // scale.shape[1], out)
+    cells = columns(weight).view(shape)
+    h = None if importance is None else importance.float().reshape(*shape[:3], 1)
+    for some, groups, rows in _parts(*shape, CHUNK.get(weight.device.type, CHUNK["cpu"])):
+        at = (some, groups, slice(None), rows)
+        _search(cells[at], None if h is None else h[some, groups], scale[at], zero[at], precision, factors, refits)
+    return Grid(columns(scale.squeeze(2)), columns(zero.squeeze(2)), precision)
+
+
+def columns(batch: Tensor) -> Tensor:
+    """(experts, rows, columns) as contiguous (experts, columns, rows); torch is fast at one matrix only."""
+    made = batch.new_empty(len(batch), batch.shape[2], batch.shape[1])
+    for into, matrix in zip(made, batch, strict=True):
+        into.copy_(matrix.t())
+    return made
 
 
 def nearest(weight: Tensor, grid: Grid) -> Codes:
@@ -113,23 +119,28 @@ def nearest(weight: Tensor, grid: Grid) -> Codes:
 
     weight: float32 (experts, out, in).
     """
-    experts, out, inp = weight.shape
-    groups = grid.scale.shape[-1]
-    rows = weight.reshape(experts * out, groups, inp // groups)
-    scale, zero = grid.scale.view(-1, groups, 1), grid.zero.view(-1, groups, 1)
+    rows = _grouped(weight, grid.precision)
+    scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=weight.device)
-    for part in _parts(rows):
-        codes[part] = steps(rows[part], scale[part], zero[part], grid.precision.levels).add_(zero[part]).to(torch.uint8)
-    return grid.codes(codes.view(experts, out, inp))
+    count, out, groups, size = rows.shape
+    for some, group, part in _parts(count, groups, size, out, CHUNK.get(weight.device.type, CHUNK["cpu"])):
+        at = (some, part, group)
+        codes[at] = steps(rows[at], scale[at], *bounds(zero[at], grid.precision.levels)).add_(zero[at])
+    return grid.codes(codes.view(weight.shape))
 
 
-def steps(weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    """Integers k of the nearest grid points k * scale, as floats; shapes broadcast."""
-    return torch.minimum(torch.maximum((weight / scale).round_(), -zero), levels - 1 - zero)
+def bounds(zero: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The least and the largest k of a grid."""
+    return -zero, levels - 1 - zero
+
+
+def steps(weight: Tensor, scale: Tensor, least: Tensor, most: Tensor, out: Tensor | None = None) -> Tensor:
+    """Integers k of the nearest grid points k * scale, as floats; shapes broadcast. ``out`` takes them if given."""
+    return torch.div(weight, scale, out=out).round_().clamp_(least, most)
 
 
 def _search(
-    rows: Tensor,
+    cells: Tensor,
     h: Tensor | None,
     scale: Tensor,
     zero: Tensor,
@@ -137,35 +148,41 @@ def _search(
     factors: Sequence[float],
     refits: int,
 ) -> None:
-    """Improve scale and zero (rows, groups) in place; rows and h (rows, groups, size)."""
+    """Improve scale and zero (experts, groups, 1, rows) in place.
+
+    cells: (experts, groups, size, rows), in which what is broadcast is broadcast along whole rows; h: (experts, groups,
+    size, 1).
+    """
     levels = precision.levels
-    first_scale, first_zero = scale.clone(), zero.clone()
-    best, _ = _error(rows, h, scale, zero, levels)
+    first_scale, first_zero, minus = scale.clone(), zero.clone(), -cells
+    work = torch.empty_like(cells)
+
+    def error(s: Tensor, z: Tensor) -> Tensor:
+        """Weighted squared error (experts, groups, 1, rows) of rounding."""
+        k = steps(cells, s, *bounds(z, levels), out=work)
+        torch.addcmul(minus, k, s, out=k).square_()
+        return (k if h is None else k.mul_(h)).sum(2, keepdim=True)
+
+    best = error(first_scale, first_zero)
 
     def offer(s: Tensor, z: Tensor) -> None:
         nonlocal best
-        error, _ = _error(rows, h, s, z, levels)
-        better = error < best
-        best = torch.where(better, error, best)
+        found = error(s, z)
+        better = found < best
+        best = torch.where(better, found, best)
         scale.copy_(torch.where(better, s, scale))
         zero.copy_(torch.where(better, z, zero))
 
     for shift in (0,) if precision.symmetric else SHIFTS:
         z = (first_zero + shift).clamp_(0, levels - 1)
         for factor in factors:
-            offer(_fp16(first_scale * factor), z)
+            if (shift, factor) != (0, 1):  # that is where it begins
+                offer(_fp16(first_scale * factor), z)
     for _ in range(refits):
-        _, k = _error(rows, h, scale, zero, levels)
+        k = steps(cells, scale, *bounds(zero, levels), out=work)
         hk = k if h is None else k * h
-        fit = (hk * rows).sum(-1) / (hk * k).sum(-1)
+        fit = (hk * cells).sum(2, keepdim=True) / (hk * k).sum(2, keepdim=True)
         offer(_fp16(torch.where(fit > 0, fit, scale)), zero)
-
-
-def _error(rows: Tensor, h: Tensor | None, scale: Tensor, zero: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Weighted squared error (rows, groups) of rounding, and the integers k."""
-    k = steps(rows, scale.unsqueeze(-1), zero.unsqueeze(-1), levels)
-    square = (k * scale.unsqueeze(-1)).sub_(rows).square_()
-    return (square if h is None else square.mul_(h)).sum(-1), k
 
 
 def _grouped(weight: Tensor, precision: Precision) -> Tensor:
@@ -193,6 +210,12 @@ def _check(scale: Tensor, size: Tensor, precision: Precision) -> None:
     )
 
 
-def _parts(rows: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK.get(rows.device.type, CHUNK["cpu"]) // max(1, rows[0].numel()))
-    return (slice(i, min(i + step, len(rows))) for i in range(0, len(rows), step))
+def _parts(experts: int, groups: int, size: int, rows: int, most: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Experts, groups and rows of at most ``most`` weights or one group: some whole experts, or a part of one."""
+    some = max(1, most // (groups * size * rows))
+    wide = min(groups, max(1, most // (size * rows)))
+    tall = min(rows, max(1, most // size))
+    for i in range(0, experts, some):
+        for g in range(0, groups, wide):
+            for j in range(0, rows, tall):
+                yield slice(i, i + some), slice(g, g + wide), slice(j, j + tall)

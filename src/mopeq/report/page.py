@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mopeq.allocate.protect import super_experts, super_sentence
 from mopeq.precision import GROUPS, PrecisionMap
 from mopeq.report.charts import Plot, coverage, frontier, megabytes, prediction
 from mopeq.report.inputs import Estimate, Inputs
@@ -65,6 +66,7 @@ def page(inputs: Inputs) -> dict[str, Any]:
         "levels": level_table(precisions),
         "coverage": _coverage(stats),
         "starved": _starved(stats),
+        "supers": super_sentence(super_experts(stats)) if stats else "",
         "enough": stats.info.get("minimum_tokens") if stats else None,
         "fallbacks": inputs.run.fallbacks if inputs.run else (),
         "plots": [plot for plot in (frontier(points), prediction(points)) if plot is not None],
@@ -176,7 +178,7 @@ def _tiles(inputs: Inputs) -> list[Tile]:
 
 
 def _maps(stats: Stats | None, precisions: PrecisionMap | None) -> list[HeatMap]:
-    """Bits and sensitivity side by side for gate_up, then for down, then frequency."""
+    """Bits and sensitivity side by side for gate_up, then for down, then frequencies."""
     maps: list[HeatMap] = []
     costs = sensitivity(stats, precisions)
     levels = list(precisions.histogram()) if precisions else []
@@ -193,17 +195,30 @@ def _maps(stats: Stats | None, precisions: PrecisionMap | None) -> list[HeatMap]
         if name is not None:
             rows = stats.metrics[name]
             maps.append(value_map("cost", "cost", "Sensitivity", name, rows, scale(rows), _plain(rows), "zero"))
-    if stats is not None and "frequency" in stats.metrics:
-        rows = stats.metrics["frequency"]
-        tokens = stats.metrics.get("tokens")
+    return maps + _uses(stats)
 
-        def share(layer: int, expert: int) -> str:
-            seen = f", {tokens[layer][expert]:,.0f} tokens" if tokens else ""
-            return _share(rows[layer][expert]) + seen
 
-        caption = "share of the layer's routed tokens that went to each expert"
-        maps.append(value_map("frequency", "use", "Frequency", caption, rows, scale(rows), share, "no tokens", _share))
-    return maps
+def _uses(stats: Stats | None) -> list[HeatMap]:
+    """Which experts tokens go to; where there were images, which text tokens do and which image tokens."""
+    metrics = {} if stats is None else stats.metrics
+    made = []
+    for kind, what in (("", ""), (".text", " text"), (".vision", " image")):
+        if rows := metrics.get(f"frequency{kind}"):
+            caption = f"share of the layer's routed{what} tokens that went to each expert"
+            title, name = f"Frequency of{what} tokens" if kind else "Frequency", f"frequency{kind.replace('.', '-')}"
+            said = _used(rows, metrics.get(f"tokens{kind}"))
+            made.append(value_map(name, "use", title, caption, rows, scale(rows), said, "no tokens", _share))
+    return made
+
+
+def _used(
+    rows: Mapping[int, Sequence[float]], tokens: Mapping[int, Sequence[float]] | None
+) -> Callable[[int, int], str]:
+    def said(layer: int, expert: int) -> str:
+        seen = f", {tokens[layer][expert]:,.0f} tokens" if tokens else ""
+        return _share(rows[layer][expert]) + seen
+
+    return said
 
 
 def _share(value: float) -> str:

@@ -20,7 +20,7 @@ from mopeq.precision import GROUPS, ProjectionGroup
 from mopeq.runtime.packed import PackedModule
 from mopeq.seam import activate, down_bias, gate_of, gate_up_bias, is_experts, weighs_input
 
-__all__ = ["MixedExperts", "bounds", "mix", "pack_experts"]
+__all__ = ["MixedExperts", "bounds", "mix", "pack_experts", "without"]
 
 
 class MixedExperts(PackedModule):
@@ -50,6 +50,8 @@ class MixedExperts(PackedModule):
         """
         if top_k_index is None or top_k_weights is None:
             return cast(Tensor, self._every_expert(hidden_states))
+        if (left_out := self.mopeq_layouts["down"].left_out) is not None:
+            top_k_index, top_k_weights = without(top_k_index, top_k_weights, left_out.to(top_k_index.device))
         gate, biases = gate_of(self), (gate_up_bias(self, ...), down_bias(self, ...))
         if gate is not None:
             groups = self.packed("gate_up"), self.packed("down")
@@ -124,6 +126,20 @@ def mix(
     return total.to(hidden_states.dtype)
 
 
+def without(top_k_index: Tensor, top_k_weights: Tensor, left_out: Tensor) -> tuple[Tensor, Tensor]:
+    """The routing (tokens, k) without some experts, bool (experts,): index -1 in their slots, and float32 weights.
+
+    A token's other experts get its whole weight, each by its own; a token that has no other gets nothing.
+    """
+    known = (top_k_index >= 0) & (top_k_index < len(left_out))
+    kept = known & ~left_out[top_k_index.clamp(0, len(left_out) - 1)]
+    weights = torch.where(known, top_k_weights.float(), 0.0)
+    rest = torch.where(kept, weights, 0.0)
+    total, left = (w.sum(-1, keepdim=True) for w in (weights, rest))
+    scale = torch.where(left > 0, total / left.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    return torch.where(kept, top_k_index, -1), rest * scale
+
+
 def bounds(ids: Tensor, experts: int) -> Tensor:
     """Ascending ids to ``offsets`` (experts + 1,), as :mod:`mopeq.kernels` takes them."""
     return torch.searchsorted(ids, torch.arange(experts + 1, device=ids.device, dtype=ids.dtype))
@@ -155,6 +171,10 @@ def pack_experts(module: nn.Module, layer: int, layouts: Mapping[ProjectionGroup
     if getattr(m, "has_post_expert_norm", False) or not getattr(m, "has_gate", True):
         raise CheckpointError(
             f"layer {layer}: {name} has a norm after its experts or no gate; mopeq does not run such experts"
+        )
+    if layouts["down"].left_out is not None and weighs_input(m):
+        raise CheckpointError(
+            f"layer {layer}: {name} scales the input of its experts, and some are left out; expected all of them"
         )
     device = m.down_proj.device
     for group in GROUPS:

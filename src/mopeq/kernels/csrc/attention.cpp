@@ -3,35 +3,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
-#include "activations.hpp"
 #include "product.hpp"
 #include "threads.hpp"
 
 namespace mopeq {
 namespace {
 
-constexpr int64_t LANES = 16;         // partial sums of a dot product, in one order everywhere
 constexpr int64_t SHORT = 1 << 16;    // numbers of cache that are not worth waking threads
-constexpr int64_t MAX_SIZE = 1024;    // of a head
-
-float dot(const float *a, const float *b, int64_t count) {
-  float sums[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES)
-    for (int64_t l = 0; l < LANES; l++) sums[l] += a[i + l] * b[i + l];
-  for (int64_t l = 0; i < count; i++, l++) sums[l] += a[i] * b[i];
-  for (int64_t n = LANES / 2; n; n /= 2)
-    for (int64_t l = 0; l < n; l++) sums[l] += sums[l + n];
-  return sums[0];
-}
-
-void norm(const float *x, const float *weight, int64_t count, float eps, float *to) {
-  const float scale = 1.0f / std::sqrt(dot(x, x, count) / float(count) + eps);
-  for (int64_t i = 0; i < count; i++) to[i] = weight[i] * (x[i] * scale);
-}
 
 void rotate(float *x, const float *cos, const float *sin, int64_t count) {
   const int64_t half = count / 2;
@@ -52,28 +32,13 @@ struct Heads {
 void heads(int64_t begin, int64_t end, void *context) {
   const Heads &h = *static_cast<Heads *>(context);
   const mopeq_attention_job &job = *h.job;
-  const int64_t size = job.size, count = job.position + 1, bytes = size * size_of(job.type);
+  const int64_t size = job.size, count = job.position + 1, each = job.room * size * size_of(job.type);
   std::vector<float> weights(size_t(count), 0.0f);
-  float row[MAX_SIZE];
   for (int64_t head = begin; head < end; head++) {
-    const int64_t from = head / (job.heads / job.kv_heads) * job.room * bytes;
-    const char *key = static_cast<const char *>(job.keys) + from, *value = static_cast<const char *>(job.values) + from;
-    float *out = h.out + head * size, top = -INFINITY, sum = 0;
-    for (int64_t t = 0; t < count; t++) {
-      widen(key + t * bytes, job.type, size, row);
-      const float w = weights[size_t(t)] = dot(h.q + head * size, row, size);
-      top = w > top ? w : top;
-    }
-    for (float &w : weights) w -= top;
-    exponentials(weights.data(), count);
-    std::fill(out, out + size, 0.0f);
-    for (int64_t t = 0; t < count; t++) {
-      const float w = weights[size_t(t)];
-      sum += w;
-      widen(value + t * bytes, job.type, size, row);
-      for (int64_t i = 0; i < size; i++) out[i] += w * row[i];
-    }
-    for (int64_t i = 0; i < size; i++) out[i] /= sum;
+    const int64_t from = head / (job.heads / job.kv_heads) * each;
+    const Attending one{h.q + head * size, static_cast<const char *>(job.keys) + from,
+                        static_cast<const char *>(job.values) + from, job.type, count, size};
+    loops().attend(one, weights.data(), h.out + head * size);
   }
 }
 
@@ -81,9 +46,9 @@ int check_job(const mopeq_attention_job &job) {
   if (!job.x || !job.h || !job.norm_before || !job.norm_after || !job.cos || !job.sin || !job.keys || !job.values ||
       !job.q_norm != !job.k_norm)
     return MOPEQ_NULL;
-  if (job.type < MOPEQ_F32 || job.type > MOPEQ_F16 || job.digits < 1 || job.digits > MAX_DIGITS) return MOPEQ_TYPE;
-  if (job.heads < 1 || job.kv_heads < 1 || job.heads % job.kv_heads || job.heads >= LIMIT / MAX_SIZE || job.size < 2 ||
-      job.size > MAX_SIZE || job.rotated < 0 || job.rotated > job.size || job.rotated % 2 || job.position < 0 ||
+  if (job.type < MOPEQ_F32 || job.type > MOPEQ_F16 || !Digits{job.digits, job.coarse}.exist()) return MOPEQ_TYPE;
+  if (job.heads < 1 || job.kv_heads < 1 || job.heads % job.kv_heads || job.heads >= LIMIT / MAX_HEAD || job.size < 2 ||
+      job.size > MAX_HEAD || job.rotated < 0 || job.rotated > job.size || job.rotated % 2 || job.position < 0 ||
       job.position >= job.room || job.room >= LIMIT)
     return MOPEQ_SHAPE;
   const int64_t widths[] = {job.hidden, job.hidden, job.hidden, job.heads * job.size};
@@ -116,7 +81,7 @@ void add(const float *from, int64_t count, float *to) {
 void norms(float *x, const float *weight, int64_t heads, const mopeq_attention_job &job) {
   if (!weight) return;
   const int64_t each = job.norm_heads ? job.size : heads * job.size;
-  for (int64_t at = 0; at < heads * job.size; at += each) norm(x + at, weight, each, job.eps, x + at);
+  for (int64_t at = 0; at < heads * job.size; at += each) loops().norm(x + at, weight, each, job.eps, x + at);
 }
 
 }  // namespace
@@ -133,11 +98,12 @@ int attention(const mopeq_attention_job &job) {
 
   std::vector<float> row(size_t(n), 0.0f), q(size_t(q_width), 0.0f), k(size_t(kv_width), 0.0f), v(size_t(kv_width), 0.0f);
   if (job.add) {
-    widen(job.add, job.type, n, row.data());
+    loops().widen(job.add, job.type, n, row.data());
     add(row.data(), n, job.x);
   }
-  norm(job.x, job.norm_before, n, job.eps, row.data());
-  const Inputs in(1, n, job.digits);
+  loops().norm(job.x, job.norm_before, n, job.eps, row.data());
+  const Digits digits{job.digits, job.coarse};
+  const Inputs in(1, n, digits);
   fill(in, 1, copy_row, &row);
   float *const made[] = {q.data(), k.data(), v.data()};
   for (int i = 0; i < 3; i++) projections[i].x = &in, projections[i].rows = &first, projections[i].out = made[i];
@@ -153,21 +119,21 @@ int attention(const mopeq_attention_job &job) {
   for (int64_t h = 0; h < job.kv_heads; h++) {
     rotate(k.data() + h * job.size, job.cos, job.sin, job.rotated);
     const int64_t at = (h * job.room + job.position) * job.size * size_of(job.type);
-    narrow(k.data() + h * job.size, job.type, job.size, static_cast<char *>(job.keys) + at);
-    narrow(v.data() + h * job.size, job.type, job.size, static_cast<char *>(job.values) + at);
+    loops().narrow(k.data() + h * job.size, job.type, job.size, static_cast<char *>(job.keys) + at);
+    loops().narrow(v.data() + h * job.size, job.type, job.size, static_cast<char *>(job.values) + at);
   }
 
   std::vector<float> mixed(size_t(q_width), 0.0f);
   Heads context{&job, q.data(), mixed.data()};
   run(job.heads, (job.position + 1) * q_width < SHORT ? 1 : job.threads, heads, &context);
-  const Inputs between(1, q_width, job.digits);
+  const Inputs between(1, q_width, digits);
   fill(between, 1, copy_row, &mixed);
   back.x = &between, back.rows = &first, back.out = row.data();
   run(&back, 1, job.threads);
   add(row.data(), n, job.x);
   add(job.o_bias, n, job.x);
-  norm(job.x, job.norm_after, n, job.eps, row.data());
-  narrow(row.data(), job.type, n, job.h);
+  loops().norm(job.x, job.norm_after, n, job.eps, row.data());
+  loops().narrow(row.data(), job.type, n, job.h);
   return MOPEQ_OK;
 }
 

@@ -1,10 +1,15 @@
 #include <immintrin.h>
 
+#include <cmath>
+#include <cstring>
+
 #include "kernels.hpp"
+#include "mopeq_cpu.h"
 
 namespace {
 
 #include "avx2.inc"
+#include "loops.inc"
 #include "panel.inc"
 
 void read(const void *data, int64_t bytes, uint64_t *sum) {

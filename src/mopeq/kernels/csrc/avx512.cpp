@@ -1,11 +1,16 @@
 // AVX-512 with F, BW, VL and VNNI. A panel of 16 rows is one register; one of 8 goes the way of AVX2.
 #include <immintrin.h>
 
+#include <cmath>
+#include <cstring>
+
 #include "kernels.hpp"
+#include "mopeq_cpu.h"
 
 namespace {
 
 #include "avx2.inc"
+#include "loops.inc"
 #include "panel.inc"
 
 struct Avx512 {

@@ -6,7 +6,6 @@
 #include <numeric>
 #include <vector>
 
-#include "activations.hpp"
 #include "product.hpp"
 #include "threads.hpp"
 
@@ -18,7 +17,7 @@ constexpr int64_t FEW = 1 << 14;              // numbers that are not worth waki
 
 int check_job(const mopeq_experts_job &job, int64_t inner) {
   if (!job.x || !job.out || !job.index || !job.weights) return MOPEQ_NULL;
-  if (job.x_type < MOPEQ_F32 || job.x_type > MOPEQ_F16 || job.digits < 1 || job.digits > MAX_DIGITS) return MOPEQ_TYPE;
+  if (job.x_type < MOPEQ_F32 || job.x_type > MOPEQ_F16 || !Digits{job.digits, job.coarse}.exist()) return MOPEQ_TYPE;
   const bool biased = job.gate_up_bias || job.down_bias;
   if (biased && (job.bias_type < MOPEQ_F32 || job.bias_type > MOPEQ_F16)) return MOPEQ_TYPE;
   if (job.tokens < 0 || job.tokens >= LIMIT || job.k < 1 || job.k >= LIMIT || job.hidden >= LIMIT ||
@@ -61,12 +60,12 @@ struct Batch {
 void token_row(int64_t row, float *to, const void *context) {
   const Batch &b = *static_cast<const Batch *>(context);
   const int64_t width = b.job->hidden, size = size_of(b.job->x_type);
-  widen(static_cast<const char *>(b.job->x) + (b.first + row) * width * size, b.job->x_type, width, to);
+  loops().widen(static_cast<const char *>(b.job->x) + (b.first + row) * width * size, b.job->x_type, width, to);
 }
 
 // Row `expert` of a bias, in float32.
 void bias_row(const void *bias, int64_t type, int64_t expert, int64_t width, float *to) {
-  widen(static_cast<const char *>(bias) + expert * width * size_of(type), type, width, to);
+  loops().widen(static_cast<const char *>(bias) + expert * width * size_of(type), type, width, to);
 }
 
 void gated_row(int64_t row, float *to, const void *context) {
@@ -74,7 +73,7 @@ void gated_row(int64_t row, float *to, const void *context) {
   const mopeq_experts_job &job = *b.job;
   const int64_t n = b.inner;
   const float *gate = b.middle + row * 2 * n;
-  if (!job.gate_up_bias) return gated(gate, gate + n, n, job.alpha, job.limit, job.shift, to);
+  if (!job.gate_up_bias) return loops().gated(gate, gate + n, n, job.alpha, job.limit, job.shift, to);
   std::vector<float> sum(size_t(2 * n)), bias(size_t(2 * n));
   bias_row(job.gate_up_bias, job.bias_type, b.expert[size_t(row)], 2 * n, bias.data());
   const int64_t step = job.interleaved ? 2 : 1, up = job.interleaved ? 1 : n;
@@ -82,7 +81,7 @@ void gated_row(int64_t row, float *to, const void *context) {
     sum[size_t(i)] = gate[i] + bias[size_t(i * step)];
     sum[size_t(n + i)] = gate[n + i] + bias[size_t(i * step + up)];
   }
-  gated(sum.data(), sum.data() + n, n, job.alpha, job.limit, job.shift, to);
+  loops().gated(sum.data(), sum.data() + n, n, job.alpha, job.limit, job.shift, to);
 }
 
 void combine(int64_t begin, int64_t end, void *context) {
@@ -103,26 +102,27 @@ void combine(int64_t begin, int64_t end, void *context) {
         for (int64_t i = 0; i < width; i++) total[size_t(i)] += weight * from[i];
       }
     }
-    narrow(total.data(), job.x_type, width, static_cast<char *>(job.out) + (b.first + t) * width * size);
+    loops().narrow(total.data(), job.x_type, width, static_cast<char *>(job.out) + (b.first + t) * width * size);
   }
 }
 
 int batch(const mopeq_experts_job &job, int64_t first, int64_t tokens, int64_t inner) {
   Batch b(job, first, tokens, inner);
   const int64_t rows = b.offsets.back();
+  const Digits digits{job.digits, job.coarse};
   Product gate_up(job.gate_up), down(job.down);
   if (const int wrong = gate_up.plan(b.offsets.data(), job.hidden, 2 * inner)) return wrong;
   if (const int wrong = down.plan(b.offsets.data(), inner, job.hidden)) return wrong;
   const std::unique_ptr<float[]> middle(new float[size_t(rows * 2 * inner)]), out(new float[size_t(rows * job.hidden)]);
   {
-    const Inputs x(tokens, job.hidden, job.digits);
+    const Inputs x(tokens, job.hidden, digits);
     fill(x, job.threads, token_row, &b);
     gate_up.x = &x, gate_up.rows = b.token.data(), gate_up.out = middle.get();
     run(&gate_up, 1, job.threads);
   }
   std::vector<int64_t> order(size_t(rows), 0);
   std::iota(order.begin(), order.end(), 0);
-  const Inputs h(rows, inner, job.digits);
+  const Inputs h(rows, inner, digits);
   b.middle = middle.get(), b.rows = out.get();
   fill(h, job.threads, gated_row, &b);
   down.x = &h, down.rows = order.data(), down.out = out.get();

@@ -21,6 +21,10 @@ struct Panel {
   const uint16_t *scales;  // (groups, height)
   const uint8_t *zeros;    // (groups, height * bits / 8), null if symmetric
   int64_t groups, blocks;  // blocks of 32 inputs in a group
+  // Where the thread reads on after this panel: only fetched, never read, so it may be anywhere.
+  const uint8_t *next_codes;
+  const uint16_t *next_scales;
+  const uint8_t *next_zeros;
 };
 
 // Outputs of a tile of tokens, t being row rows[t] of the activations: out[t * stride + 0 .. height).
@@ -31,11 +35,43 @@ using DenseKernel = void (*)(const uint16_t *weight, int64_t height, int64_t inp
 using WideKernel = void (*)(const float *weight, int64_t height, int64_t inputs, const float *x, const int64_t *rows,
                             float *out, int64_t stride);
 
+// Digits of the activations, and how many of them are used.
+constexpr int DIGITS[][2] = {{1, 1}, {2, 2}, {3, 3}, {2, 1}};
+enum : int { COARSE = 3 };  // index of {2, 1}
+
+constexpr int64_t MAX_HEAD = 1024;  // numbers of a head
+
+// One query of one head: its keys and values (count, size), of type `type`.
+struct Attending {
+  const float *query;  // (size), scaled
+  const char *keys, *values;
+  int64_t type, count, size;
+};
+
+// Loops over rows of numbers (loops.inc).
+struct Loops {
+  void (*widen)(const void *x, int64_t type, int64_t count, float *to);
+  // Rounded to nearest, ties to even.
+  void (*narrow)(const float *x, int64_t type, int64_t count, void *to);
+  // e^x of each, at most 88 and taken as -88 below that; e^-88 is 6e-39.
+  void (*exponentials)(float *x, int64_t count);
+  // The gate function of mopeq_experts_job.
+  void (*gated)(const float *gate, const float *up, int64_t count, float alpha, float limit, float shift, float *to);
+  // One row: (blocks, digits, 32) digits, (blocks) scales, (blocks, digits) minus their sums. A block with an infinite
+  // or undefined value gets the scale NaN.
+  void (*split)(const float *x, int64_t blocks, int digits, int8_t *to, float *scales, int32_t *minus);
+  // weight * x / sqrt(mean(x^2) + eps)
+  void (*norm)(const float *x, const float *weight, int64_t count, float eps, float *to);
+  // weights: (count), room to work in.
+  void (*attend)(const Attending &a, float *weights, float *out);
+};
+
 struct Kernels {
-  PanelKernel panel[6][MAX_DIGITS][3][2];  // width 2 3 4 5 6 8; digits - 1; tile of 1, 2, 4 tokens; height 8, 16
+  PanelKernel panel[6][4][3][2];           // width 2 3 4 5 6 8; DIGITS; tile of 1, 2, 4 tokens; height 8, 16
   DenseKernel dense[3];                    // tile of 1, 2, 4 tokens
   WideKernel wide;                         // one token, rows of float32
   void (*read)(const void *data, int64_t bytes, uint64_t *sum);
+  Loops loops;
 };
 
 const Kernels &portable_kernels();

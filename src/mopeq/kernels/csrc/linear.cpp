@@ -7,7 +7,6 @@
 #include <numeric>
 #include <vector>
 
-#include "activations.hpp"
 #include "attention.hpp"
 #include "experts.hpp"
 #include "product.hpp"
@@ -26,11 +25,11 @@ struct Typed {
 
 void widen_row(int64_t row, float *to, const void *context) {
   const Typed &from = *static_cast<const Typed *>(context);
-  widen(from.x + row * from.width * size_of(from.type), from.type, from.width, to);
+  loops().widen(from.x + row * from.width * size_of(from.type), from.type, from.width, to);
 }
 
-int check_x(const void *x, int64_t rows, int64_t type, int64_t digits) {
-  if (type < MOPEQ_F32 || type > MOPEQ_F16 || digits < 1 || digits > MAX_DIGITS) return MOPEQ_TYPE;
+int check_x(const void *x, int64_t rows, int64_t type, Digits digits) {
+  if (type < MOPEQ_F32 || type > MOPEQ_F16 || !digits.exist()) return MOPEQ_TYPE;
   if (rows < 0 || rows >= LIMIT) return MOPEQ_SHAPE;
   return misaligned(x, uintptr_t(size_of(type))) ? MOPEQ_ALIGN : MOPEQ_OK;
 }
@@ -43,12 +42,12 @@ struct Narrowing {
 
 void narrowing(int64_t begin, int64_t end, void *context) {
   const Narrowing &n = *static_cast<Narrowing *>(context);
-  narrow(n.from + begin * n.width, n.type, (end - begin) * n.width, n.to + begin * n.width * size_of(n.type));
+  loops().narrow(n.from + begin * n.width, n.type, (end - begin) * n.width, n.to + begin * n.width * size_of(n.type));
 }
 
 int linear(const mopeq_job &job) {
   if (!job.x || !job.out) return MOPEQ_NULL;
-  if (const int wrong = check_x(job.x, job.rows, job.x_type, job.digits)) return wrong;
+  if (const int wrong = check_x(job.x, job.rows, job.x_type, {job.digits, job.coarse})) return wrong;
   if (const int wrong = check(job.group, job.inputs)) return wrong;
   if (job.out_features < 1 || job.out_features >= LIMIT) return MOPEQ_SHAPE;
   if (misaligned(job.out, uintptr_t(size_of(job.x_type))) || misaligned(job.offsets, 8)) return MOPEQ_ALIGN;
@@ -70,7 +69,7 @@ int linear(const mopeq_job &job) {
   if (rows == 0) return MOPEQ_OK;
   std::iota(order.begin(), order.end(), 0);
 
-  const Inputs x(rows, job.inputs, job.digits);
+  const Inputs x(rows, job.inputs, {job.digits, job.coarse});
   const Typed from{static_cast<const char *>(job.x) + begin * job.inputs * size, job.x_type, job.inputs};
   fill(x, job.threads, widen_row, &from);
   const bool wide = job.x_type == MOPEQ_F32;

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { MOPEQ_ABI = 4 };
+enum { MOPEQ_ABI = 5 };
 
 // Type of the activations.
 enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
@@ -56,6 +56,7 @@ typedef struct {
   void *out;               // (rows, out_features) contiguous, of type x_type
   int64_t out_features;
   int64_t digits;   // int8 digits of an activation, 1 to 3
+  int64_t coarse;   // matrices of up to so many bits use the first of 2 digits alone; 0: none
   int64_t threads;  // at most so many
 } mopeq_job;
 
@@ -73,7 +74,7 @@ typedef struct {
   int64_t bias_type, interleaved;        // interleaved: gate_up_bias is g0 u0 g1 u1 ... instead of g0 g1 ... u0 u1 ...
   float alpha, limit, shift;
   void *out;  // (tokens, hidden) contiguous, of type x_type
-  int64_t digits, threads;
+  int64_t digits, coarse, threads;
 } mopeq_experts_job;
 
 // A router and its experts. The router's scores are x router^T, rounded to x_type; of their softmax the k largest (of
@@ -103,7 +104,7 @@ typedef struct {
   int64_t norm_heads;                                   // 1: norms of each head (size); 0: of all heads together
   const float *cos, *sin;                               // (rotated)
   void *keys, *values;                                  // (kv_heads, room, size) of type `type`
-  int64_t room, position, digits, threads;
+  int64_t room, position, digits, coarse, threads;
 } mopeq_attention_job;
 
 MOPEQ_API int mopeq_abi(void);

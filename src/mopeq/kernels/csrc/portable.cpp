@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels.hpp"
+#include "mopeq_cpu.h"
 
 namespace {
 
@@ -103,6 +104,7 @@ struct Portable {
   static inline void store(float *p, Float v) { std::memcpy(p, v.v, sizeof v.v); }
 };
 
+#include "loops.inc"
 #include "panel.inc"
 
 void read(const void *data, int64_t bytes, uint64_t *sum) {

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <new>
 
-#include "activations.hpp"
 #include "threads.hpp"
 
 namespace mopeq {
@@ -44,25 +43,60 @@ int check(const mopeq_matrix &m, const mopeq_group &in, int64_t inputs) {
 
 int64_t panels_of(const mopeq_matrix &m) { return (m.rows + PANEL - 1) / PANEL; }
 
-void piece(const Product &product, const Part &part, int64_t number) {
+// Panel number `p` of a matrix; where it ends, the next begins.
+Panel panel_of(const Product &product, const mopeq_matrix &m, int64_t p) {
   const mopeq_group &group = *product.group;
+  const int64_t row = p * PANEL, groups = m.inputs / m.group;
+  Panel panel{};
+  panel.codes = group.codes + m.codes + row * (m.inputs * m.bits / 8);
+  panel.scales = group.scales + m.scales + row * groups;
+  panel.zeros = m.symmetric ? nullptr : group.zeros + m.zeros + row / 8 * m.bits * groups;
+  panel.groups = groups, panel.blocks = m.group / BLOCK;
+  const int64_t height = std::min<int64_t>(PANEL, m.rows - row);
+  panel.next_codes = panel.codes + height * (m.inputs * m.bits / 8);
+  panel.next_scales = panel.scales + height * groups;
+  panel.next_zeros = m.symmetric ? nullptr : panel.zeros + height / 8 * m.bits * groups;
+  return panel;
+}
+
+// A piece of work: panels `first` to `last` of a part.
+struct Piece {
+  const Product *product;  // null: there is none
+  const Part *part;
+  int64_t first, last;
+};
+
+Piece piece_of(const Product *product, const Product *end, int64_t number) {
+  while (product < end && number >= product->pieces) number -= product++->pieces;
+  if (product == end) return {nullptr, nullptr, 0, 0};
+  const auto after = std::upper_bound(product->parts.begin(), product->parts.end(), number,
+                                      [](int64_t value, const Part &part) { return value < part.first; });
+  const Part &part = *(after - 1);
+  const int64_t first = (number - part.first) * part.panels;
+  return {product, &part, first, std::min(first + part.panels, panels_of(*part.matrix))};
+}
+
+// `then` is what this thread does next, if anything.
+void work(const Piece &piece, const Piece &then) {
+  const Product &product = *piece.product;
+  const Part &part = *piece.part;
   const mopeq_matrix &m = *part.matrix;
   const Activations x = product.x->view();
-  const int64_t first = (number - part.first) * part.panels, last = std::min(first + part.panels, panels_of(m));
-  for (int64_t p = first; p < last; p++) {
+  for (int64_t p = piece.first; p < piece.last; p++) {
     const int64_t row = p * PANEL, height = std::min<int64_t>(PANEL, m.rows - row);
     const int tall = height == PANEL;
     Panel panel{};
     const uint16_t *dense = nullptr;
     if (m.bits == 16) {
-      dense = reinterpret_cast<const uint16_t *>(group.codes + m.codes) + row * m.inputs;
+      dense = reinterpret_cast<const uint16_t *>(product.group->codes + m.codes) + row * m.inputs;
     } else {
-      const int64_t groups = m.inputs / m.group;
-      panel.codes = group.codes + m.codes + row * (m.inputs * m.bits / 8);
-      panel.scales = group.scales + m.scales + row * groups;
-      panel.zeros = m.symmetric ? nullptr : group.zeros + m.zeros + row / 8 * m.bits * groups;
-      panel.groups = groups, panel.blocks = m.group / BLOCK;
+      panel = panel_of(product, m, p);
+      if (p + 1 == piece.last && then.product && then.part->matrix->bits != 16) {
+        const Panel next = panel_of(*then.product, *then.part->matrix, then.first);
+        panel.next_codes = next.codes, panel.next_scales = next.scales, panel.next_zeros = next.zeros;
+      }
     }
+    const int digits = m.bits <= product.x->digits.coarse ? COARSE : int(product.x->digits.count) - 1;
     for (int64_t t = part.begin; t < part.end;) {
       int tile = 2;
       while (TILES[tile] > part.end - t) tile--;
@@ -71,8 +105,8 @@ void piece(const Product &product, const Part &part, int64_t number) {
         product.kernels->dense[tile](dense, height, m.inputs, product.x->wide, product.rows + t, out,
                                      product.out_features);
       else
-        product.kernels->panel[width_index(m.bits)][product.x->digits - 1][tile][tall](panel, x, product.rows + t, out,
-                                                                                        product.out_features);
+        product.kernels->panel[width_index(m.bits)][digits][tile][tall](panel, x, product.rows + t, out,
+                                                                        product.out_features);
       t += TILES[tile];
     }
   }
@@ -86,14 +120,14 @@ struct Handing {
 
 void pieces(int64_t, int64_t, void *context) {
   Handing &handing = *static_cast<Handing *>(context);
-  for (;;) {
-    int64_t n = handing.next.fetch_add(1, std::memory_order_relaxed);
-    const Product *product = handing.products, *const end = product + handing.count;
-    while (product < end && n >= product->pieces) n -= product++->pieces;
-    if (product == end) return;
-    const auto after = std::upper_bound(product->parts.begin(), product->parts.end(), n,
-                                        [](int64_t value, const Part &part) { return value < part.first; });
-    piece(*product, *(after - 1), n);
+  const auto take = [&] {
+    return piece_of(handing.products, handing.products + handing.count,
+                    handing.next.fetch_add(1, std::memory_order_relaxed));
+  };
+  for (Piece now = take(); now.product;) {
+    const Piece then = take();
+    work(now, then);
+    now = then;
   }
 }
 
@@ -106,10 +140,10 @@ struct Filling {
 void filling(int64_t begin, int64_t end, void *context) {
   const Filling &f = *static_cast<Filling *>(context);
   const Inputs &to = *f.to;
-  const int64_t k = to.inputs, blocks = k / BLOCK, d = to.digits;
+  const int64_t k = to.inputs, blocks = k / BLOCK, d = to.digits.count;
   for (int64_t r = begin; r < end; r++) {
     f.source(r, to.wide + r * k, f.context);
-    split(to.wide + r * k, blocks, int(d), to.split + r * k * d, to.scales + r * blocks, to.minus + r * blocks * d);
+    loops().split(to.wide + r * k, blocks, int(d), to.split + r * k * d, to.scales + r * blocks, to.minus + r * blocks * d);
   }
 }
 
@@ -151,14 +185,14 @@ int check(const mopeq_group &group, int64_t inputs) {
   return misaligned(group.scales, 2) || misaligned(group.matrices, 8) ? MOPEQ_ALIGN : MOPEQ_OK;
 }
 
-Inputs::Inputs(int64_t rows, int64_t inputs, int64_t digits) : rows(rows), inputs(inputs), digits(digits) {
-  const int64_t numbers = rows * inputs, blocks = numbers / BLOCK;
-  memory.reset(static_cast<char *>(std::malloc(size_t(64 + numbers * (4 + digits) + blocks * 4 * (1 + digits)))));
+Inputs::Inputs(int64_t rows, int64_t inputs, Digits digits) : rows(rows), inputs(inputs), digits(digits) {
+  const int64_t count = digits.count, numbers = rows * inputs, blocks = numbers / BLOCK;
+  memory.reset(static_cast<char *>(std::malloc(size_t(64 + numbers * (4 + count) + blocks * 4 * (1 + count)))));
   if (!memory) throw std::bad_alloc();
   char *at = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
   wide = reinterpret_cast<float *>(at);
   split = reinterpret_cast<int8_t *>(at += numbers * 4);
-  scales = reinterpret_cast<float *>(at += numbers * digits);
+  scales = reinterpret_cast<float *>(at += numbers * count);
   minus = reinterpret_cast<int32_t *>(at += blocks * 4);
 }
 

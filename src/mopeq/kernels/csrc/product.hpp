@@ -16,22 +16,30 @@ const Kernels *table_of(int isa);  // null where this machine or build lacks it
 int isa();
 int best_isa();
 void use_isa(int isa);
+inline const Loops &loops() { return table_of(isa())->loops; }
 
 inline bool misaligned(const void *p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to != 0; }
 inline int64_t size_of(int64_t type) { return type == MOPEQ_F32 ? 4 : 2; }
 // Buffers of a group; its matrices are checked when they are used.
 int check(const mopeq_group &group, int64_t inputs);
 
+// Digits of an activation; matrices of up to `coarse` bits use the first alone.
+struct Digits {
+  int64_t count, coarse;
+  bool exist() const { return count >= 1 && count <= MAX_DIGITS && coarse >= 0 && coarse <= (count == 2 ? 8 : 0); }
+};
+
 // Rows of activations: in float32, and as digits.
 struct Inputs {
-  int64_t rows, inputs, digits;
+  int64_t rows, inputs;
+  Digits digits;
   float *wide;  // (rows, inputs)
   int8_t *split;
   float *scales;
   int32_t *minus;
   std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
 
-  Inputs(int64_t rows, int64_t inputs, int64_t digits);  // std::bad_alloc
+  Inputs(int64_t rows, int64_t inputs, Digits digits);  // std::bad_alloc
   Activations view() const { return {split, scales, minus, inputs / BLOCK}; }
 };
 

@@ -5,7 +5,6 @@
 #include <numeric>
 #include <vector>
 
-#include "activations.hpp"
 #include "experts.hpp"
 #include "product.hpp"
 #include "threads.hpp"
@@ -44,8 +43,8 @@ void scoring(int64_t begin, int64_t end, void *context) {
 void round(float *x, int64_t type, int64_t count, std::vector<uint16_t> &scratch) {
   if (type == MOPEQ_F32) return;
   scratch.resize(size_t(count));
-  narrow(x, type, count, scratch.data());
-  widen(scratch.data(), type, count, x);
+  loops().narrow(x, type, count, scratch.data());
+  loops().widen(scratch.data(), type, count, x);
 }
 
 // One token's experts and their weights; its scores become probabilities.
@@ -53,7 +52,7 @@ void choose(const mopeq_moe_job &job, float *scores, std::vector<int64_t> &order
   const int64_t count = job.experts.down.experts, k = job.experts.k;
   const float top = *std::max_element(scores, scores + count);
   for (int64_t e = 0; e < count; e++) scores[e] -= top;
-  exponentials(scores, count);
+  loops().exponentials(scores, count);
   const float sum = std::accumulate(scores, scores + count, 0.0f);
   for (int64_t e = 0; e < count; e++) scores[e] /= sum;
   std::iota(order.begin(), order.end(), 0);
@@ -80,7 +79,7 @@ int moe(const mopeq_moe_job &job) {
   if (misaligned(job.router, uintptr_t(size_of(job.router_type))) || misaligned(given.x, uintptr_t(size_of(given.x_type))))
     return MOPEQ_ALIGN;
   std::vector<float> x(size_t(given.tokens * hidden)), scores(size_t(given.tokens * count));
-  widen(given.x, given.x_type, given.tokens * hidden, x.data());
+  loops().widen(given.x, given.x_type, given.tokens * hidden, x.data());
   Scoring context{&job, table_of(isa()), x.data(), scores.data()};
   run((count + EACH - 1) / EACH, given.tokens * count * hidden < FEW ? 1 : given.threads, scoring, &context);
 
