@@ -153,7 +153,7 @@ def _run(
     windows, domains = _windows(asked, ready.tokenizer)
     full = [bits for bits in asked.bits if bits in FULL_CONTROLS]
     left = any(f"{LAST_CONTROL} = {bits}" not in rows for bits in full)
-    methods = {f"{m} {bits}": (m, bits) for m in asked.methods for bits in QUANTIZED[m]} if last else {}
+    methods = {f"mopeq {m} {bits}": (m, bits) for m in asked.methods for bits in QUANTIZED[m]} if last else {}
     with_data = {name for name, (method, _) in methods.items() if method not in DATA_FREE}
     questions = asked.questions if last else 0
     measured = left or any(f"frequency = {bits}" not in rows for bits in asked.bits) or not with_data <= set(rows)
