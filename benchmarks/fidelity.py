@@ -94,7 +94,7 @@ def main() -> None:
                     "seconds": round(time.perf_counter() - begun, 1), "relative_stderr": noise(hessian),
                 }  # fmt: skip
             stats = stats.with_metrics(hessian)
-        windows = _windows(asked, prepared)
+        windows = windows_of(asked, prepared)
         jobs = [job for study in studies for job in STUDY[study](stats, seed, asked.group_size)]
         rows = _judged(prepared, stats, jobs, windows)
         results["runs"].append({
@@ -155,7 +155,7 @@ def noise(hessian: Mapping[str, Mapping[int, Sequence[float]]]) -> float:
     return round(sorted(error / max(value, 1e-12) for error, value in pairs)[len(pairs) // 2], 3)
 
 
-def _windows(asked: argparse.Namespace, prepared: Prepared) -> list[Window]:
+def windows_of(asked: argparse.Namespace, prepared: Prepared) -> list[Window]:
     """The same number of windows of every file."""
     each, left = divmod(asked.windows, len(asked.text))
     made: list[Window] = []

@@ -14,7 +14,7 @@ from mopeq.adapters import describe, inventory_of
 from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config, read_packed
 from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap
 from mopeq.qtensor import QTensor, dequantize, pack, pack_full
-from mopeq.quantizers import rtn
+from mopeq.quantizers import rtn, rtn_mse
 from mopeq.source import open_source, read_kept, read_matrix, read_tensor
 from mopeq.spec import Inventory, WeightRef
 
@@ -37,7 +37,9 @@ def mixed_map(model: Inventory, seed: int = 0) -> PrecisionMap:
 
 
 def packed_matrix(weight: Tensor, precision: Precision) -> QTensor:
-    return pack_full(weight) if precision == FULL else pack(rtn(weight.float()[None], precision)[0])
+    if precision == FULL:
+        return pack_full(weight)
+    return pack((rtn_mse if precision.codebook else rtn)(weight.float()[None], precision)[0])
 
 
 def pack_model(folder: Path, out: Path, precisions: PrecisionMap | None = None, **options: int) -> PrecisionMap:

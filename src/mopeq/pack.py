@@ -32,7 +32,7 @@ from mopeq.memory import MOST
 from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Noting, Track, note, silent
 from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
-from mopeq.quantizers import DATA_FREE, QUANTIZERS, once
+from mopeq.quantizers import DATA_FREE, QUANTIZERS, check_codebooks, once
 from mopeq.source import Source, close_files, read_kept, read_matrix, stored_bytes
 from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 
@@ -110,7 +110,7 @@ def pack_model(
     :class:`OutputError` where the folder exists or the disk is full.
     """
     prepared.inventory.check(precisions)
-    check_method(method)
+    check_method(method, precisions.histogram())
 
     def tensors(layer: MoELayer, fallbacks: list[str]) -> Iterator[Stored]:
         seen = prepared.routed.get(layer.index)
@@ -299,10 +299,11 @@ def packed_step(layer: MoELayer) -> str:
     return f"pack layer {layer.index}"
 
 
-def check_method(method: str) -> None:
-    """Raise :class:`InputError` unless there is such a quantizer."""
+def check_method(method: str, precisions: Iterable[Precision] = ()) -> None:
+    """Raise :class:`InputError` unless there is such a quantizer and it can make the precisions."""
     if method not in QUANTIZERS:
         raise InputError(f"no quantizer {method!r}; there are {', '.join(QUANTIZERS)}")
+    check_codebooks(method, precisions)
 
 
 def run_record(

@@ -49,13 +49,15 @@ class Precision:
     """How one matrix is stored: ``bits`` per code, one fp16 scale per ``group_size`` inputs, a zero point or none.
 
     ``group_size`` -1 means one group per row. ``symmetric`` fixes the zero point at ``2**(bits-1)`` and stores none.
-    ``bits`` 16 stores bfloat16 and has no groups; 0 stores nothing: the expert is left out. Printed as ``3g64``,
-    ``4g128s`` (symmetric), ``8g-1``, ``16``, ``0``.
+    ``codebook``, at 2 bits only, stores two weights as one of 16 points of a plane (``qtensor.PAIRS``), without zero
+    points. ``bits`` 16 stores bfloat16 and has no groups; 0 stores nothing: the expert is left out. Printed as
+    ``3g64``, ``4g128s`` (symmetric), ``2g128c`` (codebook), ``8g-1``, ``16``, ``0``.
     """
 
     bits: int
     group_size: int = DEFAULT_GROUP_SIZE
     symmetric: bool = False
+    codebook: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (0, *BITS):
@@ -66,16 +68,29 @@ class Precision:
             object.__setattr__(self, "symmetric", True)
         elif self.group_size not in GROUP_SIZES:
             raise MapError(f"group size {self.group_size}; expected one of {', '.join(map(str, GROUP_SIZES))}")
+        if self.codebook:
+            if self.bits != 2:
+                raise MapError(f"a codebook at {self.bits} bits; there is one at 2 bits, such as 2g128c")
+            object.__setattr__(self, "symmetric", True)
 
     def __str__(self) -> str:
-        return (
-            str(self.bits) if self.bits in (0, 16) else f"{self.bits}g{self.group_size}{'s' if self.symmetric else ''}"
-        )
+        kind = "c" if self.codebook else "s" if self.symmetric else ""
+        return str(self.bits) if self.bits in (0, 16) else f"{self.bits}g{self.group_size}{kind}"
 
     @property
     def levels(self) -> int:
         """Number of distinct codes."""
-        return 1 << self.bits
+        return 1 << self.code_bits
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a stored code: those of two weights where one code stands for two."""
+        return self.bits * self.weights_per_code
+
+    @property
+    def weights_per_code(self) -> int:
+        """Weights that a code stands for."""
+        return 2 if self.codebook else 1
 
     def group_count(self, in_features: int) -> int:
         """Groups in a row of ``in_features`` inputs (0 at 16 bits and at 0).
@@ -85,6 +100,10 @@ class Precision:
         if self.bits in (0, 16):
             return 0
         size = in_features if self.group_size == -1 else self.group_size
+        if self.codebook and in_features % 64:
+            raise MapError(
+                f"a codebook does not fit rows of {in_features} inputs: expected a multiple of 64; use 2g{size}"
+            )
         if in_features % size or in_features % 8:
             fits = [str(g) for g in GROUP_SIZES if g > 0 and in_features % g == 0]
             fits = fits or (["-1"] if in_features % 8 == 0 else [])
@@ -121,19 +140,24 @@ DEFAULT_REST = {"attention": Precision(8, 128, True), "dense_mlp": Precision(8, 
                 "shared_experts": Precision(8, 128, True), "lm_head": Precision(8, 128, True)}  # fmt: skip
 """Precision of the groups outside the routed experts, where nothing else is asked for."""
 
-_TEXT = re.compile(r"(\d+)(?:g(-1|\d+)(s?))?\Z")
+_TEXT = re.compile(r"(\d+)(?:g(-1|\d+)([sc]?))?\Z")
 
 
 def parse_precision(value: object, base: Precision | None = None) -> Precision:
-    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"`` or ``"16"``; a bare number takes ``base``'s groups."""
+    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"`` or ``"16"``.
+
+    A bare number takes ``base``'s groups.
+    """
     base = base or Precision(4)
     match = _TEXT.match(str(value).strip())
     if not match or isinstance(value, bool):
-        raise MapError(f"precision {value!r}; expected bits such as 3, or bits and group size such as 3g64 or 4g128s")
-    bits, group, symmetric = match.groups()
+        raise MapError(
+            f"precision {value!r}; expected bits such as 3, or bits and group size such as 3g64, 4g128s or 2g128c"
+        )
+    bits, group, kind = match.groups()
     if group is None:
         return Precision(int(bits), base.group_size, base.symmetric)
-    return Precision(int(bits), int(group), bool(symmetric))
+    return Precision(int(bits), int(group), kind == "s", kind == "c")
 
 
 @dataclass(frozen=True)
@@ -193,13 +217,14 @@ class PrecisionMap:
         """A dictionary a person can edit: one row of bits per layer; units off the most common grouping are strings."""
         counts: dict[tuple[int, bool], int] = {}
         for p, n in self.histogram().items():
-            if p.bits not in (0, 16):
+            if p.bits not in (0, 16) and not p.codebook:
                 counts[p.group_size, p.symmetric] = counts.get((p.group_size, p.symmetric), 0) + n
         size, symmetric = max(counts, key=lambda k: counts[k]) if counts else (DEFAULT_GROUP_SIZE, False)
         base = (size, symmetric)
 
         def cell(p: Precision) -> int | str:
-            return p.bits if p.bits in (0, 16) or (p.group_size, p.symmetric) == base else str(p)
+            usual = not p.codebook and (p.group_size, p.symmetric) == base
+            return p.bits if p.bits in (0, 16) or usual else str(p)
 
         return {
             "format": MAP_FORMAT,

@@ -2,7 +2,8 @@
 
 A matrix W (out, in) is cut along its input axis into groups. Code q, fp16 scale s and integer zero point z give
 ``W = (q - z) * s``; codes and zero points are ``bits`` wide, unsigned; a symmetric matrix has z = 2**(bits-1) and
-stores none. Bit strings are little-endian: code i of a row occupies bits [i*bits, (i+1)*bits) of the row's bytes.
+stores none. With a codebook, 4-bit code 4n+j of a row is a point (a, b) of :data:`PAIRS`: ``W[8n+j] = a * s`` and
+``W[8n+4+j] = b * s``. Bit strings are little-endian: code i of a row occupies bits [i*bits, (i+1)*bits) of its bytes.
 """
 
 from __future__ import annotations
@@ -16,16 +17,26 @@ from torch import Tensor
 from mopeq.precision import FULL, Precision
 
 __all__ = [
-    "Codes", "QTensor", "dequantize", "on_cpu", "pack", "pack_bits", "packed_shapes", "rows_of", "unpack",
-    "unpack_bits",
+    "PAIRS", "Codes", "QTensor", "dequantize", "integers", "on_cpu", "pack", "pack_bits", "packed_shapes", "rows_of",
+    "unpack", "unpack_bits",
 ]  # fmt: skip
+
+
+PAIRS = (
+    (-9, -14), (-14, -4), (8, 0), (12, 10), (4, 6), (-4, 7), (3, 15), (-7, 0),
+    (4, -6), (-4, -7), (0, 0), (-8, 15), (12, -10), (-14, 6), (16, 0), (2, -15),
+)  # fmt: skip
+"""The 16 points of a codebook: those of least squared error for pairs of independent normal numbers, on integers of at
+most 16 (k-means, then single steps; rms 8.95). Plain rounding to them loses 0.107 of the squares, to the best uniform
+grid of 4 points 0.119."""
 
 
 @dataclass(frozen=True)
 class Codes:
     """An unpacked quantized matrix, or a batch of them (leading axes ``...``) at one precision.
 
-    codes: uint8 (..., out, in); scales: float16 (..., out, groups); zeros: uint8 (..., out, groups), None if symmetric.
+    codes: uint8 (..., out, in), with a codebook (..., out, in/2); scales: float16 (..., out, groups); zeros: uint8
+    (..., out, groups), None if symmetric.
     """
 
     codes: Tensor
@@ -112,8 +123,8 @@ def on_cpu(codes: Codes) -> Codes:
 
 def pack(codes: Codes) -> QTensor:
     """Pack one matrix."""
-    bits = codes.precision.bits
-    out, inp = codes.codes.shape
+    bits = codes.precision.code_bits
+    out, inp = codes.codes.shape[0], codes.codes.shape[1] * codes.precision.weights_per_code
     zeros = None if codes.zeros is None else pack_bits(codes.zeros.T, bits)
     return QTensor(
         pack_bits(codes.codes, bits), codes.scales.to(torch.float16).contiguous(), zeros, (out, inp), codes.precision
@@ -129,7 +140,7 @@ def pack_full(weight: Tensor) -> QTensor:
 
 def unpack(q: QTensor) -> Codes:
     """Inverse of :func:`pack`; not for 16 bits, which has no codes."""
-    bits = q.precision.bits
+    bits = q.precision.code_bits
     zeros = None if q.zeros is None else unpack_bits(q.zeros, bits).T
     return Codes(unpack_bits(q.qweight, bits), q.scales, zeros, q.precision)
 
@@ -140,10 +151,20 @@ def dequantize(q: QTensor | Codes, dtype: torch.dtype = torch.float32) -> Tensor
         if q.precision.bits == 16:
             return q.qweight.view(torch.bfloat16).to(dtype)
         q = unpack(q)
-    zero = float(1 << (q.precision.bits - 1)) if q.zeros is None else q.zeros.float().unsqueeze(-1)
-    grouped = q.codes.reshape(*q.scales.shape, -1).float()
-    weight: Tensor = (grouped - zero) * q.scales.float().unsqueeze(-1)
+    grouped = integers(q).reshape(*q.scales.shape, -1).float()
+    weight: Tensor = grouped * q.scales.float().unsqueeze(-1)
     return weight.flatten(-2).to(dtype)
+
+
+def integers(q: Codes) -> Tensor:
+    """int16 (..., out, in): the integers that times their group's scale are the weights."""
+    if q.precision.codebook:
+        points = torch.tensor(PAIRS, dtype=torch.int16, device=q.codes.device)[q.codes.long()]
+        return points.reshape(*q.codes.shape[:-1], -1, 4, 2).transpose(-1, -2).flatten(-3)
+    whole = q.codes.to(torch.int16)
+    if q.zeros is None:
+        return whole - (1 << (q.precision.bits - 1))
+    return (whole.reshape(*q.scales.shape, -1) - q.zeros.to(torch.int16).unsqueeze(-1)).flatten(-2)
 
 
 def packed_shapes(shape: tuple[int, int], precision: Precision) -> dict[str, tuple[tuple[int, int], torch.dtype]]:

@@ -130,7 +130,7 @@ def quantize(
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
     if refine < 0 or (refine and uniform_layers) or ((guard or refine) and budget is None):
         raise InputError("guard and exchanges (not with uniform layers) are for a budget, 0 or more; leave them out")
-    check_method(method)
+    check_method(method, [*(options or ()), *filter(None, [uniform]), *(precisions.histogram() if precisions else ())])
     if not resume:
         require_new(Path(out))
     calibration = calibration or Calibration()

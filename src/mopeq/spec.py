@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -366,7 +366,7 @@ def fitting(asked: Precision, out_features: int, in_features: int) -> Precision:
     if asked.fits(out_features, in_features):
         return asked
     for size in (128, 64, 32):
-        smaller = Precision(asked.bits, size, asked.symmetric)
+        smaller = replace(asked, group_size=size)
         if (asked.group_size == -1 or size < asked.group_size) and smaller.fits(out_features, in_features):
             return smaller
     return FULL

@@ -264,9 +264,9 @@ def test_cut_off_shard(olmoe: Path) -> None:
 
 def test_newer_format(olmoe: Path) -> None:
     config = json.loads((olmoe / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (olmoe / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="format_version 2; this mopeq reads 1"):
+    with pytest.raises(CheckpointError, match="format_version 3; this mopeq reads 1 and 2"):
         AutoModelForCausalLM.from_pretrained(olmoe)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_naive import error, flat, random_matrix
+from test_naive import CODEBOOKS, error, flat, random_matrix
 from torch import Tensor
 
 from mopeq.errors import InputError
@@ -56,7 +56,8 @@ def experts(precisions: tuple[Precision, ...], shapes: tuple[tuple[int, int], ..
     return panels([[random_matrix(s, p, 5 * e + i) for i, s in enumerate(shapes)] for e, p in enumerate(precisions)])
 
 
-KINDS = [Precision(b, g, s) for b in WIDTHS for g in (32, 64, 128, -1) for s in (False, True)] + [FULL]
+KINDS = [Precision(b, g, s) for b in WIDTHS for g in (32, 64, 128, -1) for s in (False, True)]
+KINDS += [*CODEBOOKS, FULL]
 
 
 @pytest.mark.usefixtures("every_isa")
@@ -74,10 +75,10 @@ def test_every_precision(precision: Precision) -> None:
 
 
 @pytest.mark.usefixtures("every_isa")
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_outliers_cost_what_they_must(bits: int) -> None:
+@pytest.mark.parametrize("precision", [*(Precision(b, 64) for b in WIDTHS), CODEBOOKS[1]], ids=str)
+def test_outliers_cost_what_they_must(precision: Precision) -> None:
     """Within half a step of each block's digits times the weights' magnitudes, whatever the activations."""
-    packed = experts((Precision(bits, 64),), ((40, 256),))
+    packed = experts((precision,), ((40, 256),))
     (matrix,) = packed.matrices(0)
     weight = dequantize(matrix).double()
     x = inputs(8, 256)
@@ -138,6 +139,7 @@ def test_types_of_activations(dtype: torch.dtype) -> None:
 MIX = (
     FULL,
     *(Precision(b, g, s) for b, (g, s) in zip(WIDTHS, itertools.cycle(((32, False), (-1, True), (64, False))))),
+    CODEBOOKS[1],
 )
 
 
@@ -145,7 +147,13 @@ def total(*counts: int) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0)
 
 
-COUNTS = [(0,) * 7, (1, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0, 6), (0, 0, 17, 0, 0, 0, 0), (3, 1, 0, 2, 5, 4, 8)]
+COUNTS = [
+    (0,) * 8,
+    (1, 0, 0, 0, 0, 0, 0, 0),
+    (0, 0, 0, 0, 0, 0, 0, 6),
+    (0, 0, 17, 0, 0, 0, 0, 0),
+    (3, 1, 0, 2, 5, 4, 3, 5),
+]
 
 
 @pytest.mark.usefixtures("every_isa")
@@ -170,7 +178,7 @@ def test_the_same_bits_on_every_path() -> None:
     """Instruction sets, threads, tiles and neighbours in the batch change nothing."""
     lib, threads, isa = cpu.library(), torch.get_num_threads(), cpu.library().mopeq_isa()
     packed = experts(MIX, ((152, 1024), (72, 1024)))
-    offsets = total(3, 1, 0, 2, 5, 4, 8)
+    offsets = total(3, 1, 0, 2, 5, 4, 3, 5)
     x = inputs(23, 1024)
     try:
         for dtype in (torch.float32, torch.bfloat16):
@@ -182,7 +190,7 @@ def test_the_same_bits_on_every_path() -> None:
                     assert cpu.grouped_linear(x.to(dtype), packed, offsets).equal(want)
             for row in range(23):
                 expert = int(torch.searchsorted(offsets, torch.tensor(row), right=True)) - 1
-                alone = cpu.grouped_linear(x[row : row + 1].to(dtype), packed, (torch.arange(8) > expert).long())
+                alone = cpu.grouped_linear(x[row : row + 1].to(dtype), packed, (torch.arange(9) > expert).long())
                 assert alone[0].equal(want[row])
     finally:
         torch.set_num_threads(threads)
@@ -192,7 +200,7 @@ def test_the_same_bits_on_every_path() -> None:
 @needs_library
 def test_uninitialised_memory_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = experts(MIX, ((24, 64),))
-    x, offsets = inputs(25, 64), total(3, 1, 0, 2, 5, 4, 8)
+    x, offsets = inputs(25, 64), total(3, 1, 0, 2, 5, 4, 3, 5)
     want = cpu.grouped_linear(x, packed, offsets)
     monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: torch.full(shape, float("nan"), **kwargs))
     assert cpu.grouped_linear(x, packed, offsets).equal(want)
@@ -272,6 +280,8 @@ def cell(column: int, value: int, expert: int = 0) -> Any:
 
 REFUSED = {
     "7 bits": ({"table": cell(0, 7)}, "a width is not"),
+    "codebook of 3 bits": ({"table": cell(2, 2)}, "a codebook is not of 2"),
+    "another kind": ({"table": cell(2, 3)}, "a width is not"),
     "group 48": ({"table": cell(1, 48)}, "a group size"),
     "group 0": ({"table": cell(1, 0)}, "a group size"),
     "12 rows": ({"table": cell(3, 12)}, "do not fit together"),
@@ -422,7 +432,7 @@ def test_two_python_threads_at_once() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     packed, x = experts(MIX, ((152, 256),)), inputs(23, 256)
-    offsets = total(3, 1, 0, 2, 5, 4, 8)
+    offsets = total(3, 1, 0, 2, 5, 4, 3, 5)
     want = cpu.grouped_linear(x, packed, offsets)
     with ThreadPoolExecutor(4) as pool:
         assert all(r.equal(want) for r in pool.map(lambda _: cpu.grouped_linear(x, packed, offsets), range(40)))
@@ -431,7 +441,7 @@ def test_two_python_threads_at_once() -> None:
 @needs_library
 def test_own_threads_where_torch_offers_none() -> None:
     packed, x = experts(MIX, ((152, 1024),)), inputs(23, 1024)
-    offsets, lib = total(3, 1, 0, 2, 5, 4, 8), cpu.library()
+    offsets, lib = total(3, 1, 0, 2, 5, 4, 3, 5), cpu.library()
     want = cpu.grouped_linear(x, packed, offsets)
     threads = torch.get_num_threads()
     lib.mopeq_set_parallel_for(None)

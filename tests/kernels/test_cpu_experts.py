@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_naive import error, flat, random_matrix
+from test_naive import CODEBOOKS, error, flat, random_matrix
 from torch import Tensor
 
 from mopeq.errors import InputError
@@ -112,6 +112,21 @@ def test_half_precision_rounds_once(dtype: torch.dtype, limit: float) -> None:
     assert error(got, twin(x, index, weights, *groups, CLAMPED, biases)) < limit  # type: ignore[arg-type]
     whole = experts(x.float(), index, weights, *groups, CLAMPED, biases, digits=2)  # type: ignore[arg-type]
     assert got.equal(whole.to(dtype))
+
+
+def test_codebooks_beside_other_widths() -> None:
+    groups = layer((*MIX[:4], *CODEBOOKS[:2], CODEBOOKS[3]))
+    lib, isa = cpu.library(), cpu.library().mopeq_isa()
+    x, index, weights = routed(19)
+    try:
+        for gate in (SILU, CLAMPED):
+            want = experts(x, index, weights, *groups, gate)
+            assert error(want, twin(x, index, weights, *groups, gate)) < 1e-5
+            for which in isas():
+                lib.mopeq_use_isa(which)
+                assert experts(x, index, weights, *groups, gate).equal(want)
+    finally:
+        lib.mopeq_use_isa(isa)
 
 
 def test_the_same_bits_on_every_path() -> None:

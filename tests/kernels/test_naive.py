@@ -15,6 +15,7 @@ from mopeq.qtensor import Codes, QTensor, dequantize, pack, pack_full
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 ALL = [Precision(b, g, s) for b in (2, 3, 4, 5, 6, 8) for g in (32, -1) for s in (False, True)] + [FULL]
+CODEBOOKS = [Precision(2, g, codebook=True) for g in (32, 64, 128, -1)]
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -27,7 +28,8 @@ def random_matrix(shape: tuple[int, int], precision: Precision, seed: int = 0) -
     if precision == FULL:
         return pack_full(torch.randn(shape, generator=draw))
     groups = precision.group_count(shape[1])
-    codes = torch.randint(0, precision.levels, shape, generator=draw, dtype=torch.uint8)
+    stored = (shape[0], shape[1] // precision.weights_per_code)
+    codes = torch.randint(0, precision.levels, stored, generator=draw, dtype=torch.uint8)
     scales = (torch.rand(shape[0], groups, generator=draw) + 0.1).half()
     zeros = torch.randint(0, precision.levels, (shape[0], groups), generator=draw, dtype=torch.uint8)
     return pack(Codes(codes, scales, None if precision.symmetric else zeros, precision))
@@ -55,7 +57,9 @@ def test_linear(precision: Precision, dtype: torch.dtype) -> None:
     assert error(got, x.double() @ dequantize(q).double().T) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("precision", [Precision(3, 32), Precision(5, -1), Precision(8, 32, True), FULL], ids=str)
+@pytest.mark.parametrize(
+    "precision", [Precision(3, 32), Precision(5, -1), Precision(8, 32, True), CODEBOOKS[1], FULL], ids=str
+)
 @pytest.mark.parametrize("block", [1, 64 * 8, 64 * 17])
 def test_blocks_of_rows_change_nothing(precision: Precision, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q = random_matrix((40, 64), precision)

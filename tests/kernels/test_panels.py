@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from test_naive import flat, random_matrix
+from test_naive import CODEBOOKS, flat, random_matrix
 from torch import Tensor
 
 from mopeq.errors import InputError
@@ -53,6 +55,16 @@ def test_order_of_codes(bits: int, rows: int) -> None:
     assert at == turned.numel()
 
 
+def test_order_of_codes_of_a_codebook() -> None:
+    """Line n, byte 4r+j: in its low bits the code of inputs 16n+j and 16n+4+j of row r, in its high those 8 further."""
+    q = random_matrix((24, 128), CODEBOOKS[0])
+    turned, codes = to_panels(q).qweight.flatten(), unpack(q).codes
+    for row, block, n, j in itertools.product(range(24), range(4), range(2), range(4)):
+        first, height = row // 16 * 16, 16 if row < 16 else 8
+        byte = int(turned[first * 32 + block * height * 8 + n * height * 4 + 4 * (row - first) + j])
+        assert byte == int(codes[row, 16 * block + 8 * n + j]) | int(codes[row, 16 * block + 8 * n + 4 + j]) << 4
+
+
 def test_order_of_scales_and_zero_points() -> None:
     q = random_matrix((24, 96), Precision(3, 32))
     turned = to_panels(q)
@@ -81,7 +93,7 @@ def test_refusal() -> None:
         to_panels(random_matrix((8, 40), Precision(3, -1)))
 
 
-MIXED = (FULL, *(Precision(b, g, s) for b in WIDTHS for g, s in ((32, False), (64, True), (-1, False))))
+MIXED = (FULL, *(Precision(b, g, s) for b in WIDTHS for g, s in ((32, False), (64, True), (-1, False))), *CODEBOOKS[:2])
 
 
 def mixed(shapes: tuple[tuple[int, int], ...]) -> list[list[QTensor]]:

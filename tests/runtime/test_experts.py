@@ -15,7 +15,7 @@ from mopeq.kernels import selected
 from mopeq.kernels.layout import PARTS, GroupLayout
 from mopeq.precision import FULL, GROUPS, Precision
 from mopeq.qtensor import QTensor, dequantize, pack, pack_full
-from mopeq.quantizers import rtn
+from mopeq.quantizers import rtn_mse
 from mopeq.runtime.experts import MixedExperts, pack_experts
 from mopeq.runtime.packed import prepare
 from mopeq.seam import activate, gate_of, gate_up_bias, is_experts
@@ -28,6 +28,7 @@ MIX = (
     Precision(8, 64),
     Precision(5, 32),
     Precision(6, 64),
+    Precision(2, 64, codebook=True),
 )
 ROUTED = ("olmoe", "gpt_oss", "granitemoe")
 
@@ -55,7 +56,7 @@ def packed_twin(module: Any) -> MixedExperts:
             rows.append([])
             for part in parts:
                 weight = dense[part].clone()
-                q = pack_full(weight) if precision == FULL else pack(rtn(weight[None], precision)[0])
+                q = pack_full(weight) if precision == FULL else pack(rtn_mse(weight[None], precision)[0])
                 rows[-1].append(q)
                 dense[part] = dequantize(q)
         layouts[group] = GroupLayout(chosen, tuple(q.shape for q in rows[0]))

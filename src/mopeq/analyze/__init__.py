@@ -29,7 +29,7 @@ from mopeq.errors import DataError, MapError
 from mopeq.memory import MOST
 from mopeq.precision import GROUPS, LEFT_OUT, Precision, ProjectionGroup
 from mopeq.progress import Track, note, silent
-from mopeq.quantizers import QUANTIZERS
+from mopeq.quantizers import QUANTIZERS, check_codebooks
 from mopeq.source import Source
 from mopeq.spec import ExpertId, Inventory, MoELayer, MoESpec
 from mopeq.stats import Stats, cost_metric
@@ -189,6 +189,7 @@ def check_request(inventory: Inventory, metrics: Sequence[str], options: Sequenc
     """What :func:`analyze` refuses before it needs a model or data; raises :class:`MapError`."""
     _check_names(metrics, METRICS, "metric")
     _check_names((quantizer,), QUANTIZERS, "quantizer")
+    check_codebooks(quantizer, options)
     costs = [name for name in COSTS if name in metrics]
     if costs and not options:
         raise MapError(f"{costs[0]} without precisions to measure it at; give options such as 2, 3 and 4 bits")

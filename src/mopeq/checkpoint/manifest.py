@@ -17,7 +17,7 @@ from mopeq.spec import Inventory, LinearRef, MoELayer, MoESpec, fitting
 __all__ = ["DTYPES", "Header", "Manifest", "PackedExperts", "PackedLinear", "linear_precisions", "packed_config"]
 
 METHOD = "mopeq"
-FORMAT_VERSION = 1
+FORMAT_VERSION, CODEBOOK_VERSION = 1, 2
 LAYOUT = "plain"
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
@@ -82,6 +82,12 @@ class Manifest:
                     f"linear {module} is at {linear.precision}; the map asks for {asked} in {linear.group}"
                 )
 
+    @property
+    def format_version(self) -> int:
+        """What the format page asks for: readers of version 1 know no codebook, and must refuse."""
+        used = [*self.precisions.histogram(), *(linear.precision for linear in self.linears.values())]
+        return CODEBOOK_VERSION if any(p.codebook for p in used) else FORMAT_VERSION
+
     def matrices(self) -> Iterator[tuple[str, tuple[int, int], Precision]]:
         """(base name, (out, in), precision) of packed matrices: experts' that are there, linears' below 16 bits."""
         for index, packed in self.experts.items():
@@ -118,7 +124,7 @@ class Manifest:
         precisions["note"] = {k: v for k, v in precisions["note"].items() if isinstance(v, short)}
         return {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "layout": LAYOUT,
             "map": precisions,
             "inventory": self.inventory.to_json(),
@@ -140,11 +146,11 @@ class Manifest:
             raise CheckpointError(
                 f'quantization_config has quant_method {method!r}; expected "{METHOD}": not a mopeq checkpoint'
             )
-        for key, known in (("format_version", FORMAT_VERSION), ("layout", LAYOUT)):
-            if data.get(key) != known or isinstance(data.get(key), bool):
+        for key, known in (("format_version", (FORMAT_VERSION, CODEBOOK_VERSION)), ("layout", (LAYOUT,))):
+            if data.get(key) not in known or isinstance(data.get(key), bool):
                 raise CheckpointError(
-                    f"quantization_config has {key} {data.get(key)!r}; this mopeq reads {known!r}; "
-                    f"use the mopeq that wrote it"
+                    f"quantization_config has {key} {data.get(key)!r}; this mopeq reads "
+                    f"{' and '.join(map(repr, known))}; use the mopeq that wrote it"
                 )
         keys = {"quant_method", "format_version", "layout", "map", "inventory", "experts", "linears"}
         if set(data) != keys:
@@ -152,7 +158,7 @@ class Manifest:
                 f"quantization_config has unknown keys {sorted(set(data) - keys)} and lacks {sorted(keys - set(data))}"
             )
         try:
-            return cls(
+            made = cls(
                 precisions=PrecisionMap.from_json(data["map"]),
                 inventory=Inventory.from_json(data["inventory"]),
                 experts={int(k): _experts(v) for k, v in data["experts"].items()},
@@ -162,6 +168,12 @@ class Manifest:
             raise CheckpointError(f"quantization_config: {error}") from error
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"malformed quantization_config: {error!r}; see docs/format.md") from error
+        if made.format_version != data["format_version"]:
+            raise CheckpointError(
+                f"quantization_config has format_version {data['format_version']}; its precisions are those of version "
+                f"{made.format_version}: see docs/format.md"
+            )
+        return made
 
 
 def _experts(data: Mapping[str, Any]) -> PackedExperts:

@@ -38,9 +38,11 @@ class Kept:
 
 
 def plan(folder: PackedFolder) -> dict[str, Kept | Field]:
-    """``{base name: how it is stored}``: as it is, or 16 bits where rows or columns do not fill words of 32 codes."""
+    """``{base name: how it is stored}``: as it is, or 16 bits where there is a codebook, or rows or columns do not fill
+    words of 32 codes.
+    """
     return {
-        base: Kept(precision) if precision != FULL and all(n % 32 == 0 for n in shape) else Field(16)
+        base: Field(16) if precision == FULL or precision.codebook or any(n % 32 for n in shape) else Kept(precision)
         for base, shape, precision in folder.manifest.matrices()
     }
 

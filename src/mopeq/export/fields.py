@@ -2,7 +2,8 @@
 
 A code q with zero point z stands for the integer k = q - z, and the weight is ``k * scale``. With b bits, k of a
 symmetric matrix lies in [-2^(b-1), 2^(b-1) - 1] and k of one with zero points in [-(2^b - 1), 2^b - 1]; the signed
-integers of b, or b + 1, bits hold them all. A wider field and smaller groups hold the same weights.
+integers of b, or b + 1, bits hold them all. The points of a codebook are integers in [-16, 16], which take 6 bits. A
+wider field and smaller groups hold the same weights.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from mopeq.precision import FULL, Precision
-from mopeq.qtensor import QTensor, unpack
+from mopeq.qtensor import QTensor, integers, unpack
 
 __all__ = ["Field", "Stored", "centred", "common", "regrouped", "signed_bits"]
 
@@ -46,7 +46,7 @@ class Field:
 
 def signed_bits(precision: Precision) -> int:
     """Bits of the signed integers that hold every ``code - zero`` of a precision."""
-    return precision.bits if precision.symmetric else precision.bits + 1
+    return 6 if precision.codebook else precision.bits if precision.symmetric else precision.bits + 1
 
 
 def common(precisions: Iterable[Precision], widths: Sequence[int]) -> Field | None:
@@ -64,9 +64,7 @@ def common(precisions: Iterable[Precision], widths: Sequence[int]) -> Field | No
 def centred(matrix: QTensor) -> tuple[Tensor, Tensor]:
     """Integers k = code - zero, int16 (out, in), and scales, float16 (out, groups)."""
     codes = unpack(matrix)
-    grouped = codes.codes.reshape(*codes.scales.shape, -1).to(torch.int16)
-    zero = 1 << (codes.precision.bits - 1) if codes.zeros is None else codes.zeros.to(torch.int16).unsqueeze(-1)
-    return (grouped - zero).flatten(-2), codes.scales
+    return integers(codes), codes.scales
 
 
 def regrouped(scales: Tensor, inputs: int, group_size: int) -> Tensor:

@@ -24,7 +24,7 @@ from mopeq.seam import Gate
 __all__ = ["COARSE", "DIGITS", "ISAS", "convert", "digits_of", "experts", "grouped_linear", "isa", "library", "why_not"]
 
 LIBRARY = Path(__file__).with_name("libmopeq_cpu.so")
-ABI = 5
+ABI = 6
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
@@ -35,7 +35,7 @@ COARSE = 2
 FAULTS = {
     1: "a buffer is missing",
     2: "rows, inputs or outputs do not fit together",
-    3: "a width is not 2, 3, 4, 5, 6, 8 or 16 bits",
+    3: "a width is not 2, 3, 4, 5, 6, 8 or 16 bits, or a codebook is not of 2",
     4: "a group size is no multiple of 32 or does not divide the inputs",
     5: "a matrix lies outside its buffer",
     6: "offsets decrease or exceed the rows",
@@ -322,7 +322,8 @@ def convert(packed: PackedGroup, form: Form) -> PackedGroup:
         if precision.bits == 16:
             continue
         for q in packed.stored(expert):
-            (rows, inputs), groups, bits = q.shape, q.scales.shape[1], precision.bits
+            rows, inputs = q.shape[0], q.shape[1] // precision.weights_per_code
+            groups, bits = q.scales.shape[1], precision.code_bits
             before = q.qweight.clone()
             check(lib.mopeq_repack_codes(before.data_ptr(), _parts("qweight", q.qweight, torch.uint8)[0],
                                           rows, inputs, bits, forward, threads))  # fmt: skip

@@ -35,6 +35,8 @@ def why_not(layout: GroupLayout, device: torch.device, dtype: torch.dtype) -> st
         return f"humming takes float16 and bfloat16, not {dtype}"
     if any(p.bits == 16 for p in layout.precisions):
         return "humming has no 16-bit weights, and some experts are at 16 bits"
+    if layout.has_codebooks:
+        return "humming has no codebooks of two weights, and some experts have one"
     rows, inputs = sum(out for out, _ in layout.shapes), layout.shapes[0][1]
     if rows % 64 or inputs % 32:
         return f"humming wants rows in multiples of 64 and inputs in multiples of 32, not {rows} x {inputs}"

@@ -56,6 +56,8 @@ def _triton_why_not(layout: GroupLayout, device: torch.device, dtype: torch.dtyp
         return f"the Triton kernel runs on CUDA devices, not on {device.type}"
     if not _has_triton():
         return "the package triton is not installed"
+    if layout.has_codebooks:
+        return "the Triton kernel has no codebooks, and some experts have one"
     return "" if dtype in cpu.TYPES else f"the Triton kernel does not take {dtype}"
 
 

@@ -49,10 +49,15 @@ class GroupLayout:
         sizes = {p.group_size for p in self.precisions if p.bits != 16 and p.group_size > 0}
         return inputs % BLOCK == 0 and all(size % BLOCK == 0 for size in sizes)
 
+    @property
+    def has_codebooks(self) -> bool:
+        """Whether codes of some matrices are points of a codebook."""
+        return any(p.codebook for p in self.precisions)
+
     @cached_property
     def table(self) -> Tensor:
-        """int64 (experts, matrices, 8), for compiled kernels: bits, group size in inputs, 1 if symmetric, rows,
-        inputs, and first elements of codes, scales and zero points.
+        """int64 (experts, matrices, 8), for compiled kernels: bits, group size in inputs, kind (0 with zero points,
+        1 symmetric, 2 codebook), rows, inputs, and first elements of codes, scales and zero points.
         """
         rows: list[list[list[int]]] = []
         for expert, precision in enumerate(self.precisions):
@@ -60,7 +65,8 @@ class GroupLayout:
             rows.append([])
             for out, inp in self.shapes:
                 size = inp if precision.group_size == -1 else precision.group_size
-                rows[-1].append([precision.bits, size, int(precision.symmetric), out, inp, *at])
+                kind = 2 if precision.codebook else int(precision.symmetric)
+                rows[-1].append([precision.bits, size, kind, out, inp, *at])
                 stored = packed_shapes((out, inp), precision)
                 at = [
                     begin + (prod(stored[part][0]) if part in stored else 0)

@@ -10,6 +10,9 @@ block of b bits is b *lines* of 4 bytes a row, byte 4r+j of a line belonging to 
     5 bits  those of 4 bits of the low bits, and the high bits h0|h1<<1|...|h7<<7
     6 bits  those of 4 bits, and those of 2 bits of the two high ones       8 bits  c0, c1, ..., c7
 
+A matrix with a codebook is turned as one of 4-bit codes and half the inputs: its block of 32 inputs is two lines, and
+the two inputs 8k+j and 8k+4+j of a code lie in one lane of two chunks.
+
 Scales: panel, group, row. Zero points: panel, group, then the bit string of 8 rows, as on disk. Sizes do not change.
 """
 
@@ -36,10 +39,10 @@ def from_panels(q: QTensor) -> QTensor:
 
 
 def _turn(q: QTensor, forward: bool) -> QTensor:
-    rows, inp = q.shape
-    bits = q.precision.bits
+    rows, bits = q.shape[0], q.precision.code_bits
     if bits == 16:
         return q
+    inp = q.shape[1] // q.precision.weights_per_code
     if rows % 8 or inp % BLOCK:
         raise ValueError(f"a matrix {rows} x {inp} has no panels; expected multiples of 8 and {BLOCK}")
     groups = q.scales.shape[1]

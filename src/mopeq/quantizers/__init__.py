@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from mopeq.errors import InputError
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
 from mopeq.quantizers.gptq import Factored, factored, gptq
@@ -15,8 +17,8 @@ from mopeq.quantizers.rtn import rtn, rtn_mse
 from mopeq.quantizers.signround import signround
 
 __all__ = [
-    "DATA_FREE", "QUANTIZERS", "Quantizer", "fallback_moments", "gptq", "hqq", "moment_error", "once", "rtn", "rtn_mse",
-    "signround",
+    "CODEBOOKS", "DATA_FREE", "QUANTIZERS", "Quantizer", "check_codebooks", "fallback_moments", "gptq", "hqq",
+    "moment_error", "once", "rtn", "rtn_mse", "signround",
 ]  # fmt: skip
 
 
@@ -44,5 +46,16 @@ QUANTIZERS: dict[str, Quantizer] = {
     "signround": signround,
 }
 """By the name that ``--method`` takes."""
+CODEBOOKS = ("gptq", "rtn-mse")
+"""Those that can make a codebook's codes, such as 2g128c."""
 DATA_FREE = ("rtn", "rtn-mse", "hqq")
 """Those that run without calibration inputs."""
+
+
+def check_codebooks(method: str, precisions: Iterable[Precision]) -> None:
+    """Raise :class:`InputError` for a codebook among the precisions that the method cannot make."""
+    book = next((p for p in precisions if p.codebook), None)
+    if book is not None and method not in CODEBOOKS:
+        raise InputError(
+            f"{book} has a codebook, which {method} cannot make; choose the method {' or '.join(CODEBOOKS)}"
+        )

@@ -20,6 +20,7 @@ from torch import Tensor
 from mopeq.errors import DataError
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
+from mopeq.quantizers import pairs
 from mopeq.quantizers.grid import Grid, bounds, columns, minmax, searched, steps
 from mopeq.quantizers.rtn import importance
 
@@ -44,16 +45,17 @@ class Factored:
 
     importance: float32 (experts, in), of the grid search. order: int64 (experts, in), in which columns are rounded.
     upper: float32 (experts, in, in), R of the damped moments R D R^T in that order: upper triangular, ones on the
-    diagonal.
+    diagonal. pivots: float32 (experts, in), the diagonal of D.
     """
 
     importance: Tensor
     order: Tensor
     upper: Tensor
+    pivots: Tensor
 
     def __getitem__(self, part: slice | list[int]) -> Factored:
         """Some of the matrices."""
-        return Factored(self.importance[part], self.order[part], self.upper[part])
+        return Factored(self.importance[part], self.order[part], self.upper[part], self.pivots[part])
 
 
 def factored(moments: Tensor, *, damping: float = DAMPING, act_order: bool = True) -> Factored:
@@ -68,7 +70,7 @@ def factored(moments: Tensor, *, damping: float = DAMPING, act_order: bool = Tru
         order = diagonal.argsort(dim=-1, descending=True, stable=True)
     else:
         order = torch.arange(inp, device=moments.device).expand(experts, inp)
-    return Factored(importance(moments), order, _factor(moments, order, damping))
+    return Factored(importance(moments), order, *_factor(moments, order, damping))
 
 
 def gptq(
@@ -101,20 +103,27 @@ def gptq(
     shape = tuple(moments.upper.shape if isinstance(moments, Factored) else moments.shape)
     if shape != (experts, inp, inp):
         raise ValueError(f"moments {shape}; expected {(experts, inp, inp)}")
-    codes, grids = [], []
+    made = []
     step = max(1, CHUNK // (inp * (inp + out)))
     for start in range(0, experts, step):
         rows = slice(start, start + step)
         h = moments[rows]
         part = weight[rows]
         f = h if isinstance(h, Factored) else factored(h, damping=damping, act_order=act_order)
+        if precision.codebook:
+            made.append(
+                pairs.compensated(part, precision, f.importance, f.order, f.upper * f.pivots.sqrt().unsqueeze(1))
+            )
+            continue
         grid = minmax(part, precision)
         if factors:
             grid = searched(part, precision, f.importance, factors=factors, refits=0)
-        grids.append(grid)
-        codes.append(_round(part, grid, f))
-    whole = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]), precision)
-    return whole.codes(torch.cat(codes))
+        made.append(grid.codes(_round(part, grid, f)))
+    zeros = [c.zeros for c in made if c.zeros is not None]
+    return Codes(
+        torch.cat([c.codes for c in made]), torch.cat([c.scales for c in made]), torch.cat(zeros) if zeros else None,
+        precision,
+    )  # fmt: skip
 
 
 def _round(weight: Tensor, grid: Grid, factors: Factored) -> Tensor:
@@ -159,10 +168,11 @@ def _round(weight: Tensor, grid: Grid, factors: Factored) -> Tensor:
     return columns(placed)
 
 
-def _factor(moments: Tensor, order: Tensor, damping: float) -> Tensor:
-    """Upper triangular R (experts, in, in) of the damped moments in the given order, ones on its diagonal.
+def _factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """R (experts, in, in) and the diagonal of D (experts, in) of the damped moments in the given order.
 
-    With the columns reversed, H = L L^T; L with its columns divided by its diagonal, reversed back, is R.
+    With the columns reversed, H = L L^T; L with its columns divided by its diagonal, reversed back, is R, and the
+    squares of that diagonal are D's.
     """
     h = torch.empty_like(moments)
     for into, matrix, at in zip(h, moments, order.flip(-1), strict=True):
@@ -175,8 +185,9 @@ def _factor(moments: Tensor, order: Tensor, damping: float) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(h)
     for e in (info > 0).nonzero().flatten().tolist():
         lower[e] = _factor_slowly(h[e].double(), damping).float()
-    lower.div_(lower.diagonal(dim1=-2, dim2=-1).unsqueeze(1).clone())
-    return lower.flip(1, 2)
+    root = lower.diagonal(dim1=-2, dim2=-1).clone()
+    lower.div_(root.unsqueeze(1))
+    return lower.flip(1, 2), root.square().flip(1)
 
 
 def _factor_slowly(h: Tensor, damping: float) -> Tensor:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mopeq.errors import ModelError
+from mopeq.errors import InputError, ModelError
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
 
-__all__ = ["Grid", "minmax", "nearest", "searched"]
+__all__ = ["Grid", "fp16", "minmax", "nearest", "searched"]
 
 TINY = 2.0**-24
 """Smallest positive fp16."""
@@ -70,7 +70,7 @@ def minmax(weight: Tensor, precision: Precision) -> Grid:
     reach = 2 * size if precision.symmetric else high.clamp_min(0) - low.clamp_max(0)
     scale = reach / (levels - 1)
     scale = torch.where(constant & (size <= LARGEST), size, scale)
-    scale = _fp16(torch.where(size == 0, 1.0, scale))
+    scale = fp16(torch.where(size == 0, 1.0, scale))
     _check(scale, size, precision)
     half = float(levels // 2)
     if precision.symmetric:
@@ -177,24 +177,27 @@ def _search(
         z = (first_zero + shift).clamp_(0, levels - 1)
         for factor in factors:
             if (shift, factor) != (0, 1):  # that is where it begins
-                offer(_fp16(first_scale * factor), z)
+                offer(fp16(first_scale * factor), z)
     for _ in range(refits):
         k = steps(cells, scale, *bounds(zero, levels), out=work)
         hk = k if h is None else k * h
         fit = (hk * cells).sum(2, keepdim=True) / (hk * k).sum(2, keepdim=True)
-        offer(_fp16(torch.where(fit > 0, fit, scale)), zero)
+        offer(fp16(torch.where(fit > 0, fit, scale)), zero)
 
 
 def _grouped(weight: Tensor, precision: Precision) -> Tensor:
     if precision.bits == 16:
         raise ValueError("16 bits has no codes; store the matrix with qtensor.pack_full")
+    if precision.codebook:
+        raise InputError(f"{precision} has a codebook, which only the methods gptq and rtn-mse can use; choose one")
     if weight.dim() != 3 or weight.dtype != torch.float32:
         raise ValueError(f"weight {weight.dtype} {tuple(weight.shape)}; expected float32 (experts, out, in)")
     groups = precision.group_count(weight.shape[-1])
     return weight.reshape(*weight.shape[:2], groups, weight.shape[-1] // groups)
 
 
-def _fp16(scale: Tensor) -> Tensor:
+def fp16(scale: Tensor) -> Tensor:
+    """The fp16 numbers nearest to some scales, as float32; never zero."""
     return scale.to(torch.float16).float().clamp_min_(TINY)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
+from mopeq.quantizers import pairs
 from mopeq.quantizers.grid import minmax, nearest, searched
 
 __all__ = ["rtn", "rtn_mse"]
@@ -22,7 +23,12 @@ def rtn_mse(weight: Tensor, precision: Precision, moments: Tensor | None = None)
     weight: float32 (experts, out, in). With ``moments`` (experts, in, in) the error of input i counts by their
     diagonal, to which a hundredth of its mean is added so that inputs never seen still count.
     """
-    return nearest(weight, searched(weight, precision, None if moments is None else importance(moments)))
+    heavy = None if moments is None else importance(moments)
+    return (
+        pairs.nearest(weight, precision, heavy)
+        if precision.codebook
+        else nearest(weight, searched(weight, precision, heavy))
+    )
 
 
 def importance(moments: Tensor) -> Tensor:

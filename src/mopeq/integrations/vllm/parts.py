@@ -31,10 +31,10 @@ class Cut:
 
     def check(self, name: str, whole: tuple[int, int], precision: Precision) -> None:
         """Refuse a cut that codes, groups or zero points cannot take: they are stored in eights and in groups."""
-        group = 1 if precision.group_size == -1 else precision.group_size
+        group = max(64 if precision.codebook else 8, precision.group_size)
         for what, (begin, end), size, unit in (
             ("rows", self.rows, whole[0], 8),
-            ("inputs", self.inputs, whole[1], max(8, group)),
+            ("inputs", self.inputs, whole[1], group),
         ):
             if precision.bits != 16 and (begin, end) != (0, size) and (begin % unit or end % unit):
                 raise InputError(

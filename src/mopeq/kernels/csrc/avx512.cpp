@@ -65,6 +65,17 @@ struct Avx512 {
       }
     if constexpr (B == 8)
       for (int n = 0; n < 8; n++) c[n] = line(n);
+    if constexpr (B == mopeq::CODEBOOK) {
+      const auto points = [](int n) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(mopeq::POINTS[n])));
+      };
+      const __m512i even = points(0), odd = points(1);
+      for (int n = 0; n < 2; n++) {
+        const __m512i v = line(n), low = both(v, byte(15)), high = both(_mm512_srli_epi16(v, 4), byte(15));
+        c[4 * n] = _mm512_shuffle_epi8(even, low), c[4 * n + 1] = _mm512_shuffle_epi8(odd, low);
+        c[4 * n + 2] = _mm512_shuffle_epi8(even, high), c[4 * n + 3] = _mm512_shuffle_epi8(odd, high);
+      }
+    }
   }
 
   static inline __m512i four(const int8_t *q) {
@@ -96,7 +107,7 @@ struct Avx512 {
     }
   }
   template <int B>
-  static inline Int middle() { return _mm512_set1_epi32(1 << (B - 1)); }
+  static inline Int middle() { return _mm512_set1_epi32(B == mopeq::CODEBOOK ? mopeq::POINT_ZERO : 1 << (B - 1)); }
   static inline Int join(Int hi, Int lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 7), lo); }
   static inline Float halves(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));

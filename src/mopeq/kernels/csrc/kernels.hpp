@@ -7,6 +7,14 @@ namespace mopeq {
 
 enum : int { BLOCK = 32, PANEL = 16, MAX_DIGITS = 3 };
 
+// What kernels are made for: a width in bits, or the codebook, 2 bits a weight. A code of 4 bits stands for the inputs
+// in one lane of an even chunk and of the odd one after it.
+enum : int { CODEBOOK = 1, POINT_ZERO = 16 };
+constexpr int bits_of(int width) { return width == CODEBOOK ? 2 : width; }
+// The points of the codebook (PAIRS in qtensor.py) plus POINT_ZERO, so that they are unsigned and at most 32.
+constexpr uint8_t POINTS[2][16] = {{7, 2, 24, 28, 20, 12, 19, 9, 20, 12, 16, 8, 28, 2, 32, 18},
+                                   {2, 12, 16, 26, 22, 23, 31, 16, 10, 9, 16, 31, 6, 22, 16, 1}};
+
 // Activations as digits to the base 128, most significant first: x = scale * sum_d digit[d] * 128^(digits-1-d).
 struct Activations {
   const int8_t *digits;   // (rows, blocks, digits, 32)
@@ -67,7 +75,7 @@ struct Loops {
 };
 
 struct Kernels {
-  PanelKernel panel[6][4][3][2];           // width 2 3 4 5 6 8; DIGITS; tile of 1, 2, 4 tokens; height 8, 16
+  PanelKernel panel[7][4][3][2];           // width 2 3 4 5 6 8, codebook; DIGITS; tile of 1, 2, 4 tokens; height 8, 16
   DenseKernel dense[3];                    // tile of 1, 2, 4 tokens
   WideKernel wide;                         // one token, rows of float32
   void (*read)(const void *data, int64_t bytes, uint64_t *sum);

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { MOPEQ_ABI = 5 };
+enum { MOPEQ_ABI = 6 };
 
 // Type of the activations.
 enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
@@ -31,9 +31,12 @@ enum {
   MOPEQ_TYPE = 9,      // an unknown type or number of digits
 };
 
+// How the codes of a matrix are meant: with zero points, without, or as points of the codebook, of 2 bits a weight.
+enum { MOPEQ_ZEROS = 0, MOPEQ_SYMMETRIC = 1, MOPEQ_CODEBOOK = 2 };
+
 // One matrix of one expert; offsets in elements of the three buffers. Eight int64, as the caller's table has them.
 typedef struct {
-  int64_t bits, group, symmetric, rows, inputs, codes, scales, zeros;
+  int64_t bits, group, kind, rows, inputs, codes, scales, zeros;
 } mopeq_matrix;
 
 // The matrices of all experts of a layer in one projection group, and the buffers that they lie in.

@@ -27,6 +27,7 @@ struct Portable {
         if constexpr (B == 5) v |= (line(4) >> k & 1) << 4;
         if constexpr (B == 6) v |= (line(4 + k / 4) >> (2 * (k % 4)) & 3) << 4;
         if constexpr (B == 8) v = line(k);
+        if constexpr (B == mopeq::CODEBOOK) v = mopeq::POINTS[k % 2][line(k / 4) >> (4 * (k / 2 % 2)) & 15];
         c[k].v[i] = uint8_t(v);
       }
     }
@@ -53,7 +54,7 @@ struct Portable {
   template <int B>
   static inline Int middle() {
     Int z;
-    for (int r = 0; r < 8; r++) z.v[r] = 1 << (B - 1);
+    for (int r = 0; r < 8; r++) z.v[r] = B == mopeq::CODEBOOK ? mopeq::POINT_ZERO : 1 << (B - 1);
     return z;
   }
   static inline Int join(Int hi, Int lo) {

@@ -16,9 +16,10 @@ constexpr int TILES[] = {1, 2, 4};
 
 std::atomic<int> chosen{-1};
 
-int width_index(int64_t bits) {
-  switch (bits) {
-    case 2: case 3: case 4: case 5: case 6: return int(bits) - 2;
+int width_index(const mopeq_matrix &m) {
+  if (m.kind == MOPEQ_CODEBOOK) return m.bits == 2 ? 6 : -1;
+  switch (m.bits) {
+    case 2: case 3: case 4: case 5: case 6: return int(m.bits) - 2;
     case 8: return 5;
     default: return -1;
   }
@@ -31,12 +32,12 @@ int check(const mopeq_matrix &m, const mopeq_group &in, int64_t inputs) {
   };
   if (m.bits == 16)
     return inside(m.codes, 2 * m.rows * m.inputs, in.codes_size) && m.codes % 2 == 0 ? MOPEQ_OK : MOPEQ_RANGE;
-  if (width_index(m.bits) < 0) return MOPEQ_BITS;
+  if (m.kind < MOPEQ_ZEROS || m.kind > MOPEQ_CODEBOOK || width_index(m) < 0) return MOPEQ_BITS;
   if (m.group < BLOCK || m.group % BLOCK || m.inputs % m.group) return MOPEQ_GROUP;
   const int64_t groups = m.inputs / m.group;
   if (!inside(m.codes, m.rows * (m.inputs * m.bits / 8), in.codes_size)) return MOPEQ_RANGE;
   if (!in.scales || !inside(m.scales, m.rows * groups, in.scales_size)) return MOPEQ_RANGE;
-  if (!m.symmetric && (!in.zeros || !inside(m.zeros, groups * (m.rows * m.bits / 8), in.zeros_size)))
+  if (m.kind == MOPEQ_ZEROS && (!in.zeros || !inside(m.zeros, groups * (m.rows * m.bits / 8), in.zeros_size)))
     return MOPEQ_RANGE;
   return MOPEQ_OK;
 }
@@ -50,12 +51,12 @@ Panel panel_of(const Product &product, const mopeq_matrix &m, int64_t p) {
   Panel panel{};
   panel.codes = group.codes + m.codes + row * (m.inputs * m.bits / 8);
   panel.scales = group.scales + m.scales + row * groups;
-  panel.zeros = m.symmetric ? nullptr : group.zeros + m.zeros + row / 8 * m.bits * groups;
+  panel.zeros = m.kind != MOPEQ_ZEROS ? nullptr : group.zeros + m.zeros + row / 8 * m.bits * groups;
   panel.groups = groups, panel.blocks = m.group / BLOCK;
   const int64_t height = std::min<int64_t>(PANEL, m.rows - row);
   panel.next_codes = panel.codes + height * (m.inputs * m.bits / 8);
   panel.next_scales = panel.scales + height * groups;
-  panel.next_zeros = m.symmetric ? nullptr : panel.zeros + height / 8 * m.bits * groups;
+  panel.next_zeros = m.kind != MOPEQ_ZEROS ? nullptr : panel.zeros + height / 8 * m.bits * groups;
   return panel;
 }
 
@@ -105,8 +106,8 @@ void work(const Piece &piece, const Piece &then) {
         product.kernels->dense[tile](dense, height, m.inputs, product.x->wide, product.rows + t, out,
                                      product.out_features);
       else
-        product.kernels->panel[width_index(m.bits)][digits][tile][tall](panel, x, product.rows + t, out,
-                                                                        product.out_features);
+        product.kernels->panel[width_index(m)][digits][tile][tall](panel, x, product.rows + t, out,
+                                                                   product.out_features);
       t += TILES[tile];
     }
   }
