@@ -101,13 +101,9 @@ class Study:
                         self.filled[unit] = p
         return self.model
 
-    def take_matrices(self, found: Mapping[str, Tensor]) -> nn.Module:
-        """The model with these matrices, by their names in the checkpoint, as its experts."""
-        self.filled.clear()
-        return _take_matrices(self.model, self.prepared, found)
-
 
 def _take_matrices(model: nn.Module, opened: Prepared, found: Mapping[str, Tensor]) -> nn.Module:
+    """The model with these matrices, by their names in the checkpoint, as its experts."""
     for layer in opened.spec.layers:
         module = experts_module(model, layer)
         for number, expert in enumerate(layer.experts):
@@ -157,9 +153,10 @@ def _run(
     windows, domains = _windows(asked, ready.tokenizer)
     full = [bits for bits in asked.bits if bits in FULL_CONTROLS]
     left = any(f"{LAST_CONTROL} = {bits}" not in rows for bits in full)
-    methods = {f"{m} {bits}": (m, bits) for m in asked.methods for bits in QUANTIZED[m]} if last else {}
+    methods = {f"mopeq {m} {bits}": (m, bits) for m in asked.methods for bits in QUANTIZED[m]} if last else {}
+    with_data = {name for name, (method, _) in methods.items() if method not in DATA_FREE}
     questions = asked.questions if last else 0
-    measured = left or any(f"frequency = {bits}" not in rows for bits in asked.bits) or not set(methods) <= set(rows)
+    measured = left or any(f"frequency = {bits}" not in rows for bits in asked.bits) or not with_data <= set(rows)
     measured = measured or (questions and len(run.get("questions", ())) < len(TASKS))
 
     def add(name: str, row: Mapping[str, Any], found: Comparison) -> None:
@@ -180,6 +177,8 @@ def _run(
                 continue
             _take_matrices(changed, opened, peers_quality.read(told.pop("matrices")))
             add(name, {**told, "kind": "peer", "bytes": _size(opened, told["bits"])}, judge(changed, name))
+        for name in [n for n in methods if n not in with_data and n not in rows]:
+            add(name, *_by_method(opened, changed, judge, *methods[name]))
         if not measured:
             return
         study = _studied(asked, opened, run["seed"], left, changed)
@@ -192,13 +191,9 @@ def _run(
                 add(job.name, row, judge(study.take(job.precisions), job.name))
         if not proved and "ours 2.5" in rows:
             run["packed"] = _packed(study, rows["ours 2.5"], judge, folder)
-        for name, (method, bits) in methods.items():
-            if name not in rows:
-                row = {**_described(study, _uniform(study, bits)), "kind": "peer"}
-                begun = time.process_time()
-                model = study.take_matrices(_requantized(study, method, Precision(bits, 128)))
-                row["processor_seconds"] = round(time.process_time() - begun, 1)
-                add(name, row, judge(model, name))
+        for name in [n for n in methods if n not in rows]:
+            study.filled.clear()
+            add(name, *_by_method(study.prepared, changed, judge, *methods[name]))
     if questions:
         _asked_questions(asked, study, run, folder, save)
 
@@ -207,21 +202,30 @@ def _uniform(study: Study, bits: int) -> Job:
     return Job(f"uniform {bits}", "uniform", uniform_map(study.stats.model, [Precision(bits, 128)], rest=KEPT))
 
 
-def _requantized(study: Study, method: str, precision: Precision) -> dict[str, Tensor]:
-    """The experts' matrices as another quantizer leaves them, by their names in the checkpoint."""
-    made = {}
-    for layer in study.prepared.spec.layers:
-        module = experts_module(study.prepared.model, layer)
-        weights = {group: read_group(study.prepared.source, layer, group) for group in GROUPS}
-        seen = moments(study.prepared.routed[layer.index], module, weights["gate_up"])
+def _by_method(
+    opened: Prepared, changed: nn.Module, judge: Judge, method: str, bits: int
+) -> tuple[dict[str, Any], Comparison]:
+    """Row and comparison of the model with its experts as another quantizer leaves them at uniform bits."""
+    precision, begun = Precision(bits, 128), time.process_time()
+    for layer in opened.spec.layers:
+        module = experts_module(changed, layer)
+        weights = {group: read_group(opened.source, layer, group) for group in GROUPS}
+        seen = None
+        if method not in DATA_FREE:
+            original = experts_module(opened.model, layer)
+            seen = moments(opened.routed[layer.index], original, weights["gate_up"])
         for group in GROUPS:
-            summed = getattr(seen, group)
-            inputs = None if method in DATA_FREE else fallback_moments(summed, seen.tokens, summed.shape[-1] // 4)[0]
-            found = dequantize(QUANTIZERS[method](weights[group], precision, inputs))
-            for expert, matrices in zip(layer.experts, found, strict=True):
-                parts = matrices.chunk(len(MATRICES[group]))
-                made |= {f"{expert.names[m]}.weight": p for m, p in zip(MATRICES[group], parts, strict=True)}
-    return made
+            inputs = None
+            if seen is not None:
+                summed = getattr(seen, group)
+                inputs = fallback_moments(summed, seen.tokens, summed.shape[-1] // 4)[0]
+            for expert, weight in enumerate(dequantize(QUANTIZERS[method](weights[group], precision, inputs))):
+                _place(module, group, expert, weight)
+    seconds = round(time.process_time() - begun, 1)
+    size = opened.inventory.total_bytes(uniform_map(opened.inventory, [precision], rest=KEPT))
+    taken = round(precision.bits + (16 + precision.bits) / 128, 4)
+    row = {"kind": "peer", "bits": taken, "bytes": size, "processor_seconds": seconds}
+    return row, judge(changed, f"{method} {bits}")
 
 
 def _size(opened: Prepared, bits: float) -> int:

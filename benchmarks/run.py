@@ -24,6 +24,7 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         "solver": ["solver.py"],
         **_fidelity("", [*named, "--text", *text]),
         **_fidelity("bundled_", bundled),
+        "frontier": ["frontier.py", *named, "--text", *text],
         "scores": ["scores.py", *named],
         "codebooks": ["codebooks.py", *named, "--text", *text],
         "methods": ["methods.py", *named, "--text", *text],
