@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 
 from codebook_tables import codebooks, speed
 from common import RESULTS, estimate, interpolated, table
+from cpu_kernel import shares
 from frontier_tables import frontier
 from methods_tables import methods
 from moqe_tables import moqe
@@ -420,6 +421,21 @@ def runtime(results: Mapping[str, Any]) -> dict[str, str]:
     return {"runtime": table(head, cells)}
 
 
+def activations(results: Mapping[str, Any]) -> dict[str, str]:
+    widths = {bits: row for bits, row in results.items() if bits.isdigit()}
+    names = list(next(iter(widths.values())))
+
+    def cell(found: Mapping[str, Any]) -> str:
+        low, high = found["more"]
+        return f"{found['kl']:.4f}" + (f" ({low:+.5f} to {high:+.5f})" if high > low else "")
+
+    return {"activations": table(["bits", *names], [[b, *(cell(row[n]) for n in names)] for b, row in widths.items()])}
+
+
+def kernel(results: Mapping[str, Any]) -> dict[str, str]:
+    return {"kernel": shares(results)}
+
+
 def llama_cpp(results: Mapping[str, Any]) -> dict[str, str]:
     cells = [
         [bits, name, f"{row['bytes'] / 1e6:.0f}", f"{row['decode']:.1f}",
@@ -498,6 +514,8 @@ PRINTED = {
     "vlm_study": vlm,
     "vlm_parts": parts,
     "cpu_rows": rows,
+    "activations": activations,
+    "cpu_kernel": kernel,
     "cpu_runtime": runtime,
     "llama_cpp": llama_cpp,
 }
