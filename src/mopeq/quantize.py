@@ -157,7 +157,7 @@ def quantize(
             raise DataError(f"of the tenth of the data kept apart for comparing, {error}, or use --no-eval") from error
     if (calibration.modality_weight != 1 or calibration.balance) and budget is None and method in DATA_FREE:
         raise InputError(
-            f"{method} with a map takes no data to weigh or balance; use gptq or a budget, or leave it out"
+            f"a modality weight or a balance does not enter {method} with a map; use gptq or a budget, or leave it out"
         )
     if budget is not None or method not in DATA_FREE:
         opened = calibrated(opened, calibration, texts=training, track=track)
