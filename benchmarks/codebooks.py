@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import START, arguments, store
+from common import START, store, study_arguments
 from fidelity import short, windows_of
 from mopeq.analyze import slabs
 from mopeq.evaluate.bootstrap import difference_estimate
@@ -71,15 +71,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = arguments(__doc__ or "", "codebooks")
-    parser.add_argument("--model", required=True, help="folder or hub id of the original")
-    parser.add_argument("--label", default="", help="how results call the model")
-    parser.add_argument("--data", required=True, help="calibration text")
-    parser.add_argument("--text", required=True, nargs="+", help="held-out text files")
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence, and of a held-out window")
-    parser.add_argument("--windows", type=int, default=48, help="held-out windows, evenly spread over all files")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="all methods run on the last only")
+    parser = study_arguments(__doc__ or "", "codebooks")
     return parser
 
 

@@ -28,6 +28,20 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def study_arguments(description: str, name: str) -> argparse.ArgumentParser:
+    """A parser with the options of every study that calibrates a model and judges it on held-out text."""
+    parser = arguments(description, name)
+    parser.add_argument("--model", required=True, help="folder or hub id of the original")
+    parser.add_argument("--label", default="", help="how results call the model")
+    parser.add_argument("--data", required=True, help="calibration text")
+    parser.add_argument("--text", required=True, nargs="+", help="held-out text files")
+    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence, and of a held-out window")
+    parser.add_argument("--windows", type=int, default=48, help="held-out windows, evenly spread over all files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the calibration")
+    return parser
+
+
 def store(path: Path, results: Mapping[str, Any]) -> None:
     """Write ``results`` with machine, commit, command, date and versions, beside the target and renamed into place."""
     from mopeq.stats import write_json

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, store
+from common import store, study_arguments
 from mopeq.allocate import allocate, inverted_map, predicted, random_map, ranked_map
 from mopeq.allocate.baselines import uniform_map
 from mopeq.analyze import hessian_trace
@@ -108,15 +108,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = arguments(__doc__ or "", "fidelity")
-    parser.add_argument("--model", required=True, help="folder or hub id of the original")
-    parser.add_argument("--label", default="", help="how results call the model")
-    parser.add_argument("--data", required=True, help="calibration text")
-    parser.add_argument("--text", required=True, nargs="+", help="held-out text files")
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence, and of a held-out window")
-    parser.add_argument("--windows", type=int, default=48, help="held-out windows, evenly spread over all files")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the calibration")
+    parser = study_arguments(__doc__ or "", "fidelity")
     parser.add_argument("--group-size", type=int, default=64, help="of the study maps")
     parser.add_argument("--probes", type=int, default=4, help="of hessian_trace; 0 leaves it out")
     parser.add_argument("--hessian-samples", type=int, default=16, help="sequences for hessian_trace, first seed only")

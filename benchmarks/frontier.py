@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import controls
 import peers_quality
 from cloze import cloze_task
-from common import START, arguments, store
+from common import START, store, study_arguments
 from fidelity import short
 from mopeq.allocate import allocate, inverted_map, predicted, random_map, ranked_map, uniform_map
 from mopeq.analyze import analyze, layer_metrics, moments
@@ -403,15 +403,7 @@ def _resumed(asked: argparse.Namespace, opened: Prepared) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = arguments(__doc__ or "", "frontier")
-    parser.add_argument("--model", required=True, help="folder of the original, experts stored apart")
-    parser.add_argument("--label", default="", help="how results call the model")
-    parser.add_argument("--data", required=True, help="calibration text")
-    parser.add_argument("--text", required=True, nargs="+", help="held-out text files")
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence, and of a held-out window")
-    parser.add_argument("--windows", type=int, default=48, help="held-out windows, evenly spread over all files")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the calibration")
+    parser = study_arguments(__doc__ or "", "frontier")
     parser.add_argument("--bits", type=float, nargs="+", default=list(BITS), help="sizes of the knapsack's maps")
     parser.add_argument("--questions", type=int, default=0, help="about held-out text, for the last seed")
     parser.add_argument(

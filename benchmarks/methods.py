@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import arguments, store
+from common import store, study_arguments
 from mopeq.allocate import allocate, uniform_map
 from mopeq.allocate.knapsack import exact
 from mopeq.analyze import Routed, expert_rows, layer_costs, moments, observe
@@ -155,15 +155,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = arguments(__doc__ or "", "methods")
-    parser.add_argument("--model", required=True, help="folder of the original, an OLMoE")
-    parser.add_argument("--label", default="", help="how results call the model")
-    parser.add_argument("--data", required=True, help="calibration text")
-    parser.add_argument("--text", required=True, nargs="+", help="held-out text files")
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence, and of a held-out window")
-    parser.add_argument("--windows", type=int, default=48, help="held-out windows, evenly spread over all files")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the calibration")
+    parser = study_arguments(__doc__ or "", "methods")
     parser.add_argument("--studies", nargs="+", choices=STUDY, default=[s for s in STUDY if s != "align"])
     return parser
 
