@@ -13,6 +13,8 @@ constexpr int64_t PIECE = 64 << 10;  // bytes of codes that a thread takes at a 
 constexpr int64_t ALONE = 96 << 10;  // less work, in bytes of codes, is not worth waking threads
 constexpr int64_t FEW = 1 << 14;     // activations that are not either
 constexpr int TILES[] = {1, 2, 4};
+constexpr int64_t MANY = 16;         // tokens for which a panel is unpacked once
+constexpr int64_t CHUNK = 512;       // its inputs that are unpacked at a time: two panels and four tokens fit in a cache
 
 std::atomic<int> chosen{-1};
 
@@ -77,13 +79,66 @@ Piece piece_of(const Product *product, const Product *end, int64_t number) {
   return {product, &part, first, std::min(first + part.panels, panels_of(*part.matrix))};
 }
 
+int tile_of(int64_t tokens) { return tokens >= TILES[2] ? 2 : tokens >= TILES[1] ? 1 : 0; }
+
+// A chunk of two panels with a byte a code.
+struct Room {
+  std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+  int64_t size = 0;
+  Unpacked panels[2]{};
+
+  // For so many groups of a panel, of so many inputs each; std::bad_alloc.
+  void make(int64_t groups, int64_t inputs) {
+    const int64_t codes = groups * inputs * PANEL, each = groups * PANEL * 4, wanted = 64 + 2 * (codes + each);
+    if (wanted > size) {
+      memory.reset(static_cast<char *>(std::malloc(size_t(size = wanted))));
+      if (!memory) throw std::bad_alloc();
+    }
+    char *at = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+    for (Unpacked &panel : panels) {
+      panel.codes = reinterpret_cast<uint8_t *>(at);
+      panel.scales = reinterpret_cast<float *>(at += codes);
+      at += each;
+    }
+  }
+};
+
+// Panels `first` to `first + count`, 1 or 2 of 16 rows, of a part that has many tokens.
+void many(const Product &product, const Part &part, int64_t first, int64_t count, Room &room) {
+  const mopeq_matrix &m = *part.matrix;
+  const Activations x = product.x->view();
+  const auto &tiles = product.kernels->tile[m.bits <= product.x->digits.coarse];
+  const int64_t groups = m.inputs / m.group, step = std::max<int64_t>(1, CHUNK / m.group);
+  room.make(step, m.group);
+  for (int64_t g = 0; g < groups; g += step) {
+    const int64_t some = std::min(step, groups - g);
+    for (int64_t p = 0; p < count; p++)
+      product.kernels->unpack[width_index(m)](panel_of(product, m, first + p), g, some, room.panels[p]);
+    for (int64_t t = part.begin; t < part.end;) {
+      const int tile = tile_of(part.end - t);
+      float *out = product.out + t * product.out_features + part.column + first * PANEL;
+      tiles[tile][count - 1](room.panels, g, some, m.group / BLOCK, x, product.rows + t, out, product.out_features);
+      t += TILES[tile];
+    }
+  }
+}
+
 // `then` is what this thread does next, if anything.
-void work(const Piece &piece, const Piece &then) {
+void work(const Piece &piece, const Piece &then, Room &room) {
   const Product &product = *piece.product;
   const Part &part = *piece.part;
   const mopeq_matrix &m = *part.matrix;
   const Activations x = product.x->view();
+  const bool unpacks = m.bits != 16 && product.x->digits.count == 2 && part.end - part.begin >= MANY &&
+                       product.kernels->unpack[width_index(m)];
+  const int64_t whole = m.rows / PANEL;  // panels of 16 rows
   for (int64_t p = piece.first; p < piece.last; p++) {
+    if (unpacks && p < whole) {
+      const int64_t count = std::min<int64_t>(2, std::min(piece.last, whole) - p);
+      many(product, part, p, count, room);
+      p += count - 1;
+      continue;
+    }
     const int64_t row = p * PANEL, height = std::min<int64_t>(PANEL, m.rows - row);
     const int tall = height == PANEL;
     Panel panel{};
@@ -99,8 +154,7 @@ void work(const Piece &piece, const Piece &then) {
     }
     const int digits = m.bits <= product.x->digits.coarse ? COARSE : int(product.x->digits.count) - 1;
     for (int64_t t = part.begin; t < part.end;) {
-      int tile = 2;
-      while (TILES[tile] > part.end - t) tile--;
+      const int tile = tile_of(part.end - t);
       float *out = product.out + t * product.out_features + part.column + row;
       if (dense)
         product.kernels->dense[tile](dense, height, m.inputs, product.x->wide, product.rows + t, out,
@@ -136,9 +190,10 @@ void pieces(int64_t, int64_t, void *context) {
     if (next == end) end = handing.take(next);
     return piece_of(handing.products, handing.products + handing.count, next++);
   };
+  Room room;
   for (Piece now = take(); now.product;) {
     const Piece then = take();
-    work(now, then);
+    work(now, then, room);
     now = then;
   }
 }
@@ -221,7 +276,7 @@ int Product::plan(const int64_t *offsets, int64_t inputs, int64_t outputs) {
     for (int64_t i = 0; i < group->per_expert; i++) {
       const mopeq_matrix &m = group->matrices[e * group->per_expert + i];
       if (const int wrong = check(m, *group, inputs)) return wrong;
-      const int64_t panel_bytes = PANEL * m.inputs * m.bits / 8, each = std::max<int64_t>(1, PIECE / panel_bytes);
+      const int64_t panel_bytes = PANEL * m.inputs * m.bits / 8, each = std::max<int64_t>(2, PIECE / panel_bytes / 2 * 2);
       parts.push_back({&m, offsets[e], offsets[e + 1], column, pieces, each});
       pieces += (panels_of(m) + each - 1) / each;
       bytes += panels_of(m) * panel_bytes * (offsets[e + 1] - offsets[e]);
