@@ -7,7 +7,7 @@
 random bfloat16 weights is quantized by llama-quantize to every type; mopeq's models have random codes, for speed does
 not depend on them. A round takes, one after the other, a plain read, mopeq, and every type of llama.cpp; medians of
 rounds are compared. `one digit` is mopeq with `MOPEQ_COARSE=4`: activations as int8, as llama.cpp has them.
-``--scratch`` keeps the files of llama.cpp for another run; ``--layers`` makes all models smaller. Widths whose rows are
+``--scratch`` keeps the models for another run; ``--layers`` makes all models smaller. Widths whose rows are
 in the results file stay as they are there, so that a long comparison can be made a width at a time.
 """
 
@@ -176,12 +176,12 @@ def main() -> None:
         for bits in asked.bits:
             if bits in found["runs"]:
                 continue
-            with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                widths = tuple(int(b) for b in bits.split(","))
-                size = write_random(Path(folder) / "packed", widths, asked.rest, config=config)
-                model: Any = mopeq.load(Path(folder) / "packed")
+            packed = scratch / f"olmoe-{asked.layers}-{bits}-{asked.rest}"
+            if not packed.exists():
+                write_random(packed, tuple(int(b) for b in bits.split(",")), asked.rest, config=config)
+            model: Any = mopeq.load(packed)
             found["runs"][bits] = rows = measured(model, asked, files, config)
-            rows["mopeq"]["file bytes"] = size
+            rows["mopeq"]["file bytes"] = sum(file.stat().st_size for file in packed.glob("*.safetensors"))
             del model
             cells = [[name, f"{row['bytes'] / 1e6:.0f}", f"{row['decode']:.1f}", f"{row.get('prefill', 0):.0f}"]
                      for name, row in rows.items()]  # fmt: skip
