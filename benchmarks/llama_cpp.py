@@ -150,9 +150,11 @@ def bench(tools: Path, file: Path, threads: int) -> dict[str, float]:
 
 
 def rates(model: Any, prompt: torch.Tensor) -> dict[str, float]:
-    """Tokens a second of decoding and of reading the prompt."""
-    one_token = decoded(model, prompt[:, :64], native=True)[0]
-    whole = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))[0]
+    """Tokens a second of decoding and of reading the prompt, each warmed up as llama-bench does it."""
+    for _ in range(2):
+        whole = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))[0]
+    for _ in range(2):
+        one_token = decoded(model, prompt[:, :64], native=True)[0]
     return {"decode": 1 / one_token, "prefill": PROMPT / whole}
 
 
