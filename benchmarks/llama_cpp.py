@@ -214,14 +214,13 @@ def measured(model: Any, asked: Any, files: dict[str, Path], config: dict[str, A
     prompt = torch.randint(1000, 50000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     size = active_bytes(model)
     runs: dict[str, list[dict[str, float]]] = {}
-    for number in range(asked.rounds + 1):
+    for _ in range(asked.rounds):
         made = {"plain read": {"decode": 1 / read(model, size)[0]}, "mopeq": rates(model, prompt)}
         with one_digit():
             made["mopeq, one digit"] = rates(model, prompt)
         made |= {f"llama.cpp {kind}": bench(asked.tools, file, asked.threads) for kind, file in files.items()}
-        if number:  # the first round warms up
-            for name, row in made.items():
-                runs.setdefault(name, []).append(row)
+        for name, row in made.items():
+            runs.setdefault(name, []).append(row)
     bytes_of = dict.fromkeys(("plain read", "mopeq", "mopeq, one digit"), size)
     bytes_of |= {f"llama.cpp {kind}": token_bytes(file, config) for kind, file in files.items()}
     return {
