@@ -16,7 +16,7 @@ LEVELS = [
     {"qtensor"},
     {"progress", "seam", "autoload", "journal", "foreign"},
     {"models", "source"},
-    {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead"},
+    {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead", "lazy"},
     {"analyze", "candidates", "runtime", "job"},
     {"integrations"},
     {"load"},

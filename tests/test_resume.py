@@ -248,7 +248,7 @@ def test_killed_while_the_finished_folder_is_cleaned_up(made: Made, tmp_path: Pa
 
 def test_measuring_keeps_below_a_limit_or_tells_the_number(tiny_model: Make, tmp_path: Path) -> None:
     model, out = tiny_model("olmoe"), tmp_path / "stats.json"
-    with pytest.raises(InputError, match=r"--max-memory is 0\.10 GB and this needs (\d\.\d\d) GB"):
+    with pytest.raises(InputError, match=r"--max-memory is 0\.1 GB and this needs (\d\.\d\d) GB"):
         measure(model, ["output_error"], calibration=killing.text(tmp_path), out=out, max_memory=10**8)
     with pytest.raises(InputError, match="fisher takes the whole model in memory at once"):
         measure(model, ["fisher"], calibration=killing.text(tmp_path), out=out, max_memory=10**12)
