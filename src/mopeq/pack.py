@@ -130,10 +130,12 @@ def write_packed(
     files: Mapping[str, Mapping[str, Any]],
     track: Track = silent,
     linears: Linears | None = None,
+    release: Callable[[], None] | None = None,
 ) -> Packed:
     """Everything that goes into a packed checkpoint, step by step; steps that an earlier run finished are taken over.
 
-    ``tensors(layer, fallbacks)`` is called in the order of the layers, for those that are still to be made.
+    ``tensors(layer, fallbacks)`` is called in the order of the layers, for those that are still to be made;
+    ``release()``, when all layers are.
     """
     started = time.perf_counter()
     source, spec, inventory = opened.source, opened.spec, opened.inventory
@@ -147,6 +149,8 @@ def write_packed(
         fallbacks += facts["fallbacks"]
         close_files()
     ahead.end()
+    if release is not None:
+        release()
     rest = partial(_rest, opened, linear_precisions(spec, precisions), linears or Linears())
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
