@@ -38,6 +38,11 @@ INPUTS: dict[str, tuple[int, dict[str, Any]]] = {
     # a model's image token, and its inputs: one image of 16 x 16 pixels, 4 x 4 patches, 4 tokens unless said otherwise
     "aria": (259, {**prompt(259, 4), "pixel_values": image(1, 3, 16, 16)}),
     "deepseek_ocr2": (259, {**prompt(259, 145), "pixel_values": image(1, 3, 16, 16)}),  # 144 queries and an end
+    "ernie4_5_vl_moe": (259, {
+        **prompt(259, 4, (260,), (261,)), "pixel_values": image(16, 3 * 4 * 4), "image_grid_thw": GRID,
+        "mm_token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]]),
+        "moe_mm_token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0]]),
+    }),
     "glm46v": (259, {
         **prompt(259, 4, (260,), (261,)), "pixel_values": image(16, 3 * 2 * 4 * 4), "image_grid_thw": GRID,
         "mm_token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]]),

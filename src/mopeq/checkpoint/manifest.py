@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mopeq.errors import CheckpointError, MapError
+from mopeq.layers import layer_key
 from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, parse_precision
 from mopeq.qtensor import packed_shapes
 from mopeq.spec import Inventory, LinearRef, MoELayer, MoESpec, fitting
@@ -161,7 +162,7 @@ class Manifest:
             made = cls(
                 precisions=PrecisionMap.from_json(data["map"]),
                 inventory=Inventory.from_json(data["inventory"]),
-                experts={int(k): _experts(v) for k, v in data["experts"].items()},
+                experts={layer_key(k): _experts(v) for k, v in data["experts"].items()},
                 linears={str(k): _linear(v) for k, v in data["linears"].items()},
             )
         except MapError as error:
