@@ -156,6 +156,13 @@ class MoESpec:
         """The MoE layer of that key."""
         return next(layer for layer in self.layers if layer.index == index)
 
+    def by_decoder(self) -> dict[int, list[MoELayer]]:
+        """The MoE layers of each decoder layer that has some: one, or two for tokens of two kinds."""
+        found: dict[int, list[MoELayer]] = {}
+        for layer in self.layers:
+            found.setdefault(layer.decoder, []).append(layer)
+        return found
+
     def inventory(self, kept_bytes: int, header_bytes: int = 0) -> Inventory:
         """The part of the specification that bytes depend on; ``kept_bytes`` as they will be stored."""
         linears: dict[str, dict[tuple[int, int], int]] = {}

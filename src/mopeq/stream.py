@@ -291,7 +291,7 @@ def forward(
     dropped when the next one is asked for.
     """
     check_batches(shell.model, batches)
-    moe = _by_decoder(shell.spec)
+    moe = shell.spec.by_decoder()
     last = max(moe)
     start = until if until is not None else 0
     begin = next((k for k in range(start, -1, -1) if store.has(f"hidden {k}")), None)
@@ -327,7 +327,7 @@ def backward(
     Goes on from what is stored; layers from ``until`` on need not be given away again.
     """
     check_batches(shell.model, batches)
-    moe = _by_decoder(shell.spec)
+    moe = shell.spec.by_decoder()
     count, least = len(shell.layers), min(moe)
     least_done = count if until is None else until
     top = next((k for k in range(least_done, count + 1) if store.has(f"gradient {k}")), None)
@@ -356,14 +356,6 @@ def backward(
         shell.release(number)
         store.drop(f"hidden {number + 1}")
         store.drop(f"gradient {number + 1}")
-
-
-def _by_decoder(spec: MoESpec) -> dict[int, list[MoELayer]]:
-    """The MoE layers of each decoder layer that has some: one, or two for tokens of two kinds."""
-    found: dict[int, list[MoELayer]] = {}
-    for layer in spec.layers:
-        found.setdefault(layer.decoder, []).append(layer)
-    return found
 
 
 def _enter(shell: Shell, batches: Sequence[Batch], store: Store, begin: int | None) -> int:

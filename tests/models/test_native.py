@@ -108,11 +108,13 @@ def test_image_tokens_are_told_apart(family: str, tiny_model: Make) -> None:
     spec = describe(open_source(tiny_model(family)))
     model = AutoModelForImageTextToText.from_pretrained(tiny_model(family), dtype=torch.float32)
     modality = (inputs["input_ids"] == token).long()
-    for seen in observe(model, spec, [{**inputs, "modality": modality}], gradients=True).values():
+    routed = observe(model, spec, [{**inputs, "modality": modality}], gradients=True)
+    for layer in spec.layers:
+        seen = routed[layer.index]
         assert seen.vision is not None
         assert seen.vision.tolist() == modality[0].bool().tolist()
         assert seen.gradient is not None
-        assert bool((seen.gradient[seen.vision] != 0).any())
+        assert bool((seen.gradient[seen.vision] != 0).any()) == (layer.for_images or not layer.dealer)
 
 
 @pytest.mark.parametrize("family", INPUTS)

@@ -61,8 +61,8 @@ def _unsupported(model_type: str, config: Mapping[str, Any], shapes: Mapping[str
         )
     if model_type == "ernie4_5_moe_vl":
         return ModelError(
-            f"model type {model_type!r} is ERNIE 4.5 VL with code of its own, as it was published; expected transformers' "
-            "own ernie4_5_vl_moe; convert the configuration with its convert_ernie4_5_vl_moe_to_hf.py"
+            f"model type {model_type!r} is ERNIE 4.5 VL with code of its own, as it was published; expected "
+            "transformers' own ernie4_5_vl_moe; convert the configuration with its convert_ernie4_5_vl_moe_to_hf.py"
         )
     close = get_close_matches(model_type, SUPPORTED, n=1)
     meant = f"; did you mean {close[0]}?" if close else ""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mopeq.adapters.family import MLA, MLA_QUERIES, QKVO, Config, Family, count, numbers
+from mopeq.adapters.config import Config, count, numbers
+from mopeq.adapters.family import MLA, MLA_QUERIES, QKVO, Family
 from mopeq.adapters.layouts import Layout, fused, per_expert
 from mopeq.errors import ModelError
 from mopeq.models.published import deepseek_vl2, molmo
@@ -304,7 +305,11 @@ FAMILIES: dict[str, Family] = {
         text="text_config",
         prefix="model.language_model.",
         renamed=((r"\Amodel\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),),
-        towers={"model.vision_model.": "vision", "model.vision_tower.": "vision", "model.resampler_model.": "projector"},
+        towers={
+            "model.vision_model.": "vision",
+            "model.vision_tower.": "vision",
+            "model.resampler_model.": "projector",
+        },
         tied=True,
     ),
 }

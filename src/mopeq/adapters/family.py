@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from mopeq.adapters.config import Config, count, sizes_of
 from mopeq.adapters.layouts import Layout, Shapes, Sizes, shape_error
 from mopeq.errors import ModelError
 from mopeq.layers import image_experts
 from mopeq.spec import Expert, ExpertId, KeptRef, LinearRef, MoELayer, MoESpec, WeightRef
 
-__all__ = ["MLA", "MLA_QUERIES", "MLP", "QKVO", "Family", "count", "numbers", "spec_of"]
-
-Config = Mapping[str, Any]
+__all__ = ["MLA", "MLA_QUERIES", "MLP", "QKVO", "Family", "spec_of"]
 
 # module of a matrix -> the axis of its weight that is the hidden size, None where neither is
 QKVO = {"self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.o_proj": 0}
@@ -95,29 +93,6 @@ class Family:
         if not moe:
             found |= {f"{self.block}.{n}": ("dense_mlp", axis) for n, axis in MLP.items()}
         return found
-
-
-def count(config: Config, *names: str, default: int | None = None, least: int = 1) -> int:
-    """The whole number, not under ``least``, that the configuration has under one of ``names``."""
-    found = {name: config[name] for name in names if config.get(name) is not None}
-    if not found and default is not None:
-        return default
-    if len(set(map(str, found.values()))) != 1 or not all(type(v) is int and v >= least for v in found.values()):
-        have = ", ".join(f"{k} = {v!r}" for k, v in found.items()) or f"no {' or '.join(names)}"
-        raise ModelError(
-            f"config.json has {have}; expected a whole number from {least} on; use the model's own config.json"
-        )
-    return int(next(iter(found.values())))
-
-
-def numbers(config: Config, name: str) -> list[int] | None:
-    """The list of whole numbers under ``name``, None where there is none."""
-    value = config.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(type(v) is int for v in value):
-        raise ModelError(f"config.json has {name} = {value!r}; expected a list of layer numbers")
-    return value
 
 
 def spec_of(model_type: str, family: Family, config: Config, shapes: Shapes) -> MoESpec:
@@ -225,7 +200,7 @@ def _account(model_type: str, family: Family, config: Config, shapes: Shapes) ->
     sparse = [i for i in range(depth) if family.is_moe(text, i)]
     if not sparse:
         raise ModelError(f"this {model_type} has no MoE layers, says config.json; mopeq quantizes models with experts")
-    widths = _widths(family, text)
+    widths = sizes_of(text, family.width, list(family.kinds)) if family.kinds else [count(text, family.width)]
     sizes = Sizes(
         experts=count(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         hidden=count(text, "hidden_size"),
@@ -276,19 +251,6 @@ def _account(model_type: str, family: Family, config: Config, shapes: Shapes) ->
     types = _layer_types(model_type, family, text, depth)
     _check_layers(family, {i: by_layer.get(i, set()) for i in range(depth)}, set(sparse), types, shapes, sizes)
     return MoESpec(model_type, layers, tuple(linears), tuple(kept), tuple(ignored))
-
-
-def _widths(family: Family, text: Config) -> list[int]:
-    """Intermediate size of the experts, of those for each kind of tokens where there are two."""
-    if not family.kinds:
-        return [count(text, family.width)]
-    found = text.get(family.width)
-    if not isinstance(found, list) or len(found) != len(family.kinds) or any(type(v) is not int or v < 1 for v in found):
-        raise ModelError(
-            f"config.json has {family.width} = {found!r}; expected a list of {len(family.kinds)} sizes, of the experts "
-            f"for text and of those for images; use the model's own config.json"
-        )
-    return found
 
 
 def _by_layer(family: Family, keys: list[str]) -> dict[int, set[str]]:
@@ -427,11 +389,13 @@ def _check_layers(
     for index in sorted(moe_layers):
         routers = [name for name in names[index] if re.fullmatch(family.router_keys, name)]
         keys = [f"{family.prefix}layers.{index}.{name}" for name in routers]
-        shape = (sizes.experts, sizes.hidden)  # ERNIE 4.5 VL's files have them the other way round
-        if not any(shapes[key] == shape or (family.kinds and shapes[key] == shape[::-1]) for key in keys):
+        shape = (sizes.experts, sizes.hidden)
+        fit = [shapes[key] in (shape, shape[::-1] if family.kinds else shape) for key in keys]  # files of ERNIE 4.5 VL
+        if sum(fit) < max(1, len(family.kinds)):
             found = ", ".join(f"{key} {list(shapes[key])}" for key in keys) or "no router"
+            of_each = " for each kind of tokens" if family.kinds else ""
             raise ModelError(
-                f"layer {index} has {found}; expected a router [{sizes.experts}, {sizes.hidden}]; "
+                f"layer {index} has {found}; expected a router {[*shape]}{of_each}; "
                 f"check that config.json and the weights belong together"
             )
     blocks = (f"{family.block}.", f"{family.block_key}.")

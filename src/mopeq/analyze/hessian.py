@@ -36,20 +36,21 @@ def slice_traces(loss: Tensor, parameters: Sequence[Tensor], probes: int, genera
     """Hutchinson samples of the trace of each diagonal block, one block per index of the parameters' first axis.
 
     loss: a scalar that depends on the parameters (experts, ...) and can be differentiated twice. Returns for each
-    parameter float64 (probes, experts), the samples whose mean estimates tr H_ee: 0 where the loss does not depend on it.
+    parameter float64 (probes, experts), the samples whose mean estimates tr H_ee; 0 for one that the loss does not
+    depend on.
     """
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     samples = [torch.zeros(probes, len(p), dtype=torch.float64) for p in parameters]
-    used = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    parameters, gradients = [parameters[i] for i in used], [gradients[i] for i in used]
     for i in range(probes):
         signs = [
             torch.randint(0, 2, p.shape, generator=generator, device=p.device).to(p.dtype).mul_(2).sub_(1)
             for p in parameters
         ]
-        products = torch.autograd.grad(gradients, parameters, signs, retain_graph=i + 1 < probes)
-        for at, v, hv in zip(used, signs, products, strict=True):
-            samples[at][i] = (v * hv).flatten(1).sum(1, dtype=torch.float64).cpu()
+        products = torch.autograd.grad(
+            gradients, parameters, signs, retain_graph=i + 1 < probes, materialize_grads=True
+        )
+        for sample, v, hv in zip(samples, signs, products, strict=True):
+            sample[i] = (v * hv).flatten(1).sum(1, dtype=torch.float64).cpu()
     return samples
 
 

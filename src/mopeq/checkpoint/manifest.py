@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mopeq.errors import CheckpointError, MapError
-from mopeq.layers import layer_key
+from mopeq.layers import ImageExperts, layer_key
 from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, parse_precision
 from mopeq.qtensor import packed_shapes
 from mopeq.spec import Inventory, LinearRef, MoELayer, MoESpec, fitting
@@ -88,6 +88,11 @@ class Manifest:
         """What the format page asks for: readers of version 1 know no codebook, and must refuse."""
         used = [*self.precisions.histogram(), *(linear.precision for linear in self.linears.values())]
         return CODEBOOK_VERSION if any(p.codebook for p in used) else FORMAT_VERSION
+
+    @property
+    def has_image_experts(self) -> bool:
+        """Whether layers have experts for image tokens apart."""
+        return any(isinstance(key, ImageExperts) for key in self.experts)
 
     def matrices(self) -> Iterator[tuple[str, tuple[int, int], Precision]]:
         """(base name, (out, in), precision) of packed matrices: experts' that are there, linears' below 16 bits."""
