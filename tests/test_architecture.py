@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "mopeq"
 LEVELS = [
-    {"errors"},
+    {"errors", "layers"},
     {"precision"},
     {"spec"},
     {"stats"},
@@ -29,7 +29,7 @@ LEVELS = [
     {"quickstart_vlm"},
     {"cli"},
 ]
-WITHOUT_TORCH = ("errors", "precision", "spec", "stats", "progress", "allocate", "report", "cli")
+WITHOUT_TORCH = ("errors", "layers", "precision", "spec", "stats", "progress", "allocate", "report", "cli")
 
 
 def files() -> list[Path]:

@@ -96,7 +96,7 @@ def footprint(
 
 def spilled_bytes(spec: MoESpec, batches: Sequence[Mapping[str, Any]], *, gradients: bool) -> int:
     """Bytes of activations that lie on the disk at most: of two layers, or of all of them and two with gradients."""
-    layers = 1 + max(layer.index for layer in spec.layers)
+    layers = 1 + max(layer.decoder for layer in spec.layers)
     tokens: int = sum(batch["input_ids"].numel() for batch in batches)
     return 4 * tokens * max(layer.hidden_size for layer in spec.layers) * (layers + 3 if gradients else 2)
 

@@ -284,7 +284,7 @@ class _Plan:
             clock("try")
 
         def taken(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
-            short += [unit for unit in fallbacks if int(unit.partition(".")[0]) == layer.index]
+            short += [unit for unit in fallbacks if unit.rsplit(".", 2)[0] == str(layer.index)]
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
         packed = write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
@@ -322,7 +322,7 @@ class _Plan:
             if self.method not in DATA_FREE:
                 if sweep is None:
                     shell = Shell(self.opened.source, self.opened.spec, self.dtype)
-                    sweep = forward(shell, self.opened.batches, Store(journal), until=layer.index, track=track)
+                    sweep = forward(shell, self.opened.batches, Store(journal), until=layer.decoder, track=track)
                 seen, module = next((routed, experts) for at, experts, routed in sweep if at.index == layer.index)
             memory = slab_bytes(self.max_memory, self.footprint)
             return pack_experts(
