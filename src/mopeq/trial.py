@@ -44,7 +44,9 @@ __all__ = [
     "Verdict",
     "compared",
     "guarded",
+    "judged",
     "settled",
+    "spare_batches",
     "spare_windows",
     "tried",
 ]
@@ -120,16 +122,44 @@ def tried(
     Raises :class:`DataError` where that is less than ``LEAST_WINDOWS`` windows or conversations.
     """
     trial = Trial(original, opened, units)
+    with judged(original, opened, heldout, calibration, cache=cache, track=track) as judge:
+        yield lambda precisions: judge(trial.take(precisions))
+
+
+@contextmanager
+def judged(
+    original: nn.Module,
+    opened: Prepared,
+    heldout: Sequence[Any],
+    calibration: Calibration,
+    *,
+    cache: Path | None = None,
+    track: Track = silent,
+) -> Iterator[Callable[[nn.Module], Divergence]]:
+    """A function that judges models on what :func:`spare_batches` has of the held-out data. Raises as that does."""
     if has_pictures(calibration):
-        spare = heldout[JUDGED_WINDOWS:][:JUDGED_WINDOWS]
-        _check(len(spare), "conversations")
-        processor = load_processor(opened.source.path)
-        batches = conversation_batches(spare, processor, samples=len(spare), batch_size=calibration.batch_size, seed=0)
-        yield lambda precisions: _known(evaluate_answers(original, trial.take(precisions), batches, track=track))
+        batches = spare_batches(opened, heldout, calibration)
+        yield lambda model: _known(evaluate_answers(original, model, batches, track=track))
         return
     windows = spare_windows(heldout, opened.tokenizer, calibration.length)
     with judging(original, windows, cache=cache, batch_size=calibration.batch_size, track=track) as judge:
-        yield lambda precisions: judge(trial.take(precisions), "try a map").divergence
+        yield lambda model: judge(model, "try a map").divergence
+
+
+def spare_batches(
+    opened: Prepared, heldout: Sequence[Any], calibration: Calibration
+) -> Sequence[Mapping[str, torch.Tensor]]:
+    """What is left of the held-out data beside the final comparison, as a model takes it.
+
+    Raises :class:`DataError` where that is less than ``LEAST_WINDOWS`` windows or conversations.
+    """
+    if not has_pictures(calibration):
+        windows = spare_windows(heldout, opened.tokenizer, calibration.length)
+        return [{"input_ids": w.ids[None], "attention_mask": torch.ones_like(w.ids[None])} for w in windows]
+    spare = heldout[JUDGED_WINDOWS:][:JUDGED_WINDOWS]
+    _check(len(spare), "conversations")
+    processor = load_processor(opened.source.path)
+    return conversation_batches(spare, processor, samples=len(spare), batch_size=calibration.batch_size, seed=0)
 
 
 def _known(found: Any) -> Divergence:
