@@ -317,8 +317,8 @@ def _fit(
     for layer in track(spec.layers, "align routers", len(spec.layers)):
         router = _router(packed, layer)
         hidden = reads[layer.index].hidden.to(router.weight.device)
-        values, index = (part.to(hidden.device) for part in wanted[layer.index])
-        router.weight.data.copy_(fitted(router.weight, _bias(router), hidden, values, index, steps, seed))
+        values, chosen = (part.to(hidden.device) for part in wanted[layer.index])
+        router.weight.data.copy_(fitted(router.weight, _bias(router), hidden, values, chosen, steps, seed))
 
 
 def _bias(router: Any) -> Tensor | None:

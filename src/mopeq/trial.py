@@ -20,7 +20,7 @@ from torch import nn
 
 from mopeq.allocate import uniform_map
 from mopeq.data.conversations import conversation_batches
-from mopeq.data.text import Window, sliding_windows, token_stream
+from mopeq.data.text import Window, sliding_windows, token_stream, window_batches
 from mopeq.errors import BudgetError, DataError
 from mopeq.evaluate import Divergence, Evaluation, evaluate, paired_difference
 from mopeq.evaluate.answers import evaluate_answers
@@ -155,7 +155,7 @@ def spare_batches(
     """
     if not has_pictures(calibration):
         windows = spare_windows(heldout, opened.tokenizer, calibration.length)
-        return [{"input_ids": w.ids[None], "attention_mask": torch.ones_like(w.ids[None])} for w in windows]
+        return window_batches(windows, calibration.batch_size)
     spare = heldout[JUDGED_WINDOWS:][:JUDGED_WINDOWS]
     _check(len(spare), "conversations")
     processor = load_processor(opened.source.path)
@@ -181,7 +181,7 @@ def _check(count: int, what: str) -> None:
     if count < LEAST_WINDOWS:
         raise DataError(
             f"the data kept apart have {count} {what} beside those of the final comparison; expected at least "
-            f"{LEAST_WINDOWS} to try maps on; give more data, or use --no-guard"
+            f"{LEAST_WINDOWS} to judge by; give more data, or use --no-guard and no --align"
         )
 
 
