@@ -24,6 +24,7 @@ LEVELS = [
     {"balance"},
     {"measure", "refine"},
     {"pack", "trial"},
+    {"align"},
     {"quantize"},
     {"quickstart", "serve", "moqe", "export"},
     {"quickstart_vlm"},
