@@ -52,7 +52,7 @@ from mopeq.pack import (
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
 from mopeq.progress import Track, silent
-from mopeq.quantizers import DATA_FREE
+from mopeq.quantizers import DATA_FREE, WHOLE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
 from mopeq.stats import Stats, write_json
@@ -287,6 +287,8 @@ class _Plan:
             short += [unit for unit in fallbacks if int(unit.partition(".")[0]) == layer.index]
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
+        if self.method in WHOLE:  # the candidates were made matrix by matrix, for costs
+            taken = self._tensors(precisions, journal, across, track)
         packed = write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
         return replace(packed, guard=known.get("sentence", ""))
 
