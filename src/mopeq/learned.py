@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mopeq.analyze import Routed, expert_rows
-from mopeq.analyze.moments import CHUNK, expert_inputs
+from mopeq.analyze.moments import expert_inputs
 from mopeq.precision import GROUPS, Precision, ProjectionGroup
 from mopeq.qtensor import Codes
 from mopeq.quantizers.signround import ITERATIONS, Rounding

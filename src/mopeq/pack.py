@@ -285,7 +285,7 @@ def _packed_slab(
     made: dict[tuple[int, str], QTensor] = {}
     lost = whole = 0.0
     wanted = {group: [rows[group][expert] for expert in slab.experts] for group in GROUPS}
-    for group, at, codes in (_by_group(slab, wanted, method) if learn is None else _by_expert(slab, wanted, learn)):
+    for group, at, codes in _by_group(slab, wanted, method) if learn is None else _by_expert(slab, wanted, learn):
         weights, parts = slab.weights[group], len(MATRICES[group])
         some = at if len(at) < len(weights) else slice(None)  # which copies nothing
         if codes is None:
@@ -316,7 +316,11 @@ def _by_group(slab: Slab, wanted: Mapping[ProjectionGroup, Sequence[Precision]],
             at = [i for i, p in enumerate(row) if p == precision]
             some = at if len(at) < len(row) else slice(None)
             full = precision.bits == 16
-            yield group, at, None if full else quantizer(weights[some], precision, None if inputs is None else inputs[some])
+            yield (
+                group,
+                at,
+                None if full else quantizer(weights[some], precision, None if inputs is None else inputs[some]),
+            )
 
 
 def _by_expert(
