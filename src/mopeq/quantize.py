@@ -217,7 +217,8 @@ class _Plan:
     def footprint(self) -> Footprint:
         """What it takes of memory."""
         opened = self.opened
-        return footprint(opened.source, opened.spec, opened.batches, itemsize=self.itemsize, gradients=self._gradients)
+        need = footprint(opened.source, opened.spec, opened.batches, itemsize=self.itemsize, gradients=self._gradients)
+        return replace(need, expert=2 * need.expert) if self.method in WHOLE else need  # the one that is learned, too
 
     @property
     def _gradients(self) -> bool:
