@@ -18,7 +18,7 @@ LEVELS = [
     {"models", "source"},
     {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead", "lazy"},
     {"analyze", "candidates", "runtime", "job"},
-    {"integrations"},
+    {"integrations", "learned"},
     {"load"},
     {"evaluate", "fit", "report", "stream"},
     {"balance"},

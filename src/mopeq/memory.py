@@ -121,17 +121,16 @@ def slab_bytes(limit: int | None, need: Footprint) -> int:
     return min(MOST, (limit - need.fixed) // SLABS)
 
 
-<<<<<<< HEAD
 def _gigabytes(size: int) -> str:
     """Rounded up, so that the number is enough when it is given back."""
     return f"{math.ceil(size / 1e7) / 100:.2f} GB"
-=======
+
+
 def both_in_memory(inventory: Inventory, itemsize: int, packed_bytes: int, most: int | None = None) -> str:
     """Why a model of ``itemsize`` bytes a weight and a packed one do not fit in memory together; empty if they do."""
     have = min(available_bytes(), most or available_bytes())
     need = PROCESS + itemsize * inventory.parameters + packed_bytes
     return "" if need <= have else f"both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB"
->>>>>>> s13-f
 
 
 def available_bytes() -> int:

@@ -53,7 +53,7 @@ from mopeq.pack import (
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
 from mopeq.progress import Track, silent
-from mopeq.quantizers import DATA_FREE
+from mopeq.quantizers import DATA_FREE, WHOLE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
 from mopeq.stats import Stats, read_json, write_json
@@ -225,7 +225,8 @@ class _Plan:
     def footprint(self) -> Footprint:
         """What it takes of memory."""
         opened = self.opened
-        return footprint(opened.source, opened.spec, opened.batches, itemsize=self.itemsize, gradients=self._gradients)
+        need = footprint(opened.source, opened.spec, opened.batches, itemsize=self.itemsize, gradients=self._gradients)
+        return replace(need, expert=2 * need.expert) if self.method in WHOLE else need  # the one that is learned, too
 
     @property
     def _gradients(self) -> bool:
@@ -295,6 +296,8 @@ class _Plan:
             short += [unit for unit in fallbacks if unit.rsplit(".", 2)[0] == str(layer.index)]
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
+        if self.method in WHOLE:  # the candidates were made matrix by matrix, for costs
+            taken = self._tensors(precisions, journal, across, track)
         packed = write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
         return replace(packed, guard=known.get("sentence", ""))
 
