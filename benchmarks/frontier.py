@@ -174,8 +174,6 @@ def _run(
     left = any(f"{LAST_CONTROL} = {bits}" not in rows for bits in asked.bits)
     methods = {f"mopeq {m} {bits}": (m, bits) for m in asked.methods for bits in QUANTIZED[m]} if last else {}
     with_data = {name for name, (method, _) in methods.items() if method not in DATA_FREE}
-    measured = left or any(f"ours-0 {bits}" not in rows for bits in asked.pruned) or not with_data <= set(rows)
-    measured = measured or (last and (_unasked(asked, run) or asked.draws > len(run.get("draws", ()))))
 
     def add(name: str, row: Mapping[str, Any], found: Comparison) -> None:
         rows[name] = {"name": name, **row, **_facts(found, domains)}
@@ -197,11 +195,13 @@ def _run(
             add(name, {**told, "kind": "peer", "bytes": _size(opened, told["bits"])}, judge(changed, name))
         for name in [n for n in methods if n not in with_data and n not in rows]:
             add(name, *_by_method(opened, changed, judge, *methods[name]))
-        if not measured:
+        schemes = {f"AutoScheme = {name.split()[1]}" for name in rows if name.startswith("auto-scheme")}
+        measured = left or not with_data | schemes | {f"ours-0 {bits}" for bits in asked.pruned} <= set(rows)
+        if not (measured or (last and (_unasked(asked, run) or asked.draws > len(run.get("draws", ()))))):
             return
         study = _studied(asked, opened, run["seed"], left, changed)
         run["seconds"] = {**run.get("seconds", {}), **study.seconds}
-        for job in (*_jobs(study, asked.bits, left), *_pruned(study, asked.pruned)):
+        for job in (*_jobs(study, asked.bits, left), *_pruned(study, asked.pruned), *_schemes(study, rows)):
             if job.name not in rows:
                 row = _described(study, job)
                 if job.like is not None and row["bytes"] > rows[job.like]["bytes"]:
@@ -331,6 +331,17 @@ def _pruned(study: Study, budgets: Sequence[float]) -> Iterator[Job]:
                 number = DRAWS * study.seed + draw
                 keys = controls.random_scores(model, number)
                 yield Job(f"random {number} = {bits}", "control", ranked_map(model, keys, ours), name)
+
+
+def _schemes(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Job]:
+    """What AutoScheme gave each layer, with the codes of the others; it has been a peer by now."""
+    for name, row in list(rows.items()):
+        peer, _, bits = name.partition(" ")
+        if peer.startswith("auto-scheme") and f"ours {bits}" in rows:
+            model = study.stats.model
+            given = {int(layer): Precision(found, 128) for layer, (found,) in row["layer_bits"].items()}
+            experts = {group: {k: (given[k],) * n for k, n in model.experts.items()} for group in GROUPS}
+            yield Job(f"AutoScheme = {bits}", "control", PrecisionMap(experts, KEPT, {}), f"ours {bits}")
 
 
 def _controls(study: Study, ours: PrecisionMap) -> Iterator[tuple[str, PrecisionMap]]:

@@ -191,16 +191,25 @@ def _gap(first: Sequence[float], second: Sequence[float], digits: int) -> str:
 
 
 def _ranks(results: Mapping[str, Any]) -> str:
-    """Rank correlation of what is predicted of random maps with their KL."""
+    """Rank correlation of what is predicted of maps with their KL: those of the other tables, and random ones."""
     body = []
     for run in results["runs"]:
-        for sizes, what in (("one", "2.5 bits each"), ("many", "2.2 to 4.0 bits")):
-            rows = [row for row in run.get("draws", ()) if row["sizes"] == sizes]
-            if len(rows) > 2:
-                rank = spearmanr([row["predicted"] for row in rows], [row["kl"] for row in rows]).statistic
-                kl = [row["kl"] for row in rows]
-                body.append([run["seed"], what, len(rows), f"{min(kl):.4f} to {max(kl):.4f}", f"{rank:.3f}"])
-    return table(["seed", "random maps", "maps", "KL", "Spearman"], body)
+        rows = [row for row in run["rows"] if row["kind"] in ("ours", "pruned", "control")]
+        drawn = {sizes: [row for row in run.get("draws", ()) if row["sizes"] == sizes] for sizes in ("one", "many")}
+        parts = {
+            "of the tables above": rows,
+            "of these, at 2.5 bits": [
+                row for row in rows if row["name"].endswith("= 2.5") or row["name"] == "ours 2.5"
+            ],
+            "random, 2.2 to 4.0 bits": drawn["many"],
+            "random, 2.5 bits each": drawn["one"],
+        }
+        for what, part in parts.items():
+            if len(part) > 2:
+                kl = [row["kl"] for row in part]
+                rank = spearmanr([row["predicted"] for row in part], kl).statistic
+                body.append([run["seed"], what, len(part), f"{min(kl):.4f} to {max(kl):.4f}", f"{rank:.3f}"])
+    return table(["seed", "maps", "how many", "KL", "Spearman"], body)
 
 
 def _seconds(results: Mapping[str, Any]) -> str:
