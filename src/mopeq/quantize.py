@@ -296,9 +296,9 @@ class _Plan:
             short += [unit for unit in fallbacks if unit.rsplit(".", 2)[0] == str(layer.index)]
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
-        if self.method in WHOLE:  # the candidates were made matrix by matrix, for costs
-            taken = self._tensors(precisions, journal, across, track)
-        packed = write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
+        # what is learned of whole experts is no candidate: those were made matrix by matrix, for costs
+        codes = self._tensors(precisions, journal, across, track) if self.method in WHOLE else taken
+        packed = write_packed(writer, opened, precisions, codes, self.method, {"stats.json": stats.to_json()}, track)
         return replace(packed, guard=known.get("sentence", ""))
 
     def _tried(self, journal: Journal, made: PrecisionMap, stats: Stats, track: Track) -> dict[str, Any]:
