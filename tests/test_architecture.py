@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "mopeq"
 LEVELS = [
-    {"errors"},
+    {"errors", "layers"},
     {"precision"},
     {"spec"},
     {"stats"},
@@ -18,18 +18,19 @@ LEVELS = [
     {"models", "source"},
     {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead", "lazy"},
     {"analyze", "candidates", "runtime", "job"},
-    {"integrations"},
+    {"integrations", "learned"},
     {"load"},
     {"evaluate", "fit", "report", "stream"},
     {"balance"},
     {"measure", "refine"},
     {"pack", "trial"},
+    {"align"},
     {"quantize"},
     {"quickstart", "serve", "moqe", "export"},
     {"quickstart_vlm"},
     {"cli"},
 ]
-WITHOUT_TORCH = ("errors", "precision", "spec", "stats", "progress", "allocate", "report", "cli")
+WITHOUT_TORCH = ("errors", "layers", "precision", "spec", "stats", "progress", "allocate", "report", "cli")
 
 
 def files() -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mopeq.analyze import expert_rows, moments
 from mopeq.analyze.slab import slabs
 from mopeq.checkpoint import verify
 from mopeq.errors import InputError
+from mopeq.learned import learned
 from mopeq.measure import observed, open_model, split_texts
 from mopeq.memory import PROCESS, footprint, slab_bytes
 from mopeq.pack import pack_experts, pack_model
@@ -81,8 +83,11 @@ def test_slabs_are_the_layer(tiny_model: Make, tmp_path: Path) -> None:
                     assert torch.equal(getattr(slab.moments, group), filled[which])
 
 
-@pytest.mark.parametrize("method", ["rtn", "rtn-mse", "gptq"])
-def test_the_size_of_slabs_does_not_change_a_bit(method: str, tiny_model: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["rtn", "rtn-mse", "gptq", "signround"])
+def test_the_size_of_slabs_does_not_change_a_bit(
+    method: str, tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_module, "learned", partial(learned, iterations=4))
     ready = observed(open_model(tiny_model("olmoe")), killing.text(tmp_path), gradients=False)
     layer = ready.spec.layers[0]
     seen, module = ready.routed[layer.index], ready.model.get_submodule(layer.module)

@@ -337,7 +337,7 @@ def measure_streamed(
         facts = None if journal is None else journal.done(measured_step(layer))
         if facts is not None:
             found[layer.index] = facts
-    left = [layer.index for layer in spec.layers if layer.index not in found]
+    left = [layer.decoder for layer in spec.layers if layer.index not in found]
     if left:
         shell, store = Shell(source, spec, dtype), Store(journal)
         if set(GRADIENTS) & set(names):
@@ -345,7 +345,7 @@ def measure_streamed(
         else:
             sweep = forward(shell, ready.batches, store, until=min(left), track=track)
         for layer, module, seen in sweep:
-            if layer.index not in left:
+            if layer.index in found:
                 continue
             kept = Candidates(journal.folder, store.scratch, layer) if journal is not None and keep else None
             rows, short = layer_metrics(

@@ -17,9 +17,12 @@ from typing import Any
 
 from mopeq.errors import InputError
 from mopeq.source import Source, decoder_layer, stored_bytes
-from mopeq.spec import MoESpec, outside_layers
+from mopeq.spec import Inventory, MoESpec, outside_layers
 
-__all__ = ["Footprint", "available_bytes", "footprint", "give_back_freed", "slab_bytes", "spilled_bytes", "trim"]
+__all__ = [
+    "Footprint", "available_bytes", "both_in_memory", "footprint", "give_back_freed", "slab_bytes", "spilled_bytes",
+    "trim",
+]  # fmt: skip
 
 PROCESS = 600 << 20
 """Bytes of the interpreter with torch and transformers."""
@@ -96,7 +99,7 @@ def footprint(
 
 def spilled_bytes(spec: MoESpec, batches: Sequence[Mapping[str, Any]], *, gradients: bool) -> int:
     """Bytes of activations that lie on the disk at most: of two layers, or of all of them and two with gradients."""
-    layers = 1 + max(layer.index for layer in spec.layers)
+    layers = 1 + max(layer.decoder for layer in spec.layers)
     tokens: int = sum(batch["input_ids"].numel() for batch in batches)
     return 4 * tokens * max(layer.hidden_size for layer in spec.layers) * (layers + 3 if gradients else 2)
 
@@ -121,6 +124,13 @@ def slab_bytes(limit: int | None, need: Footprint) -> int:
 def _gigabytes(size: int) -> str:
     """Rounded up, so that the number is enough when it is given back."""
     return f"{math.ceil(size / 1e7) / 100:.2f} GB"
+
+
+def both_in_memory(inventory: Inventory, itemsize: int, packed_bytes: int, most: int | None = None) -> str:
+    """Why a model of ``itemsize`` bytes a weight and a packed one do not fit in memory together; empty if they do."""
+    have = min(available_bytes(), most or available_bytes())
+    need = PROCESS + itemsize * inventory.parameters + packed_bytes
+    return "" if need <= have else f"both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB"
 
 
 def available_bytes() -> int:
