@@ -141,23 +141,23 @@ DEFAULT_REST = {"attention": Precision(8, 128, True), "dense_mlp": Precision(8, 
                 "shared_experts": Precision(8, 128, True), "lm_head": Precision(8, 128, True)}  # fmt: skip
 """Precision of the groups outside the routed experts, where nothing else is asked for."""
 
-_TEXT = re.compile(r"(\d+)(?:g(-1|\d+)([sc]?))?\Z")
+_TEXT = re.compile(r"(\d+)(?:g(-1|\d+)([sc]?)|(c))?\Z")
 
 
 def parse_precision(value: object, base: Precision | None = None) -> Precision:
-    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"`` or ``"16"``.
+    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"``, ``"2c"`` or ``"16"``.
 
-    A bare number takes ``base``'s groups.
+    A bare number takes ``base``'s groups, and so does ``2c``.
     """
     base = base or Precision(4)
     match = _TEXT.match(str(value).strip())
     if not match or isinstance(value, bool):
         raise MapError(
-            f"precision {value!r}; expected bits such as 3, or bits and group size such as 3g64, 4g128s or 2g128c"
+            f"precision {value!r}; expected bits such as 3 or 2c, or bits and group size such as 3g64, 4g128s or 2g128c"
         )
-    bits, group, kind = match.groups()
+    bits, group, kind, bare = match.groups()
     if group is None:
-        return Precision(int(bits), base.group_size, base.symmetric)
+        return Precision(int(bits), base.group_size, base.symmetric, bool(bare))
     return Precision(int(bits), int(group), kind == "s", kind == "c")
 
 

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,9 +29,11 @@ from mopeq.analyze.observe import Routed, Tap, check_logits, marks_of
 from mopeq.checkpoint import write_tensors
 from mopeq.errors import ModelError
 from mopeq.journal import Journal
+from mopeq.lazy import Blank, Lazy
 from mopeq.load import auto_class, model_config
+from mopeq.memory import trim
 from mopeq.progress import Track, note, silent
-from mopeq.source import Source, decoder_layer, read_tensor
+from mopeq.source import Source, close_files, decoder_layer
 from mopeq.spec import MoELayer, MoESpec, outside_layers
 
 __all__ = ["Shell", "Store", "backward", "forward", "stored_dtype"]
@@ -226,7 +227,7 @@ class Shell:
     def _names_of(self, keys: Sequence[str]) -> list[str]:
         """The parameters outside the layers that are made of these tensors, which are let go again."""
         meta = {name for name, parameter in self.model.named_parameters() if parameter.is_meta}
-        self._load(keys)
+        self._load(keys, Blank)
         made = [name for name, parameter in self.model.named_parameters() if name in meta and not parameter.is_meta]
         self._release(made)
         return made
@@ -241,7 +242,7 @@ class Shell:
         layer, ignored = self.spec.layers[0], frozenset(self.spec.ignored)
         return [key for key in self.source.shapes if key not in ignored and decoder_layer(key, layer) == number]
 
-    def _load(self, keys: Sequence[str]) -> None:
+    def _load(self, keys: Sequence[str], kind: type[Lazy] = Lazy) -> None:
         """Give the model the weights that are made of these tensors."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -254,20 +255,14 @@ class Shell:
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
         )
-        with ExitStack() as stack:
-            files = {self.source.files[key] for key in keys}
-            opened = {name: stack.enter_context(safe_open(self.source.path / name, "pt")) for name in files}
-            lazy: dict[str, Any] = {
-                key: read_tensor(self.source, key)
-                if key in self.source.packed
-                else opened[self.source.files[key]].get_slice(key)
-                for key in keys
-            }
-            info, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
+        lazy: dict[str, Any] = {key: kind(self.source, key) for key in keys}
+        info, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
+        close_files()
+        trim()
         self.model.requires_grad_(False)
         problems = {"mismatched_keys": "have other shapes in it", "conversion_errors": "cannot be converted"}
-        for kind, problem in problems.items():
-            if names := sorted(str(name) for name in getattr(info, kind)):
+        for field, problem in problems.items():
+            if names := sorted(str(name) for name in getattr(info, field)):
                 raise ModelError(
                     f"{self.source.path}: {len(names)} tensors {problem}, the first is {names[0]}; download it again"
                 )
