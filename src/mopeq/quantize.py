@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mopeq.align import ALIGNED, Alignment, align_folder
+from mopeq.align import ALIGNED, Alignment, align_folder, check_routers
 from mopeq.allocate import COSTS, allocate, parse_budget
 from mopeq.allocate.budget import check_budget, expert_budget, least_bytes
 from mopeq.analyze import Map, Routed, check_request, here
@@ -144,6 +144,8 @@ def quantize(
     clock = _Clock()
     rest = {**DEFAULT_REST, **(rest or {})}
     opened = open_model(model)
+    if align is not None:
+        check_routers(opened.spec)
     training, heldout = split_texts(calibration, opened.source.path)
     options = options or opened.inventory.precisions()
     if budget is not None:
