@@ -512,6 +512,7 @@ PRINTED = {
     "few_bits": methods,
     "bundled_few_bits": methods,
     "frontier": frontier,
+    "bundled_frontier": frontier,
     "solver": solver,
     "streaming": streaming,
     "peers_speed": peers_speed,

@@ -9,16 +9,16 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "mopeq"
 LEVELS = [
-    {"errors"},
+    {"errors", "layers"},
     {"precision"},
     {"spec"},
     {"stats"},
     {"qtensor"},
     {"progress", "seam", "autoload", "journal", "foreign"},
     {"models", "source"},
-    {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead"},
+    {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead", "lazy"},
     {"analyze", "candidates", "runtime", "job"},
-    {"integrations"},
+    {"integrations", "learned"},
     {"load"},
     {"evaluate", "fit", "report", "stream"},
     {"balance"},
@@ -30,7 +30,7 @@ LEVELS = [
     {"quickstart_vlm"},
     {"cli"},
 ]
-WITHOUT_TORCH = ("errors", "precision", "spec", "stats", "progress", "allocate", "report", "cli")
+WITHOUT_TORCH = ("errors", "layers", "precision", "spec", "stats", "progress", "allocate", "report", "cli")
 
 
 def files() -> list[Path]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from mopeq.errors import MapError
+from mopeq.layers import layer_key
 
 __all__ = [
     "BITS",
@@ -270,10 +271,11 @@ class PrecisionMap:
 
 
 def _layer(text: str) -> int:
-    """A layer's number, in the one way it is written."""
-    if not text.isdecimal() or str(int(text)) != text:
-        raise MapError(f"malformed precision map: layer {text!r}; expected its number, such as 3")
-    return int(text)
+    """A layer's key, or a :class:`MapError`."""
+    try:
+        return layer_key(text)
+    except ValueError as error:
+        raise MapError(f"malformed precision map: {error}") from error
 
 
 def _row(group: str, layer: str, row: object, base: Precision) -> tuple[Precision, ...]:

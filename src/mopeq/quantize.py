@@ -53,7 +53,7 @@ from mopeq.pack import (
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
 from mopeq.progress import Track, silent
-from mopeq.quantizers import DATA_FREE
+from mopeq.quantizers import DATA_FREE, WHOLE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
 from mopeq.stats import Stats, read_json, write_json
@@ -225,7 +225,8 @@ class _Plan:
     def footprint(self) -> Footprint:
         """What it takes of memory."""
         opened = self.opened
-        return footprint(opened.source, opened.spec, opened.batches, itemsize=self.itemsize, gradients=self._gradients)
+        need = footprint(opened.source, opened.spec, opened.batches, itemsize=self.itemsize, gradients=self._gradients)
+        return replace(need, expert=2 * need.expert) if self.method in WHOLE else need  # the one that is learned, too
 
     @property
     def _gradients(self) -> bool:
@@ -292,10 +293,12 @@ class _Plan:
             clock("try")
 
         def taken(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
-            short += [unit for unit in fallbacks if int(unit.partition(".")[0]) == layer.index]
+            short += [unit for unit in fallbacks if unit.rsplit(".", 2)[0] == str(layer.index)]
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
-        packed = write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
+        # what is learned of whole experts is no candidate: those were made matrix by matrix, for costs
+        codes = self._tensors(precisions, journal, across, track) if self.method in WHOLE else taken
+        packed = write_packed(writer, opened, precisions, codes, self.method, {"stats.json": stats.to_json()}, track)
         return replace(packed, guard=known.get("sentence", ""))
 
     def _tried(self, journal: Journal, made: PrecisionMap, stats: Stats, track: Track) -> dict[str, Any]:
@@ -328,7 +331,7 @@ class _Plan:
             if self.method not in DATA_FREE:
                 if sweep is None:
                     shell = Shell(self.opened.source, self.opened.spec, self.dtype)
-                    sweep = forward(shell, self.opened.batches, Store(journal), until=layer.index, track=track)
+                    sweep = forward(shell, self.opened.batches, Store(journal), until=layer.decoder, track=track)
                 seen, module = next((routed, experts) for at, experts, routed in sweep if at.index == layer.index)
             memory = slab_bytes(self.max_memory, self.footprint)
             return pack_experts(

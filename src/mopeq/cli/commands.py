@@ -113,13 +113,12 @@ def do_analyze(options: argparse.Namespace) -> None:
             out=out,
             resume=options.resume,
             max_memory=size_of(options.max_memory),
+            command=options.command_line,
             across=across,
             track=track,
         )
-    info = {**stats.info, "command": options.command_line}
-    write_json(out, {**stats.to_json(), "info": info})
     if options.json:
-        return show.print_result({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
+        return show.print_result({"out": str(out), "info": dict(stats.info), "metrics": sorted(stats.metrics)})
     rows = []
     for name, values in stats.metrics.items():
         flat = sorted(value for row in values.values() for value in row)

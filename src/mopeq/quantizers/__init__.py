@@ -17,7 +17,7 @@ from mopeq.quantizers.rtn import rtn, rtn_mse
 from mopeq.quantizers.signround import signround
 
 __all__ = [
-    "CODEBOOKS", "DATA_FREE", "QUANTIZERS", "Quantizer", "check_codebooks", "fallback_moments", "gptq", "hqq",
+    "CODEBOOKS", "DATA_FREE", "QUANTIZERS", "WHOLE", "Quantizer", "check_codebooks", "fallback_moments", "gptq", "hqq",
     "moment_error", "once", "rtn", "rtn_mse", "signround",
 ]  # fmt: skip
 
@@ -50,6 +50,8 @@ CODEBOOKS = ("gptq", "rtn-mse")
 """Those that can make a codebook's codes, such as 2g128c."""
 DATA_FREE = ("rtn", "rtn-mse", "hqq")
 """Those that run without calibration inputs."""
+WHOLE = ("signround",)
+"""Those that pack the matrices of an expert together (:mod:`mopeq.learned`); costs are of single matrices."""
 
 
 def check_codebooks(method: str, precisions: Iterable[Precision]) -> None:
