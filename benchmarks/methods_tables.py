@@ -31,7 +31,7 @@ def _line(row: Mapping[str, Any]) -> list[str]:
 def _fact(row: Mapping[str, Any]) -> str:
     if "of_them_unseen" in row:
         return f"{row['left_out']} experts, {row['of_them_unseen']} of them without tokens"
-    if "left_out" in row:
+    if row.get("left_out") is not None:
         return f"{row['left_out']} experts left out"
     if "exchanges" in row:
         return f"{row['exchanges']} exchanges"

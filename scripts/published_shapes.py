@@ -112,12 +112,6 @@ PROCESSORS: dict[str, tuple[str, Config]] = {
 """The file of each image processor, and its settings; MolmoE's are the defaults of its class."""
 
 
-def thinned(config: Config, experts: int) -> Config:
-    """The configuration of a text model with so many experts, and as large a share of them for a token."""
-    chosen = max(1, config["num_experts_per_tok"] * experts // config["num_experts"])
-    return {**config, "num_experts": experts, "num_experts_per_tok": chosen}
-
-
 def cut(config: Config, layers: int) -> Config:
     """The configuration with so many decoder layers."""
     if "language_config" in config:

@@ -7,9 +7,9 @@ in memory at a time.
     python scripts/random_checkpoint.py qwen3-30b-a3b build/qwen3 --layers 4
     python scripts/random_checkpoint.py deepseek-vl2 build/vl2 --headers && mopeq describe build/vl2
 
-``--layers`` writes the first layers only, ``--experts`` fewer experts, and ``config.json`` says so. ``--headers``
-writes no weights: the files are holes of the right size, which take no room on the disk. Tokenizers are those of the
-bundled models, whose ids every vocabulary here has; image processors are the published ones.
+``--layers`` writes the first layers only, and says so in ``config.json``. ``--headers`` writes no weights: the files
+are holes of the right size, which take no room on the disk. Tokenizers are those of the bundled models, whose ids every
+vocabulary here has; image processors are the published ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from published_shapes import CONFIGS, FLOAT32, PROCESSORS, cut, shapes, thinned
+from published_shapes import CONFIGS, FLOAT32, PROCESSORS, cut, shapes
 
 SHARD = 4_000_000_000
 """Bytes of a file, as the published ones have."""
@@ -118,12 +118,10 @@ def main() -> None:
     parser.add_argument("model", choices=CONFIGS)
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--layers", type=int, help="write the first layers only")
-    parser.add_argument("--experts", type=int, help="with fewer experts, and as large a share of them for a token")
     parser.add_argument("--headers", action="store_true", help="names, shapes and types without weights")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     config = CONFIGS[asked.model] if asked.layers is None else cut(CONFIGS[asked.model], asked.layers)
-    config = config if asked.experts is None else thinned(config, asked.experts)
     dtype = torch.float32 if asked.model in FLOAT32 else torch.bfloat16
     started = time.perf_counter()
     total = write(asked.out, config, dtype, seed=None if asked.headers else asked.seed)
