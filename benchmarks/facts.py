@@ -44,7 +44,7 @@ RATE, WARMUP = 2e-3, 50
 def main() -> None:
     parser = arguments(__doc__ or "", "facts")
     parser.add_argument("--cases", nargs="+", default=["64x4", "16x4", "16x8"], help="width of experts x figures")
-    parser.add_argument("--names", type=int, default=400)
+    parser.add_argument("--names", type=int, default=320)
     parser.add_argument("--steps", type=int, default=800)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
