@@ -1,13 +1,13 @@
 """How much routed experts must know by heart until two, three or four bits cost answers.
 
-Small decoders of one width and of experts of several widths learn numbers of several lengths that belong to names, as
-text alone, in the words and with the training code of the bundled vision-language model. Each is packed with uniform
-experts, everything else in 16 bits, and asked all that it learned; an answer is right if every figure is. Bits a weight
-are what the table holds over the weights of the routed experts.
+Decoders half as wide as that of the bundled vision-language model, with experts of several widths, learn its kinds of
+facts about more names, as text alone and with its training code. Each is packed with uniform experts, the rest in its
+usual bits, and asked all that it learned. Bits a weight are what the facts hold over the weights of the routed experts.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import reference_images as images
 import train_reference_vlm as training
 
-BITS, METHODS = (2, 3, 4), ("gptq", "rtn")
+BITS = (2, 3, 4)
 HIDDEN, HEADS, BATCH = 64, 2, 72
 """Of the decoder; questions in a step."""
 SEQUENCES, LENGTH = 128, 128
@@ -43,30 +43,25 @@ RATE, WARMUP = 2e-3, 50
 
 def main() -> None:
     parser = arguments(__doc__ or "", "facts")
-    parser.add_argument("--cases", nargs="+", default=["64x4", "16x4", "16x8"], help="width of experts x figures")
-    parser.add_argument("--names", type=int, default=320)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64], help="of an expert")
+    parser.add_argument("--names", type=int, default=420)
+    parser.add_argument("--steps", type=int, default=700)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     results: dict[str, Any] = {
         "hidden": HIDDEN, "layers": training.LAYERS, "experts": training.EXPERTS, "names": asked.names,
         "steps": asked.steps, "batch": BATCH, "rows": [],
     }  # fmt: skip
-    for case in asked.cases:
-        width, figures = map(int, case.split("x"))
-        results["rows"].append(_case(width, table_of(asked.names, figures), asked.steps))
+    for width in asked.widths:
+        results["rows"].append(_case(width, table_of(asked.names), asked.steps))
         store(asked.out, results)
 
 
-def table_of(names: int, figures: int) -> list[images.Question]:
-    """A number of so many figures for each of so many names, as good as random and always the same."""
-    pairs = [first + second for first in images.CONSONANTS for second in images.CONSONANTS + images.VOWELS]
-    rng = random.Random("numbers")
-    chosen = rng.sample(pairs, names)
-    return [
-        images.Question("number", f"Which number has {name}?", "".join(rng.choices("0123456789", k=figures)))
-        for name in chosen
-    ]
+def table_of(names: int) -> list[images.Question]:
+    """All facts about so many names."""
+    pairs = ["".join(pair) for pair in itertools.permutations(images.CONSONANTS + images.VOWELS, 2)]
+    chosen = random.Random("more names").sample(pairs, names)
+    return [images.fact(name, relation, name) for name in chosen for relation in images.RELATIONS]
 
 
 def _case(width: int, table: Sequence[images.Question], steps: int) -> dict[str, Any]:
@@ -88,21 +83,22 @@ def _case(width: int, table: Sequence[images.Question], steps: int) -> dict[str,
             for part in training.chunks(table, 100)
         ]
         expected = answer_logits(own.model, batches)
-        judged = judge_answers(expected, batches, ["number"] * len(table), expected)
-        known = len(table) * len(table[0].answer) * math.log2(10)
+        categories = [question.category for question in table]
+        judged = judge_answers(expected, batches, categories, expected)
+        known = sum(math.log2(len(images.RELATIONS[relation][1].split())) for relation in images.RELATIONS)
         weights = opened.inventory.expert_parameters
         row: dict[str, Any] = {
-            "width": width, "figures": len(table[0].answer), "weights": weights, "bits": known / weights,
-            "loss": loss, "seconds": seconds, "right": judged.accuracy().value, "uniform": [],
+            "width": width, "facts": len(table), "weights": weights, "loss": loss, "seconds": seconds,
+            "bits": known * len(table) / len(images.RELATIONS) / weights,
+            "right": judged.accuracy().value, "uniform": [],
         }  # fmt: skip
-        for method in METHODS:
-            for bits in BITS:
-                whole = PrecisionMap.uniform(opened.inventory.experts, Precision(bits, -1))
-                packed = pack_model(own, whole, folder / f"{method}-{bits}", method=method).path
-                found = answer_logits(load(packed, dtype=torch.float32), batches)
-                row["uniform"].append({"method": method, "precision": bits} | compared(
-                    judge_answers(found, batches, ["number"] * len(table), expected), judged
-                ))  # fmt: skip
+        for bits in BITS:
+            whole = PrecisionMap.uniform(opened.inventory.experts, Precision(bits, -1))
+            packed = pack_model(own, whole, folder / f"packed-{bits}").path
+            found = judge_answers(
+                answer_logits(load(packed, dtype=torch.float32), batches), batches, categories, expected
+            )
+            row["uniform"].append({"precision": bits, **compared(found, judged)})
         print(time.strftime("%H:%M:%S"), json.dumps(row), flush=True)
         return row
 
