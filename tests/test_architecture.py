@@ -13,6 +13,7 @@ LEVELS = [
     {"precision"},
     {"spec"},
     {"stats"},
+    {"hadamard"},
     {"qtensor"},
     {"progress", "seam", "autoload", "journal", "foreign"},
     {"models", "source"},
