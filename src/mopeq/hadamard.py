@@ -32,27 +32,33 @@ def signs(size: int) -> Tensor:
 def rotation(size: int) -> Tensor:
     """R itself, float32 (size, size): the slow twin of :func:`rotated`."""
     rows = [[-1.0 if (i & j).bit_count() % 2 else 1.0 for j in range(size)] for i in range(size)]
-    return torch.tensor(rows) * size**-0.5 * signs(size)
+    found: Tensor = torch.tensor(rows) * size**-0.5 * signs(size)
+    return found
 
 
 def rotated(x: Tensor) -> Tensor:
     """R x of every row, the last axis of x (..., n), float32: weights give W R^T."""
-    size = run_length(x.shape[-1])
-    runs = x.unflatten(-1, (-1, size)) * signs(size).to(x)
-    return _walsh(runs).flatten(-2)
+    runs = _runs(x)
+    return _walsh(runs * signs(runs.shape[-1]).to(x)).flatten(-2)
 
 
 def restored(x: Tensor) -> Tensor:
     """R^T x of every row: the inverse."""
-    size = run_length(x.shape[-1])
-    return (_walsh(x.unflatten(-1, (-1, size))) * signs(size).to(x)).flatten(-2)
+    runs = _runs(x)
+    return (_walsh(runs) * signs(runs.shape[-1]).to(x)).flatten(-2)
+
+
+def _runs(x: Tensor) -> Tensor:
+    """Rows (..., n) as runs (..., n/b, b)."""
+    return x.reshape(*x.shape[:-1], -1, run_length(x.shape[-1]))
 
 
 def _walsh(runs: Tensor) -> Tensor:
     """H times each run (..., b), as the Kronecker product of two smaller ones."""
     size = runs.shape[-1]
     low = 1 << (size.bit_length() // 2)
-    made = _matrix(size // low).to(runs) @ (runs.unflatten(-1, (size // low, low)) @ _matrix(low).to(runs))
+    cells = runs.reshape(*runs.shape[:-1], size // low, low)
+    made: Tensor = _matrix(size // low).to(runs) @ (cells @ _matrix(low).to(runs))
     return made.flatten(-2)
 
 
@@ -62,4 +68,5 @@ def _matrix(size: int) -> Tensor:
     h = torch.ones(1, 1)
     while len(h) < size:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h * size**-0.5
+    found: Tensor = h * size**-0.5
+    return found

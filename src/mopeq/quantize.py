@@ -284,12 +284,12 @@ class _Plan:
             precisions = PrecisionMap.from_json(known["map"])
             clock("try")
 
-        def taken(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
+        def candidates(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
             short += [unit for unit in fallbacks if int(unit.partition(".")[0]) == layer.index]
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
-        if self.method in WHOLE:  # the candidates were made matrix by matrix, for costs
-            taken = self._tensors(precisions, journal, across, track)
+        again = self.method in WHOLE  # the candidates were made matrix by matrix, for costs
+        taken = self._tensors(precisions, journal, across, track) if again else candidates
         packed = write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
         return replace(packed, guard=known.get("sentence", ""))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -15,29 +15,27 @@ from mopeq.qtensor import Codes
 
 __all__ = ["for_rotated", "turned"]
 
-P = ParamSpec("P")
-Coded = Callable[Concatenate[Tensor, Precision, P], Codes]
+Coder = TypeVar("Coder", bound=Callable[..., Codes])
 
 
-def for_rotated(quantizer: Coded[P]) -> Coded[P]:
+def for_rotated(quantizer: Coder) -> Coder:
     """The quantizer, which turns weights and moments first where the precision has rotated inputs.
 
     What was made of moments before must be of turned ones (:func:`mopeq.quantizers.once`).
     """
 
     @wraps(quantizer)
-    def coded(weight: Tensor, precision: Precision, *others: P.args, **named: P.kwargs) -> Codes:
+    def coded(weight: Tensor, precision: Precision, *others: Any, **named: Any) -> Codes:
         if not precision.hadamard:
             return quantizer(weight, precision, *others, **named)
-        call: Any = quantizer  # the only tensor among the others is the moments
-        made: Codes = call(
+        made = quantizer(  # the only tensor among the others is the moments
             rotated(weight), replace(precision, hadamard=False),
             *(turned(value) if isinstance(value, Tensor) else value for value in others),
             **{name: turned(value) if isinstance(value, Tensor) else value for name, value in named.items()},
         )  # fmt: skip
         return replace(made, precision=precision)
 
-    return coded
+    return cast(Coder, coded)
 
 
 def turned(moments: Tensor) -> Tensor:
