@@ -501,6 +501,7 @@ PRINTED = {
     "align": methods,
     "recipes": recipes,
     "frontier": frontier,
+    "bundled_frontier": frontier,
     "solver": solver,
     "streaming": streaming,
     "peers_speed": peers_speed,

@@ -61,6 +61,7 @@ def test_how_it_is_written() -> None:
     assert str(TURNED) == "2g32h"
     assert str(parse_precision("2g128ch")) == "2g128ch"
     assert parse_precision("3", Precision(4, 64, hadamard=True)) == Precision(3, 64, hadamard=True)
+    assert parse_precision("3h", Precision(4, 64)) == Precision(3, 64, hadamard=True)
     assert TURNED.nbytes(8, 64) == replace(TURNED, hadamard=False).nbytes(8, 64)
     assert Precision(16, hadamard=True) == FULL
     rows = {g: {0: (TURNED, Precision(3, 64), Precision(2, 32))} for g in GROUPS}

@@ -1,10 +1,10 @@
 """What a long run has finished: one JSON object a line, in a file that a person can read and a run can go on from.
 
 The first line says what the run is (its ``job``), every further one what happened: a step done, with the facts and the
-files that it left; a step to be done again, with the reason; a step whose files are
-not needed any more; a run that went on. A line is written when its files are
-on the disk, so a process that is killed loses the step it was in and nothing else. The file is locked while a run goes
-on; the lock ends with the process, however it ends.
+files that it left; a step to be done again, with the reason; a step that is not needed any more; a folder whose files
+are not, though the steps that left them stay done; a run that went on. A line is written when its files are on the
+disk, and before files go, so a process that is killed loses the step it was in and nothing else. The file is locked
+while a run goes on; the lock ends with the process, however it ends.
 """
 
 from __future__ import annotations
@@ -94,6 +94,18 @@ class Journal:
             for name in self.steps.pop(step)["files"]:
                 (self.folder / name).unlink(missing_ok=True)
 
+    def spend(self, below: str) -> None:
+        """The files in the folder ``below`` may go; the steps that left them stay done, for the facts they have."""
+        self._write({"event": "spend", "below": below})
+        self._spent(below)
+
+    def _spent(self, below: str) -> None:
+        for step, entry in list(self.steps.items()):
+            kept = {name: file for name, file in entry["files"].items() if Path(name).parts[0] != below}
+            if kept != entry["files"] and not entry["facts"]:  # it left nothing else
+                del self.steps[step]
+            entry["files"] = kept
+
     def _lock(self, file: Path) -> None:
         _hold(self._file, self.folder)
         if not file.exists() or not os.path.samestat(file.stat(), os.fstat(self._file.fileno())):
@@ -115,6 +127,8 @@ class Journal:
                 self.steps[line["step"]] = line
             elif line.get("event") in ("redo", "drop"):
                 self.steps.pop(line["step"], None)
+            elif line.get("event") == "spend":
+                self._spent(line["below"])
         self._write({"event": "resume"})
 
     def _parsed(self, file: Path, number: int, line: bytes) -> Entry:
@@ -122,6 +136,8 @@ class Journal:
             entry = json.loads(line)
             if entry["event"] == "done":
                 entry["step"], entry["facts"].keys(), entry["files"].keys()
+            if entry["event"] == "spend":
+                entry["below"]
             return dict(entry)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OutputError(f"line {number} of {file} is damaged; remove {self.folder} and begin again") from error

@@ -81,6 +81,8 @@ class Packed:
     """Why it was not compared with the original although that was asked for."""
     guard: str = ""
     """What a comparison of the allocated map with a uniform one found, and so which of them this is."""
+    aligned: str = ""
+    """What came of aligning routers (:mod:`mopeq.align`)."""
 
 
 @dataclass(frozen=True)
@@ -380,7 +382,11 @@ def run_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "fallbacks": list(packed.fallbacks),
-        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
+        **{
+            name: said
+            for name, said in (("guard", packed.guard), ("recipe", recipe), ("aligned", packed.aligned))
+            if said
+        },
         "seconds": dict(seconds),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from mopeq.errors import MapError
+from mopeq.layers import layer_key
 
 __all__ = [
     "BITS",
@@ -143,23 +144,25 @@ DEFAULT_REST = {"attention": Precision(8, 128, True), "dense_mlp": Precision(8, 
                 "shared_experts": Precision(8, 128, True), "lm_head": Precision(8, 128, True)}  # fmt: skip
 """Precision of the groups outside the routed experts, where nothing else is asked for."""
 
-_TEXT = re.compile(r"(\d+)(?:g(-1|\d+)([sc]?)(h?))?\Z")
+_TEXT = re.compile(r"(\d+)(?:g(-1|\d+)([sc]?)(h?)|(c?)(h?))?\Z")
 
 
 def parse_precision(value: object, base: Precision | None = None) -> Precision:
-    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"``, ``"3g128h"`` or ``"16"``.
+    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"``, ``"2g128h"``, ``"2c"``, ``"3h"``, ``"16"``.
 
-    A bare number takes ``base``'s groups and rotation.
+    A bare number takes ``base``'s groups and rotation, and so do ``2c`` and ``3h``.
     """
     base = base or Precision(4)
     match = _TEXT.match(str(value).strip())
     if not match or isinstance(value, bool):
         raise MapError(
-            f"precision {value!r}; expected bits such as 3, or bits and group size such as 3g64, 4g128s, 2g128c, 2g128h"
+            f"precision {value!r}; expected bits such as 3, 2c or 3h, or bits and group size such as 3g64, 4g128s, 2g128c "
+            "or 2g128h"
         )
-    bits, group, kind, turned = match.groups()
+    bits, group, kind, turned, bare, bare_turned = match.groups()
     if group is None:
-        return Precision(int(bits), base.group_size, base.symmetric, hadamard=base.hadamard)
+        rotated = base.hadamard or bool(bare_turned)
+        return Precision(int(bits), base.group_size, base.symmetric, bool(bare), rotated)
     return Precision(int(bits), int(group), kind == "s", kind == "c", turned == "h")
 
 
@@ -275,10 +278,11 @@ class PrecisionMap:
 
 
 def _layer(text: str) -> int:
-    """A layer's number, in the one way it is written."""
-    if not text.isdecimal() or str(int(text)) != text:
-        raise MapError(f"malformed precision map: layer {text!r}; expected its number, such as 3")
-    return int(text)
+    """A layer's key, or a :class:`MapError`."""
+    try:
+        return layer_key(text)
+    except ValueError as error:
+        raise MapError(f"malformed precision map: {error}") from error
 
 
 def _row(group: str, layer: str, row: object, base: Precision) -> tuple[Precision, ...]:

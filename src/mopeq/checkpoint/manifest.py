@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mopeq.errors import CheckpointError, MapError
+from mopeq.layers import ImageExperts, layer_key
 from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, parse_precision
 from mopeq.qtensor import packed_shapes
 from mopeq.spec import Inventory, LinearRef, MoELayer, MoESpec, fitting
@@ -90,6 +91,11 @@ class Manifest:
             return ROTATED_VERSION
         return CODEBOOK_VERSION if any(p.codebook for p in used) else FORMAT_VERSION
 
+    @property
+    def has_image_experts(self) -> bool:
+        """Whether layers have experts for image tokens apart."""
+        return any(isinstance(key, ImageExperts) for key in self.experts)
+
     def matrices(self) -> Iterator[tuple[str, tuple[int, int], Precision]]:
         """(base name, (out, in), precision) of packed matrices: experts' that are there, linears' below 16 bits."""
         for index, packed in self.experts.items():
@@ -166,7 +172,7 @@ class Manifest:
             made = cls(
                 precisions=PrecisionMap.from_json(data["map"]),
                 inventory=Inventory.from_json(data["inventory"]),
-                experts={int(k): _experts(v) for k, v in data["experts"].items()},
+                experts={layer_key(k): _experts(v) for k, v in data["experts"].items()},
                 linears={str(k): _linear(v) for k, v in data["linears"].items()},
             )
         except MapError as error:

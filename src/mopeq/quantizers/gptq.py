@@ -187,6 +187,7 @@ def _factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Ten
     lower, info = torch.linalg.cholesky_ex(h)
     for e in (info > 0).nonzero().flatten().tolist():
         lower[e] = _factor_slowly(h[e].double(), damping).float()
+    del h
     root = lower.diagonal(dim1=-2, dim2=-1).clone()
     lower.div_(root.unsqueeze(1))
     return lower.flip(1, 2), root.square().flip(1)
