@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def precisions_of(options: argparse.Namespace, model: Inventory, text: str | None = None) -> tuple[Precision, ...]:
-    """What ``--levels``, or another text, names, in the groups and symmetry asked for."""
+    """What ``--levels``, or another text, names, in the groups, symmetry and rotation asked for."""
     (base,) = model.precisions([4], options.group_size, options.symmetric)
+    base = replace(base, hadamard=getattr(options, "hadamard", False))
     return tuple(parse_precision(part, base) for part in (text or options.levels).split(",") if part.strip())
 
 
