@@ -1,46 +1,52 @@
-"""Questions about held-out text, as an lm-eval task: which of four continuations is the real one."""
+"""Questions about held-out text: which of some continuations is the real one."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from mopeq.data.text import read_texts
 
 CONTEXT, ANSWER, CHOICES = 48, 12, 4
 """Tokens of a context and of a continuation, and how many continuations there are."""
-TASK = """task: cloze
-dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{context}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-target_delimiter: ""
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
 
 
-def cloze_task(files: Sequence[str], tokenizer: Any, questions: int, folder: Path, seed: int = 0) -> Path:
-    """Write ``folder`` with questions, evenly from all files; wrong continuations are of the same file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cloze.yaml").write_text(TASK, encoding="utf-8")
+@dataclass(frozen=True)
+class Question:
+    """Token ids of a context and of its continuations, the real one first; the others are of the same file."""
+
+    context: list[int]
+    choices: list[list[int]]
+
+
+def questions(files: Sequence[str], tokenizer: Any, count: int, seed: int = 0) -> list[Question]:
+    """Evenly from all files, none twice. Raises ValueError where a file has too little text."""
     draw = random.Random(seed)
-    lines = []
-    for path in files:
+    size = CONTEXT + ANSWER
+    made: list[Question] = []
+    for number, path in enumerate(files):
+        wanted = count * (number + 1) // len(files) - count * number // len(files)
         ids = tokenizer("\n".join(read_texts(path)), add_special_tokens=False)["input_ids"]
-        size = CONTEXT + ANSWER
-        starts = draw.sample(range(0, len(ids) - size, size), (questions // len(files)) * CHOICES)
-        for at in range(0, len(starts), CHOICES):
-            group = starts[at : at + CHOICES]
-            choices = [tokenizer.decode(ids[s + CONTEXT : s + size]) for s in group]
-            right = choices[0]
-            draw.shuffle(choices)
-            context = tokenizer.decode(ids[group[0] : group[0] + CONTEXT])
-            lines.append(json.dumps({"context": context, "choices": choices, "label": choices.index(right)}))
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+        parts = [ids[at : at + size] for at in range(0, len(ids) - size, size)]
+        for at in draw.sample(range(len(parts)), wanted):
+            others = draw.sample([i for i in range(len(parts)) if i != at], CHOICES - 1)
+            made.append(Question(parts[at][:CONTEXT], [parts[i][CONTEXT:] for i in (at, *others)]))
+    return made
+
+
+@torch.no_grad()
+def margins(model: nn.Module, asked: Sequence[Question], batch: int = 16) -> list[float]:
+    """Nats by which the real continuation of each question is ahead of the best other one; right if more than 0."""
+    found: list[float] = []
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        rows = torch.tensor([question.context + choice for question in part for choice in question.choices])
+        logits: Tensor = model(input_ids=rows, use_cache=False).logits[:, CONTEXT - 1 : -1].float()
+        nats = logits.log_softmax(-1).gather(-1, rows[:, CONTEXT:, None]).sum((1, 2)).view(len(part), -1)
+        found += (nats[:, 0] - nats[:, 1:].max(-1).values).tolist()
+    return found

@@ -28,11 +28,12 @@ from mopeq.analyze.activation import frequency, gate_mass
 from mopeq.analyze.forward import experts_module, frozen, inputs_of, logits_of, next_token_loss
 from mopeq.analyze.moments import expert_inputs
 from mopeq.measure import Prepared
-from mopeq.precision import GROUPS, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import GROUPS, LEFT_OUT, Precision, PrecisionMap, ProjectionGroup
 from mopeq.qtensor import dequantize
 from mopeq.quantizers import rtn
 from mopeq.seam import activate
 from mopeq.source import read_group
+from mopeq.spec import Inventory
 from mopeq.stats import PerExpert, Stats, cost_metric, cost_table
 
 LAYERWISE = ("pmq", "mode")
@@ -147,6 +148,21 @@ def layer_ranks(scores: PerExpert) -> dict[int, list[float]]:
         layer: (np.argsort(np.argsort(row, kind="stable"), kind="stable") / max(1, len(row) - 1)).tolist()
         for layer, row in scores.items()
     }
+
+
+def unused(frequency: PerExpert, precision: Precision) -> Rows:
+    """Cost ``unused``, of leaving an expert out (its frequency) or having it at ``precision`` (nothing)."""
+    made: Rows = {}
+    for layer, row in frequency.items():
+        _whole(made, "unused", LEFT_OUT, layer, list(row))
+        _whole(made, "unused", precision, layer, [0.0] * len(row))
+    return made
+
+
+def random_scores(model: Inventory, seed: int) -> dict[int, list[float]]:
+    """A random number for every expert."""
+    draw = np.random.default_rng(seed)
+    return {layer: draw.random(count).tolist() for layer, count in model.experts.items()}
 
 
 def layerwise(stats: Stats, cost: str, budget: int, options: Sequence[Precision], rest: Mapping[str, Precision]) -> Any:

@@ -1,10 +1,11 @@
 """The frontier of size and quality: the knapsack beside every control and every peer, at equal bytes, window by window.
 
 For every calibration seed the model is observed once and every unit quantized once at every precision. Each map is
-judged with those codes, dequantized, in the experts of the original, all else as it was; one map is
-also packed, loaded and judged, to show that this is the same. Controls have the bytes of the knapsack's map and the
-same codes. Peers run, for the last seed, in environments of their own on the same calibration tokens
-(``peers_quality.py``), and their matrices, dequantized, take the same places.
+judged with those codes, dequantized, in the experts of the original, all else as it was; two maps are also packed,
+loaded and judged, to show that this is the same. Controls have the bytes of the knapsack's map and the same codes.
+``--draws`` judges random maps, of one size and of many, beside what is predicted of them. Peers run, for the last seed,
+in environments of their own on the same calibration tokens (``peers_quality.py``), and their matrices, dequantized,
+take the same places.
 
 Rows are stored one by one; the same command goes on where it was stopped.
 """
@@ -26,23 +27,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import cloze
 import controls
 import peers_quality
-from cloze import cloze_task
 from common import START, store, study_arguments
 from fidelity import short
 from mopeq.allocate import allocate, inverted_map, predicted, random_map, ranked_map, uniform_map
 from mopeq.analyze import analyze, layer_metrics, moments
 from mopeq.analyze.forward import experts_module
 from mopeq.data.text import Window, read_texts, text_windows
-from mopeq.evaluate import Comparison, run_tasks
+from mopeq.evaluate import Comparison
 from mopeq.evaluate.divergence import judging
 from mopeq.load import load, load_source
 from mopeq.measure import Calibration, Prepared, calibrated, observed, open_model
 from mopeq.pack import pack_model
-from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap
+from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap
 from mopeq.qtensor import Codes, dequantize, on_cpu
 from mopeq.quantizers import DATA_FREE, QUANTIZERS, fallback_moments
+from mopeq.runtime.experts import without
 from mopeq.source import read_group
 from mopeq.stats import Stats, cost_metric
 
@@ -50,9 +52,10 @@ COST = "fisher_error"
 KEPT = {"attention": FULL, "lm_head": FULL}
 """All else is as it was, so that only what happens to the experts is compared."""
 LEVELS = (2, 3, 4, 5, 6)
-FULL_CONTROLS = (2.5, 3.0)
 BITS = (2.5, 3.0, 2.25, 3.5, 4.0)
-"""Bits per expert weight, everything counted; the first two with every control, the others with the strongest."""
+"""Bits per expert weight, everything counted, each with every control."""
+PRUNED = (2.0, 2.25, 2.5)
+"""Sizes at which the knapsack also has 0 bits, which leaves a whole expert out; only so 2.0 is reached."""
 QUANTIZED = {"rtn": (2, 3, 4), "rtn-mse": (2, 3), "hqq": (2, 3), "signround": (2,)}
 """Other quantizers of mopeq's and the uniform bits at which they stand beside GPTQ, for the last seed."""
 LAST_CONTROL = "ours, whole experts"
@@ -61,8 +64,8 @@ DRAWS = 2
 """Random maps of one histogram for every seed."""
 SAMENESS = 0.005
 """Relative difference of the KL that packing and loading may make: other kernels, other sums."""
-TASKS = ("original", "uniform 2", "uniform 3", "ours 2.25", "ours 2.5", "ours 3.0")
-"""What is asked questions."""
+TASKS = ("uniform 2", "uniform 3", "ours 2.5", "ours 3.0")
+"""What is asked questions, beside the original."""
 
 Judge = Callable[[nn.Module, str], Comparison]
 
@@ -88,15 +91,34 @@ class Study:
     model: nn.Module
     seconds: Mapping[str, float]
     filled: dict[tuple[int, int, str], Precision] = field(default_factory=dict)
+    gone: dict[int, Tensor] = field(default_factory=dict)
+    """Which experts of a layer are left out, bool (experts,)."""
+
+    def __post_init__(self) -> None:
+        for layer in self.prepared.spec.layers:
+            experts_module(self.model, layer).register_forward_pre_hook(partial(self._routed, layer.index))
+
+    def _routed(self, layer: int, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Tokens without the experts that are left out, as mopeq runs them; their slots get a weight of zero."""
+        if not (layer in self.gone and self.gone[layer].any()):
+            return given
+        index, weights = without(given[1], given[2], self.gone[layer])
+        return given[0], index.clamp_min(0), weights.to(given[2].dtype)
+
+    def clear(self) -> None:
+        """Forget what is in the model, as other matrices take the places."""
+        self.filled.clear()
+        self.gone.clear()
 
     def take(self, precisions: PrecisionMap) -> nn.Module:
         """The model with its experts at these precisions."""
         for layer in self.prepared.spec.layers:
             module = experts_module(self.model, layer)
+            self.gone[layer.index] = torch.tensor([p == LEFT_OUT for p in precisions.experts["down"][layer.index]])
             for group in GROUPS:
                 for expert, p in enumerate(precisions.experts[group][layer.index]):
                     unit = layer.index, expert, group
-                    if self.filled.get(unit) != p:
+                    if p != LEFT_OUT and self.filled.get(unit) != p:
                         _place(module, group, expert, dequantize(self.codes[(*unit, p)]))
                         self.filled[unit] = p
         return self.model
@@ -132,9 +154,8 @@ def main() -> None:
             if run is None:
                 run = {"seed": seed, "rows": []}
                 results["runs"].append(run)
-            proved = any("packed" in other for other in results["runs"])
             save = partial(store, asked.out, results)
-            _run(asked, opened, run, Path(temporary), seed == asked.seeds[-1], proved, save)
+            _run(asked, opened, run, Path(temporary), seed == asked.seeds[-1], save)
             store(asked.out, results)
 
 
@@ -144,20 +165,15 @@ def _run(
     run: dict[str, Any],
     folder: Path,
     last: bool,
-    proved: bool,
     save: Callable[[], None],
 ) -> None:
     """Every row of one seed that is not there yet; peers first, as they need nothing measured."""
     rows = {row["name"]: row for row in run["rows"]}
     ready = calibrated(opened, Calibration(asked.data, asked.samples, asked.length, 8, run["seed"]))
     windows, domains = _windows(asked, ready.tokenizer)
-    full = [bits for bits in asked.bits if bits in FULL_CONTROLS]
-    left = any(f"{LAST_CONTROL} = {bits}" not in rows for bits in full)
+    left = any(f"{LAST_CONTROL} = {bits}" not in rows for bits in asked.bits)
     methods = {f"mopeq {m} {bits}": (m, bits) for m in asked.methods for bits in QUANTIZED[m]} if last else {}
     with_data = {name for name, (method, _) in methods.items() if method not in DATA_FREE}
-    questions = asked.questions if last else 0
-    measured = left or any(f"frequency = {bits}" not in rows for bits in asked.bits) or not with_data <= set(rows)
-    measured = measured or (questions and len(run.get("questions", ())) < len(TASKS))
 
     def add(name: str, row: Mapping[str, Any], found: Comparison) -> None:
         rows[name] = {"name": name, **row, **_facts(found, domains)}
@@ -179,23 +195,33 @@ def _run(
             add(name, {**told, "kind": "peer", "bytes": _size(opened, told["bits"])}, judge(changed, name))
         for name in [n for n in methods if n not in with_data and n not in rows]:
             add(name, *_by_method(opened, changed, judge, *methods[name]))
-        if not measured:
+        schemes = {f"AutoScheme = {name.split()[1]}" for name in rows if name.startswith("auto-scheme")}
+        measured = left or not with_data | schemes | {f"ours-0 {bits}" for bits in asked.pruned} <= set(rows)
+        if not (measured or (last and (_unasked(asked, run) or asked.draws > len(run.get("draws", ()))))):
             return
         study = _studied(asked, opened, run["seed"], left, changed)
         run["seconds"] = {**run.get("seconds", {}), **study.seconds}
-        for job in (*_jobs(study, full, left), *_jobs(study, asked.bits, left)):
+        for job in (*_jobs(study, asked.bits, left), *_pruned(study, asked.pruned), *_schemes(study, rows)):
             if job.name not in rows:
                 row = _described(study, job)
                 if job.like is not None and row["bytes"] > rows[job.like]["bytes"]:
                     raise RuntimeError(f"{job.name} takes {row['bytes']} bytes, {job.like} {rows[job.like]['bytes']}")
                 add(job.name, row, judge(study.take(job.precisions), job.name))
-        if not proved and "ours 2.5" in rows:
-            run["packed"] = _packed(study, rows["ours 2.5"], judge, folder)
+        if last:
+            for name in ("ours 2.5", "ours-0 2.0"):
+                if name in rows and name not in run.setdefault("packed", {}):
+                    run["packed"][name] = _packed(study, name, rows[name], judge, folder)
+                    save()
+            _drawn(study, asked.draws, run, judge, save)
         for name in [n for n in methods if n not in rows]:
-            study.filled.clear()
+            study.clear()
             add(name, *_by_method(study.prepared, changed, judge, *methods[name]))
-    if questions:
-        _asked_questions(asked, study, run, folder, save)
+    if last and _unasked(asked, run):
+        _asked_questions(asked, study, run, save)
+
+
+def _options() -> list[Precision]:
+    return [Precision(bits, 128) for bits in LEVELS]
 
 
 def _uniform(study: Study, bits: int) -> Job:
@@ -241,7 +267,7 @@ def _studied(asked: argparse.Namespace, opened: Prepared, seed: int, compared: b
     calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
     prepared = observed(opened, calibration, dtype=torch.float32)
     seconds = {"observe": time.process_time() - begun}
-    options = [Precision(bits, 128) for bits in LEVELS]
+    options = _options()
     codes: dict[tuple[int, int, str, Precision], Codes] = {}
     costs: dict[str, dict[int, Sequence[float]]] = {}
     stats = analyze(
@@ -256,7 +282,7 @@ def _studied(asked: argparse.Namespace, opened: Prepared, seed: int, compared: b
 
         found, _ = layer_metrics(
             prepared.source, layer, prepared.routed[layer.index], experts_module(prepared.model, layer), [COST],
-            options=options, keep=keep,
+            options=[LEFT_OUT, *options], keep=keep,
         )  # fmt: skip
         for name, row in found.items():
             costs.setdefault(name, {})[layer.index] = row
@@ -272,39 +298,84 @@ def _studied(asked: argparse.Namespace, opened: Prepared, seed: int, compared: b
 
 def _jobs(study: Study, budgets: Sequence[float], compared: bool) -> Iterator[Job]:
     """Uniform models, the knapsack at each size, and what else has its bytes and the same codes."""
-    stats, options = study.stats, [Precision(bits, 128) for bits in LEVELS]
-    for p in options[:3]:
+    for p in _options()[:3]:
         yield _uniform(study, p.bits)
     for bits in budgets:
-        name = f"ours {bits}"
-        ours = allocate(stats, budget=f"{bits}bpw", cost=COST, options=options, rest=KEPT)
+        name, ours = f"ours {bits}", _ours(study, bits)
         yield Job(name, "ours", ours)
-        for what, precisions in _controls(study, ours, options, compared and bits in FULL_CONTROLS):
+        for what, precisions in _controls(study, ours) if compared else ():
             yield Job(f"{what} = {bits}", "control", precisions, name)
 
 
-def _controls(
-    study: Study, ours: PrecisionMap, options: Sequence[Precision], every: bool
-) -> Iterator[tuple[str, PrecisionMap]]:
-    """Maps of the bytes of ``ours``: its histogram dealt out by less, and what other costs and solvers make."""
+def _ours(study: Study, bits: float, options: Sequence[Precision] = ()) -> PrecisionMap:
+    """The knapsack's map of a size."""
+    return allocate(study.stats, budget=f"{bits}bpw", cost=COST, options=options or _options(), rest=KEPT)
+
+
+def _pruned(study: Study, budgets: Sequence[float]) -> Iterator[Job]:
+    """The knapsack with 0 bits among its options; the smallest with what else leaves experts out at its bytes."""
     stats, model = study.stats, study.stats.model
+    for bits in budgets:
+        name, ours = f"ours-0 {bits}", _ours(study, bits, [LEFT_OUT, *_options()])
+        yield Job(name, "pruned", ours)
+        if bits == min(PRUNED):
+            used, two = stats.metric("frequency"), Precision(2, 128)
+            unused = stats.with_metrics(controls.unused(used, two))
+            made = allocate(
+                unused, budget=f"{model.total_bytes(ours)}B", cost="unused", options=[LEFT_OUT, two],
+                granularity="expert", rest=KEPT,
+            )  # fmt: skip
+            yield Job(f"uniform 2 without the least used = {bits}", "control", made, name)
+            yield Job(f"frequency = {bits}", "control", ranked_map(model, used, ours), name)
+            for draw in range(DRAWS):
+                number = DRAWS * study.seed + draw
+                keys = controls.random_scores(model, number)
+                yield Job(f"random {number} = {bits}", "control", ranked_map(model, keys, ours), name)
+
+
+def _schemes(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Job]:
+    """What AutoScheme gave each layer, with the codes of the others; it has been a peer by now."""
+    for name, row in list(rows.items()):
+        peer, _, bits = name.partition(" ")
+        if peer.startswith("auto-scheme") and f"ours {bits}" in rows:
+            model = study.stats.model
+            given = {int(layer): Precision(found, 128) for layer, (found,) in row["layer_bits"].items()}
+            experts = {group: {k: (given[k],) * n for k, n in model.experts.items()} for group in GROUPS}
+            yield Job(f"AutoScheme = {bits}", "control", PrecisionMap(experts, KEPT, {}), f"ours {bits}")
+
+
+def _controls(study: Study, ours: PrecisionMap) -> Iterator[tuple[str, PrecisionMap]]:
+    """Maps of the bytes of ``ours``: its histogram dealt out by less, and what other costs and solvers make."""
+    stats, model, options = study.stats, study.stats.model, _options()
     bytes_of = {"budget": f"{model.total_bytes(ours)}B", "options": options, "rest": KEPT}
     norm, used = stats.metric("inverse_norm"), stats.metric("frequency")
     yield "frequency", ranked_map(model, used, ours)
-    if every:
-        yield "GEMQ", allocate(stats, cost="gemq", granularity="expert", **bytes_of)
-        yield "PMQ", controls.layerwise(stats, "pmq", model.expert_bytes(ours), options, KEPT)
-        losses = (stats.metric(cost_metric(COST, group, options[0])) for group in GROUPS)
-        loss = {layer: [a + b for a, b in zip(*rows, strict=True)] for layer, *rows in _rows(*losses)}
-        for draw in range(DRAWS):
-            number = DRAWS * study.seed + draw
-            yield f"random {number}", random_map(model, ours, number)
-        yield "inverted", inverted_map(model, loss, ours)
-        yield "MoPEQ model-wide", ranked_map(model, norm, ours)
-        yield "MoPEQ layer-wise", ranked_map(model, controls.layer_ranks(norm), ours)
-        yield "MODE", controls.layerwise(stats, "mode", model.expert_bytes(ours), options, KEPT)
-        yield "AlphaQ", allocate(stats, cost="alphaq", granularity="expert", **bytes_of)
-        yield LAST_CONTROL, allocate(stats, cost=COST, granularity="expert", **bytes_of)
+    yield "GEMQ", allocate(stats, cost="gemq", granularity="expert", **bytes_of)
+    yield "PMQ", controls.layerwise(stats, "pmq", model.expert_bytes(ours), options, KEPT)
+    losses = (stats.metric(cost_metric(COST, group, options[0])) for group in GROUPS)
+    loss = {layer: [a + b for a, b in zip(*rows, strict=True)] for layer, *rows in _rows(*losses)}
+    for draw in range(DRAWS):
+        number = DRAWS * study.seed + draw
+        yield f"random {number}", random_map(model, ours, number)
+    yield "inverted", inverted_map(model, loss, ours)
+    yield "MoPEQ model-wide", ranked_map(model, norm, ours)
+    yield "MoPEQ layer-wise", ranked_map(model, controls.layer_ranks(norm), ours)
+    yield "MODE", controls.layerwise(stats, "mode", model.expert_bytes(ours), options, KEPT)
+    yield "AlphaQ", allocate(stats, cost="alphaq", granularity="expert", **bytes_of)
+    yield LAST_CONTROL, allocate(stats, cost=COST, granularity="expert", **bytes_of)
+
+
+def _drawn(study: Study, draws: int, run: dict[str, Any], judge: Judge, save: Callable[[], None]) -> None:
+    """Random maps, as many of the knapsack's histogram at 2.5 bits as of sizes spread evenly over 2.2 to 4 bits."""
+    done = run.setdefault("draws", [])
+    for number in range(len(done) // 2, draws // 2):
+        for sizes, bits in (("one", 2.5), ("many", 2.2 + 1.8 * number / max(1, draws // 2 - 1))):
+            made = random_map(study.stats.model, _ours(study, bits), 1000 + number)
+            found = judge(study.take(made), f"{sizes} {number}")
+            told = short(predicted(study.stats, COST, made))
+            done.append({"sizes": sizes, "bits": bits, "predicted": told, "kl": short(found.divergence.kl.value)})
+        save()
+        print(time.strftime("%H:%M:%S"), "drawn", number, done[-2]["kl"], done[-1]["kl"], flush=True)
 
 
 def _rows(first: Mapping[int, Any], second: Mapping[int, Any]) -> Iterator[tuple[Any, ...]]:
@@ -345,40 +416,37 @@ def _windows(asked: argparse.Namespace, tokenizer: Any) -> tuple[list[Window], d
     return made, domains
 
 
-def _packed(study: Study, row: Mapping[str, Any], judge: Judge, folder: Path) -> dict[str, Any]:
-    """The knapsack's map at 2.5 bits packed, loaded and judged: the same KL as from its dequantized codes."""
-    options = [Precision(bits, 128) for bits in LEVELS]
-    made = allocate(study.stats, budget="2.5bpw", cost=COST, options=options, rest=KEPT)
-    done = pack_model(study.prepared, made, folder / "packed")
-    kl = judge(load(folder / "packed", dtype=torch.float32), "packed").divergence.kl.value
+def _packed(study: Study, name: str, row: Mapping[str, Any], judge: Judge, folder: Path) -> dict[str, Any]:
+    """A map of the knapsack's packed, loaded and judged: the same KL as from its dequantized codes."""
+    kind, _, bits = name.partition(" ")
+    made = _ours(study, float(bits), [LEFT_OUT, *_options()] if kind == "ours-0" else ())
+    done = pack_model(study.prepared, made, folder / name)
+    kl = judge(load(folder / name, dtype=torch.float32), name).divergence.kl.value
     if abs(kl / row["kl"] - 1) > SAMENESS:
-        raise RuntimeError(f"packed and loaded the map has KL {kl}, its codes {row['kl']}")
-    return {"name": "ours 2.5", "kl": short(kl), "bytes": done.bytes, "bytes_said": row["bytes"]}
+        raise RuntimeError(f"packed and loaded {name} has KL {kl}, its codes {row['kl']}")
+    return {"kl": short(kl), "bytes": done.bytes, "bytes_said": row["bytes"]}
 
 
-def _asked_questions(
-    asked: argparse.Namespace,
-    study: Study,
-    run: dict[str, Any],
-    folder: Path,
-    save: Callable[[], None],
-) -> None:
-    """Share of questions of held-out text answered right, through lm-eval."""
-    tasks = cloze_task(asked.text, study.prepared.tokenizer, asked.questions, folder / "cloze")
-    done = run.setdefault("questions", {})
+def _unasked(asked: argparse.Namespace, run: Mapping[str, Any]) -> bool:
+    """Whether there are questions that a model has not been asked."""
+    done = run.get("questions", {})
+    return bool(asked.questions) and any(
+        name not in done or len(done[name]["right"]) != asked.questions for name in ("original", *TASKS)
+    )
+
+
+def _asked_questions(asked: argparse.Namespace, study: Study, run: dict[str, Any], save: Callable[[], None]) -> None:
+    """Which questions about held-out text each model answers right, and by how many nats."""
+    asked_about = cloze.questions(asked.text, study.prepared.tokenizer, asked.questions)
+    done = run["questions"] = {}
     maps = {job.name: job.precisions for job in _jobs(study, asked.bits, False) if job.name in TASKS}
     loaders: dict[str, Callable[[], nn.Module]] = {"original": lambda: study.prepared.model}
     loaders |= {name: partial(study.take, made) for name, made in maps.items()}
     for name, taken in loaders.items():
-        if name in done:
-            continue
-        scores = run_tasks(taken(), study.prepared.tokenizer, ["cloze"], tasks, batch_size=16)
-        (score,) = (one for one in scores if one.metric == "acc")
-        right = score.score
-        done[name] = {
-            "right": short(right.value), "low": short(right.low), "high": short(right.high), "of": score.documents,
-        }  # fmt: skip
-        print(time.strftime("%H:%M:%S"), "questions", name, done[name], flush=True)
+        margins = cloze.margins(taken(), asked_about)
+        right = [int(margin > 0) for margin in margins]
+        done[name] = {"right": "".join(map(str, right)), "margins": [round(margin, 3) for margin in margins]}
+        print(time.strftime("%H:%M:%S"), "questions", name, sum(right) / len(right), flush=True)
         save()
 
 
@@ -405,6 +473,10 @@ def _resumed(asked: argparse.Namespace, opened: Prepared) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = study_arguments(__doc__ or "", "frontier")
     parser.add_argument("--bits", type=float, nargs="+", default=list(BITS), help="sizes of the knapsack's maps")
+    parser.add_argument(
+        "--pruned", type=float, nargs="*", default=list(PRUNED), help="sizes of those that may leave experts out"
+    )
+    parser.add_argument("--draws", type=int, default=0, help="random maps to judge, for the last seed; an even number")
     parser.add_argument("--questions", type=int, default=0, help="about held-out text, for the last seed")
     parser.add_argument(
         "--methods", nargs="*", choices=list(QUANTIZED), default=list(QUANTIZED), help="of mopeq, judged"

@@ -10,14 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
+
 from common import RESULTS, ROOT, estimate, interpolated, table
 
 Row = dict[str, Any]
+MAIN = re.compile(r"(ours|ours-0|uniform) [\d.]+")
 NUMBER = re.compile(r"^random \d+ =")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 64, 744, 16, 408
 STYLES = {
     "uniform": ("uniform GPTQ", "#5b5b5b"),
     "ours": ("knapsack", "#0b62c4"),
+    "pruned": ("knapsack that may leave experts out", "#1f8a4c"),
     "control": ("other allocations, same codes", "#c97b12"),
     "peer": ("other quantizers", "#b3252f"),
 }
@@ -32,6 +36,7 @@ def frontier(results: Mapping[str, Any]) -> dict[str, str]:
         "frontier peers": _peers(named, results),
         "frontier domains": _domains(named),
         "frontier questions": _questions(results),
+        "frontier ranks": _ranks(results),
         "frontier seconds": _seconds(results),
     }
 
@@ -52,6 +57,10 @@ def pooled(rows: Sequence[Row], key: str = "window_kl") -> list[float]:
     return [sum(values) / len(values) for values in zip(*means, strict=True)]
 
 
+def _called(name: str) -> str:
+    return name.replace("ours-0", "knapsack with 0").replace("ours", "knapsack")
+
+
 def mean(rows: Sequence[Row], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
 
@@ -68,14 +77,14 @@ def _shown(values: Sequence[float], digits: int = 4) -> tuple[str, str]:
 
 def _sizes(named: Mapping[str, Sequence[Row]], results: Mapping[str, Any]) -> str:
     line = _line(named)
-    chosen = [name for name in named if re.fullmatch(r"(ours|uniform) [\d.]+", name)]
+    chosen = [name for name in named if MAIN.fullmatch(name)]
     body = []
     for name in sorted(chosen, key=lambda n: named[n][0]["bytes"]):
         rows = named[name]
         kl = [row["kl"] for row in rows]
         ratio = mean(rows, "kl") / interpolated(line, round(mean(rows, "bytes")))
         body.append([
-            name.replace("ours", "knapsack"), f"{mean(rows, 'bits'):.3f}", f"{mean(rows, 'bytes') / 1e6:.2f}",
+            _called(name), f"{mean(rows, 'bits'):.3f}", f"{mean(rows, 'bytes') / 1e6:.2f}",
             *_shown(pooled(rows)), f"{min(kl):.4f} to {max(kl):.4f}", len(rows), f"{ratio:.2f}",
             f"{mean(rows, 'perplexity'):.2f}", f"{100 * mean(rows, 'top1'):.1f}",
         ])  # fmt: skip
@@ -95,7 +104,7 @@ def _controls(named: Mapping[str, Sequence[Row]]) -> str:
         if rows[0]["kind"] != "control":
             continue
         what, _, bits = name.rpartition(" = ")
-        ours = [row for row in named[f"ours {bits}"] if row["seed"] in {r["seed"] for r in rows}]
+        ours = [row for row in named[rows[0]["like"]] if row["seed"] in {r["seed"] for r in rows}]
         gap = estimate([a - b for a, b in zip(pooled(ours), pooled(rows), strict=True)])
         seeds = {row["seed"] for row in rows}
         won = sum(
@@ -127,7 +136,7 @@ def _peers(named: Mapping[str, Sequence[Row]], results: Mapping[str, Any]) -> st
         if rows[0]["kind"] != "peer":
             continue
         (row,) = rows
-        own = [r for n, many in named.items() if re.fullmatch(r"ours [\d.]+|uniform 2", n) for r in many
+        own = [r for n, many in named.items() if re.fullmatch(r"ours [\d.]+|ours-0 2.0|uniform 2", n) for r in many
                if r["seed"] == row["seed"] and r["bytes"] <= row["bytes"]]  # fmt: skip
         cells = ["no map is as small", "", ""]
         if own:
@@ -150,21 +159,57 @@ def _peers(named: Mapping[str, Sequence[Row]], results: Mapping[str, Any]) -> st
 
 def _domains(named: Mapping[str, Sequence[Row]]) -> str:
     domains = list(next(iter(named.values()))[0]["by_domain"])
-    chosen = [name for name in named if re.fullmatch(r"(ours|uniform) [\d.]+", name)]
+    chosen = [name for name in named if MAIN.fullmatch(name)]
     body = [
-        [name.replace("ours", "knapsack"), *(f"{mean([row['by_domain'] for row in rows], d):.2f}" for d in domains)]
+        [_called(name), *(f"{mean([row['by_domain'] for row in rows], d):.2f}" for d in domains)]
         for name, rows in sorted(((n, named[n]) for n in chosen), key=lambda item: item[1][0]["bytes"])
     ]
     return table(["map", *domains], body)
 
 
 def _questions(results: Mapping[str, Any]) -> str:
-    body = [
-        [name.replace("ours", "knapsack"), f"{100 * row['right']:.1f}",
-         f"{100 * row['low']:.1f} to {100 * row['high']:.1f}", row["of"]]
-        for name, row in next((r["questions"] for r in results["runs"] if "questions" in r), {}).items()
-    ]  # fmt: skip
-    return table(["model", "right, %", "95 % interval", "questions"], body)
+    """Share of right answers, and of the nats by which the right one is ahead; both beside the original's, paired."""
+    done: Mapping[str, Any] = next((r["questions"] for r in results["runs"] if "questions" in r), {})
+    if not done:
+        return ""
+    rights = {name: [100.0 * int(one) for one in row["right"]] for name, row in done.items()}
+    body = []
+    for name, row in done.items():
+        gaps = [
+            _gap(values[name], values["original"], digits)
+            for values, digits in ((rights, 1), ({n: r["margins"] for n, r in done.items()}, 3))
+        ]
+        value, interval = _shown(rights[name], 1)
+        body.append([_called(name), value, interval, gaps[0], _shown(row["margins"], 3)[0], gaps[1]])
+    head = ["model", "right, %", "95 % interval", "than the original, 95 %", "nats ahead", "than the original, 95 %"]
+    return f"{len(row['right'])} questions.\n\n" + table(head, body)
+
+
+def _gap(first: Sequence[float], second: Sequence[float], digits: int) -> str:
+    found = estimate([a - b for a, b in zip(first, second, strict=True)])
+    return f"{found.value:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
+
+
+def _ranks(results: Mapping[str, Any]) -> str:
+    """Rank correlation of what is predicted of maps with their KL: those of the other tables, and random ones."""
+    body = []
+    for run in results["runs"]:
+        rows = [row for row in run["rows"] if row["kind"] in ("ours", "pruned", "control")]
+        drawn = {sizes: [row for row in run.get("draws", ()) if row["sizes"] == sizes] for sizes in ("one", "many")}
+        parts = {
+            "of the tables above": rows,
+            "of these, at 2.5 bits": [
+                row for row in rows if row["name"].endswith("= 2.5") or row["name"] == "ours 2.5"
+            ],
+            "random, 2.2 to 4.0 bits": drawn["many"],
+            "random, 2.5 bits each": drawn["one"],
+        }
+        for what, part in parts.items():
+            if len(part) > 2:
+                kl = [row["kl"] for row in part]
+                rank = spearmanr([row["predicted"] for row in part], kl).statistic
+                body.append([run["seed"], what, len(part), f"{min(kl):.4f} to {max(kl):.4f}", f"{rank:.3f}"])
+    return table(["seed", "maps", "how many", "KL", "Spearman"], body)
 
 
 def _seconds(results: Mapping[str, Any]) -> str:
@@ -196,7 +241,7 @@ def picture(named: Mapping[str, Sequence[Row]]) -> str:
             y = at(ends[0][0], kl)[1]
             made.append(f'<path d="M{LEFT} {y}H{RIGHT}" stroke="#e4e4e4"/>')
             made.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{kl:g}</text>')
-    for kind in ("uniform", "ours"):
+    for kind in ("uniform", "ours", "pruned"):
         line = sorted((size, kl) for k, name, size, kl in points if k == kind)
         path = " ".join(f"{x},{y}" for x, y in (at(*p) for p in line))
         made.append(f'<polyline points="{path}" fill="none" stroke="{STYLES[kind][1]}" stroke-width="1.5"/>')
@@ -206,8 +251,8 @@ def picture(named: Mapping[str, Sequence[Row]]) -> str:
         made.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{STYLES[kind][1]}" fill-opacity="0.85">{title}</circle>')
     for number, (label, colour) in enumerate(STYLES.values()):
         y = TOP + 14 + 18 * number
-        made.append(f'<circle cx="{RIGHT - 190}" cy="{y}" r="4" fill="{colour}"/>')
-        made.append(f'<text x="{RIGHT - 180}" y="{y + 4}">{label}</text>')
+        made.append(f'<circle cx="{RIGHT - 220}" cy="{y}" r="4" fill="{colour}"/>')
+        made.append(f'<text x="{RIGHT - 210}" y="{y + 4}">{label}</text>')
     middle = (LEFT + RIGHT) / 2
     made.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">checkpoint, MB</text>')
     made.append(f'<text x="14" y="{(TOP + BOTTOM) / 2}" text-anchor="middle" transform="rotate(-90 14 '

@@ -4,8 +4,8 @@
 
 MODEL is a folder with the original; FILE holds the token ids of each calibration sequence, JSON. SETTING is a number of
 bits, bits on average, or a type of llama.cpp's. OUT gets the experts' matrices under their names in the checkpoint,
-float32. The last line of the output says in JSON what they take: ``bits`` per weight with scales and zero points, and
-seconds of the processor. Nothing of mopeq is imported here.
+float32. The last line of the output says in JSON what they take: ``bits`` per weight with scales and zero points, those
+of each layer's matrices without, and seconds of the processor. Nothing of mopeq is imported here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def main() -> None:
     weights = sum(tensor.numel() for tensor in tensors.values())
     mean = sum(bits[name] * tensor.numel() for name, tensor in tensors.items()) / weights
     save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, asked.out)
-    print("\n" + json.dumps({"bits": mean, "processor_seconds": round(time.process_time() - started, 1)}))
+    layers: dict[str, set[int]] = {}
+    for name, value in bits.items():
+        layers.setdefault(name.split(".")[2], set()).add(int(value))
+    told = {"bits": mean, "processor_seconds": round(time.process_time() - started, 1)}
+    print("\n" + json.dumps({**told, "layer_bits": {layer: sorted(found) for layer, found in layers.items()}}))
 
 
 def grouped(bits: int, zero: int) -> float:
@@ -90,8 +94,10 @@ def gptqmodel_dynamic(asked: argparse.Namespace, ids: list[list[int]]) -> Made:
     return made, {name: grouped(bits(name), bits(name)) for name in made}
 
 
-def auto_scheme(asked: argparse.Namespace, ids: list[list[int]]) -> Made:
-    """AutoRound's choice among 2, 3 and 4 bits, which gives all experts of a layer the same, then its tuning."""
+def auto_scheme(asked: argparse.Namespace, ids: list[list[int]], iters: int) -> Made:
+    """AutoRound's choice among 2, 3 and 4 bits, which gives all experts of a layer the same, then its tuning; its RTN
+    where that takes no iterations.
+    """
     from auto_round import AutoRound, AutoScheme
     from auto_round.schemes import QuantizationScheme
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -112,7 +118,7 @@ def auto_scheme(asked: argparse.Namespace, ids: list[list[int]]) -> Made:
     wanted = (float(asked.setting) * experts + 16 * kept) / (experts + kept)  # it counts what it is told to keep
     made = AutoRound(
         model, tokenizer, scheme=AutoScheme(avg_bits=wanted, options=options, dataset=text, nsamples=16), dataset=text,
-        nsamples=len(ids), seqlen=len(ids[0]) - 1, batch_size=4, iters=200, ignore_layers="self_attn,mlp.gate",
+        nsamples=len(ids), seqlen=len(ids[0]) - 1, batch_size=4, iters=iters, ignore_layers="self_attn,mlp.gate",
         device_map="cpu",
     )  # fmt: skip
     quantized, chosen = made.quantize()
@@ -221,7 +227,8 @@ def importance(model: Path, ids: list[list[int]]) -> dict[str, Tensor]:
 
 PEERS: dict[str, Callable[[argparse.Namespace, list[list[int]]], Made]] = {
     "auto-round": lambda asked, ids: uniform(asked, ids, lambda a, i: peers_run.autoround(a, i, 200)),
-    "auto-scheme": auto_scheme,
+    "auto-scheme": lambda asked, ids: auto_scheme(asked, ids, 200),
+    "auto-scheme-rtn": lambda asked, ids: auto_scheme(asked, ids, 0),
     "gptqmodel": lambda asked, ids: uniform(asked, ids, peers_run.gptqmodel),
     "gptqmodel-dynamic": gptqmodel_dynamic,
     "llm-compressor": lambda asked, ids: uniform(asked, ids, peers_run.llmcompressor),

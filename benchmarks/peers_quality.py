@@ -26,6 +26,7 @@ from mopeq.measure import Prepared
 RUNS = {
     "auto-round": ("2", "3", "4"),
     "auto-scheme": ("2.5", "3.0"),
+    "auto-scheme-rtn": ("2.5", "3.0"),
     "gptqmodel": ("2", "3", "4"),
     "gptqmodel-dynamic": ("2.5", "3.0"),
     "llm-compressor": ("2", "3", "4"),

@@ -11,6 +11,7 @@ HERE = Path(__file__).resolve().parent
 BUNDLED = "src/mopeq/assets"
 MODEL, LABEL = "../shared/models/olmoe-25m", "25 M development model"
 DATA = "../shared/data"
+STORED = "benchmarks/results"
 DOMAINS = ("c", "docs", "pep", "prose", "python", "wiki")
 
 
@@ -24,11 +25,22 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         "solver": ["solver.py"],
         **_fidelity("", [*named, "--text", *text]),
         **_fidelity("bundled_", bundled),
-        "frontier": ["frontier.py", *named, "--text", *text],
+        "frontier": ["frontier.py", *named, "--text", *text, *_judged(1500)],
+        "bundled_frontier": ["frontier.py", *bundled, *_judged(1200), "-o", f"{STORED}/bundled_frontier.json"],
         "scores": ["scores.py", *named],
         "codebooks": ["codebooks.py", *named, "--text", *text],
         "methods": ["methods.py", *named, "--text", *text],
-        "align": ["methods.py", *named, "--text", *text, "--studies", "align", "-o", "benchmarks/results/align.json"],
+        "few_bits": ["few_bits.py", *named, "--text", *text],
+        "bundled_few_bits": [
+            "few_bits.py",
+            *bundled,
+            "--windows",
+            "32",
+            "-o",
+            "benchmarks/results/bundled_few_bits.json",
+        ],
+        "measuring_cost": ["measuring_cost.py", *named],
+        "bundled_recipes": ["recipes.py", *bundled, "-o", "benchmarks/results/bundled_recipes.json"],
         "bundled_methods": [
             "methods.py",
             *bundled,
@@ -45,6 +57,10 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         "vlm_parts": ["vlm_parts.py"],
         "moqe": ["moqe.py", "--model", model, "--label", label, "--text", *text],
     }
+
+
+def _judged(questions: int) -> list[str]:
+    return ["--questions", str(questions), "--draws", "60"]
 
 
 def _fidelity(prefix: str, named: list[str]) -> dict[str, list[str]]:

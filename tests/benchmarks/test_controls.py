@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import cloze
 import controls
+import frontier
 import tiny
-from cloze import ANSWER, CONTEXT, cloze_task
-from mopeq.allocate import uniform_map
+from mopeq.allocate import allocate, uniform_map
 from mopeq.analyze import observe
 from mopeq.measure import Prepared, open_model
-from mopeq.precision import GROUPS, Precision
+from mopeq.precision import GROUPS, LEFT_OUT, Precision
 from mopeq.qtensor import dequantize
 from mopeq.quantizers import rtn
 from mopeq.source import read_group
@@ -121,16 +122,49 @@ def test_ranks_within_a_layer() -> None:
     assert controls.layer_ranks({0: (5.0, 1.0, 3.0), 1: (0.1, 0.3, 0.2)}) == {0: [1, 0, 0.5], 1: [0, 1, 0.5]}
 
 
-def test_questions_have_one_right_answer(tmp_path: Path) -> None:
+def test_unused_experts_are_those_that_few_tokens_choose(prepared: Prepared) -> None:
+    used = {layer: tuple(float((3 * e + layer) % 8) for e in range(8)) for layer in prepared.inventory.experts}
+    stats = Stats(prepared.inventory, {}).with_metrics(controls.unused(used, P))
+    kept = uniform_map(prepared.inventory, [P])
+    budget = f"{prepared.inventory.total_bytes(kept) - prepared.inventory.expert_bytes(kept) // 4}B"
+    made = allocate(stats, budget=budget, cost="unused", options=[LEFT_OUT, P], granularity="expert")
+    for layer, row in made.experts["down"].items():
+        assert {used[layer][e] for e, p in enumerate(row) if p == LEFT_OUT} <= {0.0, 1.0, 2.0}
+    assert sum(p == LEFT_OUT for row in made.experts["down"].values() for p in row) == 2 * len(used)
+
+
+def test_the_others_take_the_weight_of_experts_that_are_left_out(prepared: Prepared) -> None:
+    model = copy.deepcopy(prepared.model)
+    study = frontier.Study(0, prepared, Stats(prepared.inventory, {}), {}, model, {})
+    layer = prepared.spec.layers[1]
+    seen, module = prepared.routed[layer.index], model.get_submodule(layer.module)
+    study.gone[layer.index] = torch.tensor([e in (1, 4) for e in range(8)])
+    with torch.no_grad():
+        found = module(seen.hidden, seen.index, seen.weights)
+        study.clear()
+        for token in range(len(seen.hidden)):
+            slots = [s for s, e in enumerate(seen.index[token].tolist()) if e not in (1, 4)]
+            weights = torch.zeros_like(seen.weights[token : token + 1])
+            for s in slots:
+                weights[0, s] = seen.weights[token, s] * seen.weights[token].sum() / seen.weights[token, slots].sum()
+            expected = module(seen.hidden[token : token + 1], seen.index[token : token + 1], weights)
+            torch.testing.assert_close(found[token : token + 1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_real_continuation_is_first_and_ahead_of_the_best_other(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + i * i % 26) for i in range(4000)), encoding="utf-8")
     tiny.save_tokenizer(tmp_path)
-    folder = cloze_task([str(text)], AutoTokenizer.from_pretrained(tmp_path), 8, tmp_path / "task")
-    lines = [json.loads(line) for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == 8
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    asked = cloze.questions([str(text)], tokenizer, 8)
     whole = text.read_text(encoding="utf-8")
-    for line in lines:
-        assert len(line["choices"]) == 4
-        assert len(line["context"]) == CONTEXT
-        assert line["context"] + line["choices"][line["label"]] in whole
-        assert {len(choice) for choice in line["choices"]} == {ANSWER}
+    model = tiny.tiny_model("olmoe").eval()
+    for question, margin in zip(asked, cloze.margins(model, asked, batch=3), strict=True):
+        assert tokenizer.decode(question.context + question.choices[0]) in whole
+        assert [len(part) for part in (question.context, *question.choices)] == [cloze.CONTEXT, *[cloze.ANSWER] * 4]
+        nats = []
+        for choice in question.choices:
+            ids = torch.tensor([question.context + choice])
+            logits = model(input_ids=ids).logits[0].log_softmax(-1).detach()
+            nats.append(sum(logits[at - 1, ids[0, at]] for at in range(cloze.CONTEXT, ids.shape[1])))
+        assert margin == pytest.approx(float(nats[0] - max(nats[1:])), abs=1e-3)

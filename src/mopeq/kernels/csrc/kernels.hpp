@@ -70,6 +70,9 @@ struct Loops {
   void (*split)(const float *x, int64_t blocks, int digits, int8_t *to, float *scales, int32_t *minus);
   // weight * x / sqrt(mean(x^2) + eps)
   void (*norm)(const float *x, const float *weight, int64_t count, float eps, float *to);
+  // H x of every run of `size` numbers, a power of two from 16 on: signs (size) multiply them first, and have the factor
+  // of H in them.
+  void (*rotated)(float *x, const float *signs, int64_t count, int64_t size);
   // weights: (count), room to work in.
   void (*attend)(const Attending &a, float *weights, float *out);
 };
