@@ -261,8 +261,8 @@ class Shell:
         trim()
         self.model.requires_grad_(False)
         problems = {"mismatched_keys": "have other shapes in it", "conversion_errors": "cannot be converted"}
-        for kind, problem in problems.items():
-            if names := sorted(str(name) for name in getattr(info, kind)):
+        for field, problem in problems.items():
+            if names := sorted(str(name) for name in getattr(info, field)):
                 raise ModelError(
                     f"{self.source.path}: {len(names)} tensors {problem}, the first is {names[0]}; download it again"
                 )
