@@ -55,7 +55,6 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         "export": ["export.py"],
         "vlm_study": ["vlm_study.py"],
         "vlm_parts": ["vlm_parts.py"],
-        "facts": ["facts.py"],
         "moqe": ["moqe.py", "--model", model, "--label", label, "--text", *text],
     }
 
@@ -91,7 +90,7 @@ def main() -> int:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(known)}")
     chosen = asked.names or list(known)
     absent = [p for p in (asked.model, asked.data, *asked.text) if not Path(p).exists()]
-    alone = ("solver", "export", "vlm_study", "vlm_parts", "facts")
+    alone = ("solver", "export", "vlm_study", "vlm_parts")
     if absent and any(name not in alone and not name.startswith("bundled_") for name in chosen):
         parser.error(f"no {absent[0]}; give --model, --data and --text, or name {', '.join(alone)} and bundled_...")
     for name in chosen:

@@ -214,22 +214,6 @@ def parts(results: Mapping[str, Any]) -> dict[str, str]:
     return {"vlm parts": table(head, [*rows, ["nothing", "", "", "0", "", *shares(results["original"])]])}
 
 
-def facts(results: Mapping[str, Any]) -> dict[str, str]:
-    """What few bits cost decoders whose experts know the same facts in more or fewer weights."""
-    head = ["width of an expert", "weights", "bits known a weight", "bits", "right %", "points lost, 95 %", "KL"]
-    rows = []
-    for row in results["rows"]:
-        first = [row["width"], f"{row['weights']:,}", f"{row['bits']:.3f}"]
-        rows.append([*first, "16", f"{100 * row['right']:.1f}", "", "0"])
-        rows += [
-            [*first, found["precision"], f"{100 * found['right']:.1f}",
-             f"{-100 * found['gap']:.1f} ({-100 * found['gap_high']:.1f} to {-100 * found['gap_low']:.1f})",
-             f"{found['kl']:.4f}"]
-            for found in reversed(row["uniform"])
-        ]  # fmt: skip
-    return {"facts": table(head, rows)}
-
-
 def _plain(named: Mapping[str, Sequence[Sequence[Row]]], original: Row, tasks: Sequence[str]) -> str:
     """Maps that were judged on images as drawn, too."""
     judged = {name: columns for name, columns in named.items() if "plain" in columns[0][0]}
@@ -541,7 +525,6 @@ PRINTED = {
     "loading": loading,
     "vlm_study": vlm,
     "vlm_parts": parts,
-    "facts": facts,
     "cpu_rows": rows,
     "activations": activations,
     "cpu_kernel": kernel,
