@@ -197,6 +197,8 @@ def test_it_goes_with_quantize_and_with_a_run_that_goes_on(
     before = contents(out)
     assert main([*words, "--resume"]) == 0  # nothing is left to do
     assert contents(out) == before
+    assert main(["report", str(out)]) == 0
+    assert "Routers aligned: on " in (out / "mopeq" / "report.html").read_text(encoding="utf-8")
 
 
 def test_killed_between_its_renames_a_folder_comes_back(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

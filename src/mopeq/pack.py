@@ -133,10 +133,12 @@ def write_packed(
     files: Mapping[str, Mapping[str, Any]],
     track: Track = silent,
     linears: Linears | None = None,
+    release: Callable[[], None] | None = None,
 ) -> Packed:
     """Everything that goes into a packed checkpoint, step by step; steps that an earlier run finished are taken over.
 
-    ``tensors(layer, fallbacks)`` is called in the order of the layers, for those that are still to be made.
+    ``tensors(layer, fallbacks)`` is called in the order of the layers, for those that are still to be made;
+    ``release()``, when all layers are.
     """
     started = time.perf_counter()
     source, spec, inventory = opened.source, opened.spec, opened.inventory
@@ -150,6 +152,8 @@ def write_packed(
         fallbacks += facts["fallbacks"]
         close_files()
     ahead.end()
+    if release is not None:
+        release()
     rest = partial(_rest, opened, linear_precisions(spec, precisions), linears or Linears())
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
@@ -313,16 +317,16 @@ def _by_group(slab: Slab, wanted: Mapping[ProjectionGroup, Sequence[Precision]],
     quantizer = QUANTIZERS[method]
     for group, row in wanted.items():
         weights = slab.weights[group]
-        inputs = once(quantizer, None if slab.moments is None else getattr(slab.moments, group))
+        moments = None if slab.moments is None else getattr(slab.moments, group)
+        inputs = {kind: once(quantizer, moments, kind) for kind in {p.hadamard for p in row if p.bits < 16}}
         for precision in dict.fromkeys(p for p in row if p != LEFT_OUT):
             at = [i for i, p in enumerate(row) if p == precision]
             some = at if len(at) < len(row) else slice(None)
-            full = precision.bits == 16
-            yield (
-                group,
-                at,
-                None if full else quantizer(weights[some], precision, None if inputs is None else inputs[some]),
-            )
+            if precision.bits == 16:
+                yield group, at, None
+            else:
+                seen = inputs[precision.hadamard]
+                yield group, at, quantizer(weights[some], precision, None if seen is None else seen[some])
 
 
 def _by_expert(
