@@ -53,7 +53,7 @@ def main() -> None:
         "samples": asked.samples,
     }  # fmt: skip
     results = {**settings, "gaussian": {name: short(loss(points())) for name, points in POINTS.items()},
-               "rotation": rotation_cost(), "runs": _kept(asked.out, settings)}  # fmt: skip
+               "rotation": rotation_cost(), "runs": kept_runs(asked.out, settings)}  # fmt: skip
     real: dict[str, tuple[float, Fake]] = {name: _real(name) for name in REAL}
     for number, seed in enumerate(asked.seeds):  # what exists here only comes last, with the last seed
         methods = real | (others() if number == len(asked.seeds) - 1 else {})
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _kept(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def kept_runs(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs of an earlier file of the same settings, each with the commit that it was made at."""
     if not path.exists():
         return []

@@ -7,7 +7,7 @@ import random
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mopeq.adapters import describe, inventory_of
@@ -72,6 +72,12 @@ def pack_model(folder: Path, out: Path, precisions: PrecisionMap | None = None, 
         )
     assert written <= model.total_bytes(precisions)
     return precisions
+
+
+def open_tensors(packed: Path) -> dict[str, Tensor]:
+    """All stored tensors of a folder, copied out of its files."""
+    files = sorted(packed.glob("*.safetensors"))
+    return {key: tensor.clone() for file in files for key, tensor in load_file(file).items()}
 
 
 def dequantized(folder: Path, packed: Path, out: Path) -> Path:

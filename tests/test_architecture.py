@@ -9,27 +9,28 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "mopeq"
 LEVELS = [
-    {"errors"},
+    {"errors", "layers"},
     {"precision"},
     {"spec"},
-    {"stats"},
+    {"stats", "hadamard"},
     {"qtensor"},
     {"progress", "seam", "autoload", "journal", "foreign"},
     {"models", "source"},
-    {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead"},
+    {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead", "lazy"},
     {"analyze", "candidates", "runtime", "job"},
-    {"integrations"},
+    {"integrations", "learned"},
     {"load"},
     {"evaluate", "fit", "report", "stream"},
     {"balance"},
     {"measure", "refine"},
     {"pack", "trial"},
+    {"align"},
     {"quantize"},
     {"quickstart", "serve", "moqe", "export"},
     {"quickstart_vlm"},
     {"cli"},
 ]
-WITHOUT_TORCH = ("errors", "precision", "spec", "stats", "progress", "allocate", "report", "cli")
+WITHOUT_TORCH = ("errors", "layers", "precision", "spec", "stats", "progress", "allocate", "report", "cli")
 
 
 def files() -> list[Path]:

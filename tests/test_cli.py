@@ -338,13 +338,14 @@ def test_small_disk(
     [
         (["--uniform", "3,4"], "expected one precision"),
         (["--uniform", ","], "expected one precision"),
+        (["--uniform", "0"], "expected one precision"),
         (["--uniform", "3", "--data", ""], "--data is empty"),
         (["--uniform", "3", "--rest", "attention=4,attention=8"], "names attention twice"),
         (["--uniform", "3", "--rest", "embedding=4", "--method", "rtn"], "unknown groups ['embedding']"),
         (["--uniform", "3", "--length", "600"], "takes at most 512"),
         (["--budget", "4bpw", "--cost", "frequency"], "no cost 'frequency'"),
         (["--uniform", "3", "--max-memory", "3bpw"], "expected a size such as 8GB or 900MiB"),
-        (["--uniform", "3", "--max-memory", "1MB"], "--max-memory is 0.00 GB and this needs "),
+        (["--uniform", "3", "--max-memory", "1MB"], "--max-memory is 0.001 GB and this needs "),
     ],
 )
 def test_quantize_refuses(

@@ -55,6 +55,22 @@ def test_steps_stay_done_until_their_files_change(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+def test_files_that_are_spent_leave_the_facts(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    with Journal(tmp_path, JOB) as journal:
+        journal.record("measure", {"cost": 1.5}, written(tmp_path, "scratch/a", b"codes"))
+        journal.record("hidden", files=written(tmp_path, "scratch/b", b"activations"))
+        journal.record("pack", {"fallbacks": []}, written(tmp_path, "shard", b"packed"))
+        journal.spend("scratch")
+        before = list(journal.steps)
+    (tmp_path / "scratch/a").unlink()
+    with Journal(tmp_path, JOB) as journal:
+        assert list(journal.steps) == before == ["measure", "pack"]
+        assert journal.done("measure") == {"cost": 1.5}
+        assert journal.done("hidden") is None
+        assert list(journal.files("pack")) == ["shard"]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 60])
 def test_a_line_that_was_cut_off_is_forgotten(tmp_path: Path, cut: int) -> None:
     begun(tmp_path)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from mopeq.journal import JOURNAL, Journal
 from mopeq.measure import Calibration, measure
 from mopeq.precision import Precision
 from mopeq.quantize import quantize
+from mopeq.stats import Stats, read_json
 
 Make = Callable[..., Path]
 
@@ -131,7 +133,7 @@ def test_another_command_or_model_is_refused(tiny_model: Make, tmp_path: Path) -
         quantize(made.model, out, **{**job, "resume": False})
     with pytest.raises(OutputError, match=r'was begun with map "[0-9a-f]+", and this command has "'):
         quantize(made.model, out, **{**job, "uniform": Precision(4, 32)})
-    with pytest.raises(OutputError, match=r"was begun with calibration .*give the same command and model"):
+    with pytest.raises(OutputError, match=r"begun with calibration seed 0, and this command has 1; give the same command"):
         quantize(made.model, out, **{**job, "calibration": replace(made.calibration, seed=1)})
     with pytest.raises(OutputError, match=r'was begun with dtype null, and this command has "torch.bfloat16"'):
         quantize(made.model, out, **job, dtype=torch.bfloat16)
@@ -139,6 +141,8 @@ def test_another_command_or_model_is_refused(tiny_model: Make, tmp_path: Path) -
     with pytest.raises(OutputError, match="was begun with model "):
         quantize(copy, out, **job)
     assert quantize(made.model, out, **job).path == out
+    with pytest.raises(OutputError, match=r"out is finished, and was made with map .*; give a new folder"):
+        quantize(made.model, out, **{**job, "uniform": Precision(4, 32)})
 
 
 def test_two_runs_into_one_folder(tiny_model: Make, tmp_path: Path) -> None:
@@ -184,17 +188,72 @@ def test_measuring_spills_and_goes_on(tiny_model: Make, tmp_path: Path, monkeypa
     found = measure(model, metrics, **asked, out=out, resume=True)
     assert done == 1, "the finished layer is not measured again"
     assert found.metrics == wanted.metrics
-    assert list(tmp_path.glob("stats.json*")) == []
-    out.write_text("{}")  # is replaced by the caller
+    assert list(tmp_path.glob("stats.json*")) == [out]
+    assert Stats.from_json(read_json(out)).to_json() == found.to_json()
+    out.write_text("{}")  # is replaced
     assert measure(model, ("frequency",), **asked, out=out).metrics["frequency"] == wanted.metrics["frequency"]
     assert list(tmp_path.glob("stats.json*")) == [out]
 
 
+def dies_where_it_removes(work: Callable[[], object], name: str) -> None:
+    """Carry ``work`` out in a process that is killed when it is about to remove a folder of that name, half of it."""
+    process = os.fork()
+    if process == 0:
+        real = shutil.rmtree
+
+        def half(path: Path, *args: Any, **kwargs: Any) -> None:
+            if Path(path).name != name:
+                return real(path, *args, **kwargs)
+            for file in sorted(file for file in Path(path).rglob("*") if file.is_file())[::2]:
+                file.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        shutil.rmtree = half
+        try:
+            work()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
+def test_measured_and_killed_while_it_cleans_up(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statistics are there, whole, before what they are made of goes; asked again, nothing runs again."""
+    model, out = tiny_model("qwen2_moe"), tmp_path / "stats.json"
+    asked: dict[str, Any] = {"calibration": killing.text(tmp_path), "options": [Precision(2, 32)], "out": out}
+    metrics = ("frequency", "inverse_norm", "output_error")
+    dies_where_it_removes(lambda: measure(model, metrics, **asked), "stats.json.partial")
+    wanted = Stats.from_json(read_json(out))
+    assert set(metrics[:2]) < set(wanted.metrics)
+    with pytest.raises(OutputError, match=r"stats.json.partial (exists|holds)"):
+        measure(model, metrics, **asked)
+    monkeypatch.setattr(measuring, "Shell", None)
+    assert measure(model, metrics, **asked, resume=True) == wanted
+    assert list(tmp_path.glob("stats.json*")) == [out]
+    with pytest.raises(TypeError):  # of another job nothing is there
+        measure(model, ("frequency",), **asked, resume=True)
+
+
+def test_killed_while_the_finished_folder_is_cleaned_up(made: Made, tmp_path: Path) -> None:
+    """Candidates and activations are gone, in part: what was made of them is not made again."""
+    out = tmp_path / "out"
+    dies_where_it_removes(lambda: killing.made(made.model, out, made.out.name, made.calibration), "scratch")
+    assert not out.exists()
+    killing.made(made.model, out, made.out.name, made.calibration, resume=True)
+    check(made, out)
+    events = [json.loads(line)["event"] for line in (out / JOURNAL).read_text().splitlines()]
+    assert "redo" not in events
+    assert "done" not in events[events.index("resume") :]
+
+
 def test_measuring_keeps_below_a_limit_or_tells_the_number(tiny_model: Make, tmp_path: Path) -> None:
     model, out = tiny_model("olmoe"), tmp_path / "stats.json"
-    with pytest.raises(InputError, match=r"--max-memory is 0\.10 GB and this needs (\d\.\d\d) GB"):
+    with pytest.raises(InputError, match=r"--max-memory is 0\.1 GB and this needs (\d\.\d\d) GB"):
         measure(model, ["output_error"], calibration=killing.text(tmp_path), out=out, max_memory=10**8)
     with pytest.raises(InputError, match="fisher takes the whole model in memory at once"):
         measure(model, ["fisher"], calibration=killing.text(tmp_path), out=out, max_memory=10**12)
-    assert measure(model, ["frequency"], calibration=killing.text(tmp_path), out=out, max_memory=2 * 10**9).metrics
     assert list(tmp_path.glob("stats*")) == []
+    assert measure(model, ["frequency"], calibration=killing.text(tmp_path), out=out, max_memory=2 * 10**9).metrics
+    assert list(tmp_path.glob("stats*")) == [out]

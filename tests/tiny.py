@@ -29,6 +29,7 @@ VLM = (
     "aria",
     "deepseek_ocr2",
     "deepseek_vl_v2",
+    "ernie4_5_vl_moe",
     "glm46v",
     "glm4v_moe",
     "internvl",
@@ -352,6 +353,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_num_shared_experts": 1,
         "moe_k": 2,
         "moe_layer_start_index": 1,
+    },
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            **_TEXT,
+            "num_hidden_layers": 3,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "intermediate_size": 192,
+            "moe_intermediate_size": [128, 192],
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]},
+        },
+        "vision_config": {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "patch_size": 4},
+        "image_token_id": 259,
+        "image_start_token_id": 260,
+        "image_end_token_id": 261,
+        "tie_word_embeddings": False,
     },
 }
 """What each family's configuration adds to the common part."""

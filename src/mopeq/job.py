@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from mopeq.checkpoint import Unfinished
+from mopeq.errors import MapError
 from mopeq.journal import Journal
 from mopeq.source import Source
+from mopeq.stats import Stats, read_json, write_json
 
-__all__ = ["hashed", "hashed_batches", "job_of", "spilled"]
+__all__ = ["hashed", "hashed_batches", "job_of", "spilled", "written", "written_before"]
 
 
 def job_of(source: Source, **asked: Any) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def hashed_batches(batches: Sequence[Mapping[str, Tensor]]) -> str:
 def spilled(out: str | Path | None, needed: int, job: Mapping[str, Any], resume: bool) -> Iterator[Journal | None]:
     """The journal of the folder beside ``out`` for ``needed`` bytes until that is made; None, for memory, without it.
 
-    Raises as :class:`~mopeq.checkpoint.Unfinished`.
+    What was made of it is to be written before this ends. Raises as :class:`~mopeq.checkpoint.Unfinished`.
     """
     if out is None:
         yield None
@@ -59,3 +61,20 @@ def spilled(out: str | Path | None, needed: int, job: Mapping[str, Any], resume:
     with Unfinished(out, needed_bytes=needed, job=job, resume=resume) as folder, folder.disk():
         yield folder.journal
         folder.remove()
+
+
+def written(out: str | Path | None, stats: Stats, **info: Any) -> Stats:
+    """Statistics with more facts, those that are empty left out, in a file unless ``out`` is None."""
+    stats = stats.with_metrics({}, **{name: value for name, value in info.items() if value})
+    if out is not None:
+        write_json(out, stats.to_json())
+    return stats
+
+
+def written_before(out: str | Path | None, job: Mapping[str, Any]) -> Stats | None:
+    """What an earlier run of the same job has written."""
+    try:
+        stats = Stats.from_json(read_json(out)) if out is not None else None
+    except MapError:  # no file, or another one, which is written anew
+        return None
+    return stats if stats is not None and stats.info.get("job") == hashed(job) else None

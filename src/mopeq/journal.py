@@ -1,10 +1,10 @@
 """What a long run has finished: one JSON object a line, in a file that a person can read and a run can go on from.
 
 The first line says what the run is (its ``job``), every further one what happened: a step done, with the facts and the
-files that it left; a step to be done again, with the reason; a step whose files are
-not needed any more; a run that went on. A line is written when its files are
-on the disk, so a process that is killed loses the step it was in and nothing else. The file is locked while a run goes
-on; the lock ends with the process, however it ends.
+files that it left; a step to be done again, with the reason; a step that is not needed any more; a folder whose files
+are not, though the steps that left them stay done; a run that went on. A line is written when its files are on the
+disk, and before files go, so a process that is killed loses the step it was in and nothing else. The file is locked
+while a run goes on; the lock ends with the process, however it ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Self
 
 from mopeq.errors import OutputError
 
-__all__ = ["JOURNAL", "Journal", "check_free", "digest", "read_journal"]
+__all__ = ["JOURNAL", "Journal", "check_free", "difference", "digest", "read_journal"]
 
 JOURNAL = "mopeq/journal.jsonl"
 """The journal's place in the folder that it speaks of."""
@@ -94,6 +94,18 @@ class Journal:
             for name in self.steps.pop(step)["files"]:
                 (self.folder / name).unlink(missing_ok=True)
 
+    def spend(self, below: str) -> None:
+        """The files in the folder ``below`` may go; the steps that left them stay done, for the facts they have."""
+        self._write({"event": "spend", "below": below})
+        self._spent(below)
+
+    def _spent(self, below: str) -> None:
+        for step, entry in list(self.steps.items()):
+            kept = {name: file for name, file in entry["files"].items() if Path(name).parts[0] != below}
+            if kept != entry["files"] and not entry["facts"]:  # it left nothing else
+                del self.steps[step]
+            entry["files"] = kept
+
     def _lock(self, file: Path) -> None:
         _hold(self._file, self.folder)
         if not file.exists() or not os.path.samestat(file.stat(), os.fstat(self._file.fileno())):
@@ -115,6 +127,8 @@ class Journal:
                 self.steps[line["step"]] = line
             elif line.get("event") in ("redo", "drop"):
                 self.steps.pop(line["step"], None)
+            elif line.get("event") == "spend":
+                self._spent(line["below"])
         self._write({"event": "resume"})
 
     def _parsed(self, file: Path, number: int, line: bytes) -> Entry:
@@ -122,6 +136,8 @@ class Journal:
             entry = json.loads(line)
             if entry["event"] == "done":
                 entry["step"], entry["facts"].keys(), entry["files"].keys()
+            if entry["event"] == "spend":
+                entry["below"]
             return dict(entry)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OutputError(f"line {number} of {file} is damaged; remove {self.folder} and begin again") from error
@@ -129,14 +145,10 @@ class Journal:
     def _check(self, file: Path, begin: Entry) -> None:
         if begin.get("format") != "mopeq-journal" or begin.get("version") != 1:
             raise OutputError(f"{file} is no journal of this mopeq; remove {self.folder} and begin again")
-        before = begin.get("job", {})
-        for key in [*self.job, *before]:
-            old, new = (_short(job.get(key)) for job in (before, self.job))
-            if before.get(key) != self.job.get(key):
-                raise OutputError(
-                    f"{self.folder} was begun with {key} {old}, and this command has {new}; "
-                    f"give the same command and model, or remove that folder"
-                )
+        if (found := difference(begin.get("job", {}), self.job)) is not None:
+            raise OutputError(
+                f"{self.folder} was begun with {found}; give the same command and model, or remove that folder"
+            )
 
     def _write(self, entry: Entry) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry}
@@ -178,6 +190,17 @@ def digest(file: Path) -> dict[str, Any] | None:
             return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
     except FileNotFoundError:
         return None
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first thing that one job has and another has not, in words, or None where they are the same."""
+    for key in [*now, *before]:
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            if isinstance(old, dict) and isinstance(new, dict):
+                return f"{key} {difference(old, new)}"
+            return f"{key} {_short(old)}, and this command has {_short(new)}"
+    return None
 
 
 def _short(value: object) -> str:

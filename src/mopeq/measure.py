@@ -34,11 +34,12 @@ from mopeq.analyze import (
 from mopeq.balance import POOL, balanced
 from mopeq.candidates import Candidates, packed_codes
 from mopeq.data.conversations import conversation_batches, has_images, read_conversations
-from mopeq.data.mixture import SELF, read_data, written
+from mopeq.data.mixture import SELF, read_data
+from mopeq.data.mixture import written as written_by
 from mopeq.data.samples import bundled_text
 from mopeq.data.text import check_length, read_texts, token_batches
 from mopeq.errors import DataError, InputError
-from mopeq.job import hashed_batches, job_of, spilled
+from mopeq.job import hashed, hashed_batches, job_of, spilled, written, written_before
 from mopeq.journal import Journal
 from mopeq.load import load_processor, load_source, load_tokenizer, model_config
 from mopeq.memory import MOST, footprint, slab_bytes, spilled_bytes
@@ -228,6 +229,7 @@ def measure(
     out: str | Path | None = None,
     resume: bool = False,
     max_memory: int | None = None,
+    command: str = "",
     across: Map = here,
     track: Track = silent,
 ) -> Stats:
@@ -240,12 +242,13 @@ def measure(
         options: precisions; None for ``Inventory.precisions()``.
         quantizer: name of the quantizer that costs are measured with.
         dtype: compute type of the model; None takes the checkpoint's.
-        out: where the statistics will be written. Activations are spilled to a folder beside it, which is there until
-            this returns; None keeps them in memory.
-        resume: go on with what the same call with the same ``out`` left unfinished.
+        out: file to write. Activations are spilled to a folder beside it, which goes when the file is there; None keeps
+            them in memory and writes nothing.
+        resume: go on with what the same call with the same ``out`` left unfinished, or read what it finished.
         max_memory: bytes that this process may have resident; None for what the machine has. Less than the least
             possible is an :class:`InputError` with the number needed, and so is a limit for a metric that takes the
             whole model.
+        command: command line to record.
         across: works on the experts of a layer, here or on a cluster; not for metrics that take the whole model.
         track: progress.
     """
@@ -269,29 +272,32 @@ def measure(
             opened, calibration, gradients=bool(set(GRADIENTS) & set(metrics)), dtype=dtype, track=track
         )
         seed = calibration.seed
-        return measure_prepared(prepared, metrics, options=options, quantizer=quantizer, seed=seed, track=track)
+        stats = measure_prepared(prepared, metrics, options=options, quantizer=quantizer, seed=seed, track=track)
+        return written(out, stats, command=command)
     streamed = [name for name in metrics if name != "inverse_norm"]
     stats = Stats(opened.inventory, {}, {"seed": calibration.seed})
     if "inverse_norm" in metrics:
         stats = analyze(None, opened.source, opened.spec, [], ["inverse_norm"], seed=calibration.seed, track=track)
-    if streamed:
-        ready, started = calibrated(opened, calibration, track=track), time.perf_counter()
-        gradients = bool(set(GRADIENTS) & set(streamed))
-        itemsize = (dtype or stored_dtype(opened.source)).itemsize
-        need = footprint(opened.source, opened.spec, ready.batches, itemsize=itemsize, gradients=gradients)
-        job = job_of(
-            opened.source, metrics=streamed, options=[str(p) for p in options], quantizer=quantizer, dtype=str(dtype),
-            calibration={**asdict(calibration), "batches": hashed_batches(ready.batches)},
+    if not streamed:
+        return written(out, stats, command=command)
+    ready, started = calibrated(opened, calibration, track=track), time.perf_counter()
+    gradients = bool(set(GRADIENTS) & set(streamed))
+    itemsize = (dtype or stored_dtype(opened.source)).itemsize
+    need = footprint(opened.source, opened.spec, ready.batches, itemsize=itemsize, gradients=gradients)
+    job = job_of(
+        opened.source, metrics=list(metrics), options=[str(p) for p in options], quantizer=quantizer, dtype=str(dtype),
+        calibration={**asdict(calibration), "batches": hashed_batches(ready.batches)},
+    )  # fmt: skip
+    with spilled(out, spilled_bytes(opened.spec, ready.batches, gradients=gradients), job, resume) as journal:
+        if resume and (known := written_before(out, job)) is not None:
+            return known
+        found, _ = measure_streamed(
+            ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype,
+            journal=journal, keep=False, memory=slab_bytes(max_memory, need), across=across, track=track,
         )  # fmt: skip
-        needed = spilled_bytes(opened.spec, ready.batches, gradients=gradients)
-        with spilled(out, needed, job, resume) as journal:
-            found, _ = measure_streamed(
-                ready, streamed, options=options, quantizer=quantizer, seed=calibration.seed, dtype=dtype,
-                journal=journal, keep=False, memory=slab_bytes(max_memory, need), across=across, track=track,
-            )  # fmt: skip
         seconds = {**stats.info.get("seconds", {}), ", ".join(streamed): round(time.perf_counter() - started, 3)}
         stats = found.with_metrics(stats.metrics, seconds=seconds)
-    return stats
+        return written(out, stats, command=command, job=hashed(job))  # before what it was made of goes
 
 
 def measure_streamed(
@@ -331,7 +337,7 @@ def measure_streamed(
         facts = None if journal is None else journal.done(measured_step(layer))
         if facts is not None:
             found[layer.index] = facts
-    left = [layer.index for layer in spec.layers if layer.index not in found]
+    left = [layer.decoder for layer in spec.layers if layer.index not in found]
     if left:
         shell, store = Shell(source, spec, dtype), Store(journal)
         if set(GRADIENTS) & set(names):
@@ -339,7 +345,7 @@ def measure_streamed(
         else:
             sweep = forward(shell, ready.batches, store, until=min(left), track=track)
         for layer, module, seen in sweep:
-            if layer.index not in left:
+            if layer.index in found:
                 continue
             kept = Candidates(journal.folder, store.scratch, layer) if journal is not None and keep else None
             rows, short = layer_metrics(
@@ -400,7 +406,7 @@ def _texts(calibration: Calibration, model: str | Path, more: int = 0) -> list[s
         return read_texts(bundled_text("calibration.jsonl"))
     if calibration.data != SELF:
         return read_data(calibration.data)
-    return written(
+    return written_by(
         load_source(open_source(model)),
         load_tokenizer(model),
         samples=calibration.samples * (POOL if calibration.balance else 1) + more,

@@ -6,8 +6,11 @@ The numbers are upper estimates from shapes; docs/large.md compares them with me
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,9 +18,13 @@ from typing import Any
 
 from mopeq.errors import InputError
 from mopeq.source import Source, decoder_layer, stored_bytes
-from mopeq.spec import MoESpec, outside_layers
+from mopeq.spec import Inventory, MoESpec, outside_layers
 
-__all__ = ["Footprint", "available_bytes", "footprint", "give_back_freed", "slab_bytes", "spilled_bytes"]
+__all__ = [
+__all__ = [
+    "Footprint", "available_bytes", "both_in_memory", "footprint", "give_back_freed", "in_large_pages", "slab_bytes",
+    "spilled_bytes", "trim",
+]  # fmt: skip
 
 PROCESS = 600 << 20
 """Bytes of the interpreter with torch and transformers."""
@@ -30,10 +37,14 @@ MOST = 1 << 28
 
 @dataclass(frozen=True)
 class Footprint:
-    """fixed: bytes that are there whatever the slabs; expert: bytes of one expert's weights and moments in float32."""
+    """fixed: bytes that are there whatever the slabs; expert: bytes of one expert's weights and moments in float32.
+
+    run: whether the model is run.
+    """
 
     fixed: int
     expert: int
+    run: bool = True
 
     @property
     def least(self) -> int:
@@ -67,7 +78,7 @@ def footprint(
     largest = max(map(prod, rest), default=0)
     packed = 2 * experts * 3 * prod(shape)  # a layer's packed experts, at 16 bits at most
     if not tokens:
-        return Footprint(PROCESS + max(packed, 8 * largest), expert)
+        return Footprint(PROCESS + max(packed, 8 * largest), expert, run=False)
     expert += 4 * (shape[0] ** 2 + shape[1] ** 2)
     layers: dict[int | None, list[str]] = {}
     for key in source.shapes:
@@ -90,7 +101,7 @@ def footprint(
 
 def spilled_bytes(spec: MoESpec, batches: Sequence[Mapping[str, Any]], *, gradients: bool) -> int:
     """Bytes of activations that lie on the disk at most: of two layers, or of all of them and two with gradients."""
-    layers = 1 + max(layer.index for layer in spec.layers)
+    layers = 1 + max(layer.decoder for layer in spec.layers)
     tokens: int = sum(batch["input_ids"].numel() for batch in batches)
     return 4 * tokens * max(layer.hidden_size for layer in spec.layers) * (layers + 3 if gradients else 2)
 
@@ -103,11 +114,25 @@ def slab_bytes(limit: int | None, need: Footprint) -> int:
     if limit is None:
         return MOST
     if limit < need.least:
+        there = "one decoder layer and activations" if need.run else "one packed layer"
+        fewer = ", or fewer --samples, or smaller batches" if need.run else ""
         raise InputError(
-            f"--max-memory is {limit / 1e9:.2f} GB and this needs {need.least / 1e9:.2f} GB: {need.fixed / 1e9:.2f} GB "
-            f"for one decoder layer, activations and the process; give more, or fewer --samples, or smaller batches"
+            f"--max-memory is {limit / 1e9:.4g} GB and this needs {_gigabytes(need.least)}: {_gigabytes(need.fixed)} "
+            f"for the process, {there}, the rest for a few experts at a time; give more{fewer}"
         )
     return min(MOST, (limit - need.fixed) // SLABS)
+
+
+def _gigabytes(size: int) -> str:
+    """Rounded up, so that the number is enough when it is given back."""
+    return f"{math.ceil(size / 1e7) / 100:.2f} GB"
+
+
+def both_in_memory(inventory: Inventory, itemsize: int, packed_bytes: int, most: int | None = None) -> str:
+    """Why a model of ``itemsize`` bytes a weight and a packed one do not fit in memory together; empty if they do."""
+    have = min(available_bytes(), most or available_bytes())
+    need = PROCESS + itemsize * inventory.parameters + packed_bytes
+    return "" if need <= have else f"both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB"
 
 
 def available_bytes() -> int:
@@ -117,6 +142,19 @@ def available_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def in_large_pages(tensor: Any) -> Any:
+    """The tensor, on the CPU and not yet written to, whose memory Linux was asked to give in pages of 2 MiB.
+
+    The first touch of each page costs as much as copying into it, and decoding finds its addresses faster. What
+    does not fill a page stays as it is, and a system that knows no such pages is left alone.
+    """
+    large, first = 2 << 20, tensor.data_ptr()
+    begin, end = -(-first // large) * large, (first + tensor.nbytes) // large * large
+    if tensor.device.type == "cpu" and begin < end and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 14)  # MADV_HUGEPAGE
+    return tensor
 
 
 def give_back_freed() -> bool:
@@ -129,3 +167,12 @@ def give_back_freed() -> bool:
         return bool(ctypes.CDLL(None).mallopt(-3, 1 << 20))
     except (AttributeError, OSError, TypeError):
         return False
+
+
+def trim() -> None:
+    """Give the pages of all that was freed back at once; where the C library cannot be asked, nothing happens.
+
+    Tensors below 32 MiB leave holes between those that stay: without this, a layer's slabs grow by a third.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -27,12 +27,13 @@ from mopeq.analyze.slab import Layer, Map, Slab, here, mapped
 from mopeq.checkpoint import PackedWriter, Stored, linear_precisions, packed_config
 from mopeq.errors import InputError
 from mopeq.evaluate import Evaluation
+from mopeq.learned import Learned, learned
 from mopeq.measure import Prepared
 from mopeq.memory import MOST
 from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Noting, Track, note, silent
 from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
-from mopeq.quantizers import DATA_FREE, QUANTIZERS, Quantizer, check_codebooks, once
+from mopeq.quantizers import DATA_FREE, QUANTIZERS, WHOLE, Quantizer, check_codebooks, once
 from mopeq.source import Source, close_files, read_kept, read_matrix, stored_bytes
 from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 
@@ -80,6 +81,8 @@ class Packed:
     """Why it was not compared with the original although that was asked for."""
     guard: str = ""
     """What a comparison of the allocated map with a uniform one found, and so which of them this is."""
+    aligned: str = ""
+    """What came of aligning routers (:mod:`mopeq.align`)."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,12 @@ def write_packed(
     files: Mapping[str, Mapping[str, Any]],
     track: Track = silent,
     linears: Linears | None = None,
+    release: Callable[[], None] | None = None,
 ) -> Packed:
     """Everything that goes into a packed checkpoint, step by step; steps that an earlier run finished are taken over.
 
-    ``tensors(layer, fallbacks)`` is called in the order of the layers, for those that are still to be made.
+    ``tensors(layer, fallbacks)`` is called in the order of the layers, for those that are still to be made;
+    ``release()``, when all layers are.
     """
     started = time.perf_counter()
     source, spec, inventory = opened.source, opened.spec, opened.inventory
@@ -147,6 +152,8 @@ def write_packed(
         fallbacks += facts["fallbacks"]
         close_files()
     ahead.end()
+    if release is not None:
+        release()
     rest = partial(_rest, opened, linear_precisions(spec, precisions), linears or Linears())
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
@@ -244,8 +251,13 @@ def pack_experts(
     done, count = 0, len(layer.experts)
     share = "share of squared weights lost" if seen is None else "share of squared output lost"
     rows = {group: precisions.experts[group][layer.index] for group in GROUPS}
-    work = partial(_packed_slab, rows=rows, method=method, judged=isinstance(track, Noting))
-    for slab in mapped(across, Layer(opened.source, layer, seen, module, minimum_tokens, memory), work):
+    together = Layer(opened.source, layer, seen, module, minimum_tokens, memory)
+    if method in WHOLE and seen is not None and module is not None:
+        learn = partial(learned, seen, module, minimum=max(together.enough.values()))
+    else:
+        learn = None
+    work = partial(_packed_slab, rows=rows, method=method, learn=learn, judged=isinstance(track, Noting))
+    for slab in mapped(across, together, work):
         fallbacks += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
         made |= slab.made
         done += len(slab.experts)
@@ -268,32 +280,64 @@ class PackedSlab:
 
 
 def _packed_slab(
-    slab: Slab, *, rows: Mapping[ProjectionGroup, Sequence[Precision]], method: str, judged: bool
+    slab: Slab,
+    *,
+    rows: Mapping[ProjectionGroup, Sequence[Precision]],
+    method: str,
+    learn: Callable[..., Learned] | None,
+    judged: bool,
 ) -> PackedSlab:
-    """Some experts, of each group those of equal precision together; moments are factorized once."""
+    """Some experts; their groups one by one, or, with ``learn``, the groups of each expert together."""
     made: dict[tuple[int, str], QTensor] = {}
     lost = whole = 0.0
-    quantizer = QUANTIZERS[method]
-    for group in GROUPS:
+    wanted = {group: [rows[group][expert] for expert in slab.experts] for group in GROUPS}
+    for group, at, codes in _by_group(slab, wanted, method) if learn is None else _by_expert(slab, wanted, learn):
         weights, parts = slab.weights[group], len(MATRICES[group])
-        moments = None if slab.moments is None else getattr(slab.moments, group)
-        inputs = once(quantizer, moments)
-        wanted = [rows[group][expert] for expert in slab.experts]
-        for precision in dict.fromkeys(p for p in wanted if p != LEFT_OUT):
-            at = [i for i, p in enumerate(wanted) if p == precision]
-            if precision.bits == 16:
-                packed = {i: [pack_full(m.cpu()) for m in weights[i].chunk(parts)] for i in at}
-            else:
-                some = at if len(at) < len(wanted) else slice(None)  # which copies nothing
-                codes = quantizer(weights[some], precision, None if inputs is None else inputs[some])
-                if judged:
-                    one, all_of_it = _loss(weights[some], codes, None if moments is None else moments[some])
-                    lost, whole = lost + one, whole + all_of_it
-                codes = on_cpu(codes)
-                packed = {i: [pack(c) for c in rows_of(codes[n], parts)] for n, i in enumerate(at)}
-            for i, matrices in packed.items():
-                made.update(((slab.experts[i], m), q) for m, q in zip(MATRICES[group], matrices, strict=True))
+        some = at if len(at) < len(weights) else slice(None)  # which copies nothing
+        if codes is None:
+            packed = {i: [pack_full(m.cpu()) for m in weights[i].chunk(parts)] for i in at}
+        else:
+            if judged:
+                moments = None if slab.moments is None else getattr(slab.moments, group)[some]
+                one, all_of_it = _loss(weights[some], codes, moments)
+                lost, whole = lost + one, whole + all_of_it
+            codes = on_cpu(codes)
+            packed = {i: [pack(c) for c in rows_of(codes[n], parts)] for n, i in enumerate(at)}
+        for i, matrices in packed.items():
+            made.update(((slab.experts[i], m), q) for m, q in zip(MATRICES[group], matrices, strict=True))
     return PackedSlab(slab.experts, made, slab.short, lost, whole)
+
+
+Coded = Iterator[tuple[ProjectionGroup, list[int], Codes | None]]
+"""A group, places in a slab, and their codes (places, rows, in), None at 16 bits. Those left out do not come."""
+
+
+def _by_group(slab: Slab, wanted: Mapping[ProjectionGroup, Sequence[Precision]], method: str) -> Coded:
+    """Of each group those of equal precision together; moments are factorized once."""
+    quantizer = QUANTIZERS[method]
+    for group, row in wanted.items():
+        weights = slab.weights[group]
+        moments = None if slab.moments is None else getattr(slab.moments, group)
+        inputs = {kind: once(quantizer, moments, kind) for kind in {p.hadamard for p in row if p.bits < 16}}
+        for precision in dict.fromkeys(p for p in row if p != LEFT_OUT):
+            at = [i for i, p in enumerate(row) if p == precision]
+            some = at if len(at) < len(row) else slice(None)
+            if precision.bits == 16:
+                yield group, at, None
+            else:
+                seen = inputs[precision.hadamard]
+                yield group, at, quantizer(weights[some], precision, None if seen is None else seen[some])
+
+
+def _by_expert(
+    slab: Slab, wanted: Mapping[ProjectionGroup, Sequence[Precision]], learn: Callable[..., Learned]
+) -> Coded:
+    """One expert after the other."""
+    for i, expert in enumerate(slab.experts):
+        precisions = {group: row[i] for group, row in wanted.items() if row[i] != LEFT_OUT}
+        if precisions:
+            found = learn(expert, {group: weights[i] for group, weights in slab.weights.items()}, precisions)
+            yield from ((group, [i], found.get(group)) for group in precisions)
 
 
 def _loss(weight: Tensor, codes: Codes, moments: Tensor | None) -> tuple[float, float]:
@@ -342,7 +386,11 @@ def run_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "fallbacks": list(packed.fallbacks),
-        **{name: said for name, said in (("guard", packed.guard), ("recipe", recipe)) if said},
+        **{
+            name: said
+            for name, said in (("guard", packed.guard), ("recipe", recipe), ("aligned", packed.aligned))
+            if said
+        },
         "seconds": dict(seconds),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
     }

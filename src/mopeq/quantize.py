@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from mopeq.align import ALIGNED, Alignment, align_folder, check_routers
 from mopeq.allocate import COSTS, allocate, parse_budget
 from mopeq.allocate.budget import check_budget, expert_budget, least_bytes
 from mopeq.analyze import Map, Routed, check_request, here
 from mopeq.autoload import callable_module
 from mopeq.candidates import Stock, candidate_bytes, chosen
-from mopeq.checkpoint import PackedWriter, Stored, read_manifest
+from mopeq.checkpoint import PackedWriter, Stored, read_manifest, restored
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
 from mopeq.job import hashed, job_of
-from mopeq.journal import Journal, read_journal
+from mopeq.journal import Journal, difference, read_journal
 from mopeq.load import load_source, load_tokenizer
 from mopeq.measure import (
     Calibration,
@@ -39,7 +41,7 @@ from mopeq.measure import (
     open_model,
     split_texts,
 )
-from mopeq.memory import PROCESS, Footprint, available_bytes, footprint, slab_bytes, spilled_bytes
+from mopeq.memory import Footprint, both_in_memory, footprint, slab_bytes, spilled_bytes
 from mopeq.pack import (
     LayerTensors,
     Packed,
@@ -52,10 +54,10 @@ from mopeq.pack import (
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
 from mopeq.progress import Track, silent
-from mopeq.quantizers import DATA_FREE
+from mopeq.quantizers import DATA_FREE, WHOLE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
-from mopeq.stats import Stats, write_json
+from mopeq.stats import Stats, read_json, write_json
 from mopeq.stream import Shell, Store, forward, stored_dtype
 from mopeq.trial import JUDGED_WINDOWS, Choice, compared, settled, tried
 
@@ -84,6 +86,7 @@ def quantize(
     evaluated: bool = True,
     guard: bool | None = None,
     refine: int = 0,
+    align: Alignment | None = None,
     resume: bool = False,
     max_memory: int | None = None,
     command: str = "",
@@ -116,6 +119,8 @@ def quantize(
         guard: with a budget, pack the uniform map instead where the allocated one is not better on held-out text; None
             does it where the result is ``evaluated``. ``Packed.guard`` says what was found.
         refine: with a budget, exchanges of precisions to try on held-out text (:mod:`mopeq.refine`).
+        align: fit routers to the original's after packing, kept where that helps on held-out text (:mod:`mopeq.align`);
+            ``Packed.aligned`` says what came of it.
         resume: go on with what the same call left unfinished; the result is the same as without the interruption.
         max_memory: bytes that this process may have resident; None for what the machine has. Less than the least
             possible is an :class:`InputError` with the number needed.
@@ -133,10 +138,14 @@ def quantize(
     check_method(method, [*(options or ()), *filter(None, [uniform]), *(precisions.histogram() if precisions else ())])
     if not resume:
         require_new(Path(out))
+    elif align is not None:
+        restored(out)
     calibration = calibration or Calibration()
     clock = _Clock()
     rest = {**DEFAULT_REST, **(rest or {})}
     opened = open_model(model)
+    if align is not None:
+        check_routers(opened.spec)
     training, heldout = split_texts(calibration, opened.source.path)
     options = options or opened.inventory.precisions()
     if budget is not None:
@@ -149,7 +158,7 @@ def quantize(
     if precisions is not None:
         opened.inventory.check(precisions)
     guard = budget is not None and (evaluated if guard is None else guard)
-    judged = evaluated or guard or refine > 0
+    judged = evaluated or guard or refine > 0 or align is not None
     if judged and not has_pictures(calibration):  # text that cannot be scored is found before hours of work
         try:
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
@@ -159,11 +168,11 @@ def quantize(
         raise InputError(
             f"a modality weight or a balance does not enter {method} with a map; use gptq or a budget, or leave it out"
         )
-    if budget is not None or method not in DATA_FREE:
+    if budget is not None or method not in DATA_FREE or align is not None:
         opened = calibrated(opened, calibration, texts=training, track=track)
     plan = _Plan(
         opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, protect, rest,
-        calibration, dtype, max_memory, heldout, guard, refine,
+        calibration, dtype, max_memory, heldout, guard, refine, align,
     )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
@@ -172,6 +181,7 @@ def quantize(
         with PackedWriter(out, needed_bytes=plan.disk_bytes, job=job, resume=resume) as writer, writer.disk():
             packed = plan.carry_out(writer, clock, across, track)
         clock("quantize")
+    packed = _aligned(packed, plan, clock, track)
     run = packed.path / "mopeq" / "run.json"
     if not run.exists():
         write_json(run, run_record(opened, packed, method, [command], clock.seconds, recipe))
@@ -212,12 +222,14 @@ class _Plan:
     heldout: Sequence[Any]
     guard: bool
     refine: int
+    align: Alignment | None
 
     @property
     def footprint(self) -> Footprint:
         """What it takes of memory."""
         opened = self.opened
-        return footprint(opened.source, opened.spec, opened.batches, itemsize=self.itemsize, gradients=self._gradients)
+        need = footprint(opened.source, opened.spec, opened.batches, itemsize=self.itemsize, gradients=self._gradients)
+        return replace(need, expert=2 * need.expert) if self.method in WHOLE else need  # the one that is learned, too
 
     @property
     def _gradients(self) -> bool:
@@ -244,8 +256,8 @@ class _Plan:
         opened, journal = self.opened, writer.journal
         assert journal is not None
         if self.precisions is not None:
-            tensors = self._tensors(self.precisions, journal, across, track)
-            return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track)
+            tensors, release = self._tensors(self.precisions, journal, across, track)
+            return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track, release=release)
         stats, fallbacks = measure_streamed(
             opened,
             ("frequency", "gate_mass", "output_peak", self.cost),
@@ -284,10 +296,12 @@ class _Plan:
             clock("try")
 
         def taken(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
-            short += [unit for unit in fallbacks if int(unit.partition(".")[0]) == layer.index]
+            short += [unit for unit in fallbacks if unit.rsplit(".", 2)[0] == str(layer.index)]
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
-        packed = write_packed(writer, opened, precisions, taken, self.method, {"stats.json": stats.to_json()}, track)
+        # what is learned of whole experts is no candidate: those were made matrix by matrix, for costs
+        codes = self._tensors(precisions, journal, across, track) if self.method in WHOLE else taken
+        packed = write_packed(writer, opened, precisions, codes, self.method, {"stats.json": stats.to_json()}, track)
         return replace(packed, guard=known.get("sentence", ""))
 
     def _tried(self, journal: Journal, made: PrecisionMap, stats: Stats, track: Track) -> dict[str, Any]:
@@ -308,12 +322,12 @@ class _Plan:
 
     def too_large(self, packed_bytes: int) -> str:
         """Why the original and a packed model of that size cannot be compared here; empty if they can."""
-        have = min(available_bytes(), self.max_memory or available_bytes())
-        need = PROCESS + self.itemsize * self.opened.inventory.parameters + packed_bytes
-        return "" if need <= have else f"both together take {need / 1e9:.1f} GB and there are {have / 1e9:.1f} GB"
+        return both_in_memory(self.opened.inventory, self.itemsize, packed_bytes, self.max_memory)
 
-    def _tensors(self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track) -> LayerTensors:
-        """Packs a layer with a map, running the model up to it where the quantizer needs what it saw."""
+    def _tensors(
+        self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track
+    ) -> tuple[LayerTensors, Callable[[], None]]:
+        """Packs a layer with a map, running the model up to it where the quantizer needs what it saw; lets go of it."""
         sweep: Iterator[tuple[MoELayer, nn.Module, Routed]] | None = None
 
         def tensors(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
@@ -322,7 +336,7 @@ class _Plan:
             if self.method not in DATA_FREE:
                 if sweep is None:
                     shell = Shell(self.opened.source, self.opened.spec, self.dtype)
-                    sweep = forward(shell, self.opened.batches, Store(journal), until=layer.index, track=track)
+                    sweep = forward(shell, self.opened.batches, Store(journal), until=layer.decoder, track=track)
                 seen, module = next((routed, experts) for at, experts, routed in sweep if at.index == layer.index)
             memory = slab_bytes(self.max_memory, self.footprint)
             return pack_experts(
@@ -330,7 +344,12 @@ class _Plan:
                 memory=memory, across=across, track=track,
             )  # fmt: skip
 
-        return tensors
+        def release() -> None:
+            nonlocal sweep
+            deque(sweep or (), maxlen=0)
+            sweep = None
+
+        return tensors, release
 
 
 def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[str, Any]:
@@ -350,6 +369,7 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
         ),
         **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
         **({} if plan.protect else {"protect": False}),
+        **({} if plan.align is None else {"align": asdict(plan.align)}),
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
         "dtype": None if plan.dtype is None else str(plan.dtype),
@@ -366,10 +386,12 @@ def _digest(calibration: Calibration, texts: Sequence[Any]) -> str:
 
 
 def _finished(out: Path, plan: _Plan, job: Mapping[str, Any]) -> Packed | None:
-    """The checkpoint that the same job has finished, if it has."""
+    """The checkpoint that the same job has finished, if it has; :class:`OutputError` where another job has."""
     found = read_journal(out)
-    if found is None or found[0] != json.loads(json.dumps(job)):
+    if found is None:
         return None
+    if other := difference(found[0], json.loads(json.dumps(job))):
+        raise OutputError(f"{out} is finished, and was made with {other}; give a new folder with -o, or remove it")
     manifest = read_manifest(out)
     source = plan.opened.source
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -378,6 +400,24 @@ def _finished(out: Path, plan: _Plan, job: Mapping[str, Any]) -> Packed | None:
     fallbacks = tuple(unit for facts in packed for unit in facts["fallbacks"])
     sentence = found[1].get(TRIED, {}).get("sentence", "")
     return Packed(out, manifest.precisions, size, original, 0.0, fallbacks, manifest.inventory, guard=sentence)
+
+
+def _aligned(packed: Packed, plan: _Plan, clock: _Clock, track: Track) -> Packed:
+    """The finished checkpoint with its routers aligned, if that was asked for and is not done yet."""
+    if plan.align is None:
+        return packed
+    if (done := packed.path / ALIGNED).is_file():
+        return replace(packed, aligned=read_json(done)["sentence"])
+    if why := plan.too_large(packed.bytes):
+        return replace(packed, aligned=f"routers as they were: {why}")
+    try:
+        found = align_folder(
+            plan.opened, packed.path, plan.heldout, plan.calibration, plan.align, plan.dtype, track
+        ).sentence
+    except DataError as error:
+        found = f"routers as they were: {error}"
+    clock("align")
+    return replace(packed, aligned=found)
 
 
 class _Clock:

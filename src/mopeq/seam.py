@@ -9,13 +9,15 @@ tokens for every expert.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Gate", "activate", "down_bias", "gate_of", "gate_up_bias", "is_experts", "weighs_input"]
+__all__ = ["Gate", "activate", "dealt", "down_bias", "gate_of", "gate_up_bias", "is_experts", "weighs_input"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ def is_experts(module: nn.Module) -> bool:
 def weighs_input(module: nn.Module) -> bool:
     """Whether routing weights scale the experts' input (Llama 4) rather than their output."""
     return any(cls.__name__ == "Llama4TextExperts" for cls in type(module).__mro__)
+
+
+def dealt(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], images: bool) -> tuple[Tensor, Tensor]:
+    """What the block of ERNIE 4.5 VL was called with: hidden states (sequences, length, H), and which of their tokens,
+    bool (tokens,), it gives to its experts for images, or to the others.
+    """
+    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    hidden, kinds = given["hidden_states"], given.get("moe_mm_token_type_ids")
+    vision = torch.zeros(hidden.shape[:2], dtype=torch.bool) if kinds is None else kinds.bool().cpu()
+    return hidden, (vision if images else ~vision).flatten()
 
 
 def gate_up_bias(module: nn.Module, expert: Any) -> Tensor | None:

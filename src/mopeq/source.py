@@ -173,7 +173,7 @@ def read_group(source: Source, layer: MoELayer, group: ProjectionGroup, experts:
 
 def decoder_layer(key: str, layer: MoELayer) -> int | None:
     """The number of the decoder layer that a stored tensor belongs to, None where it is outside; ``layer``: any one."""
-    prefix = layer.experts[0].gate.key.partition(f".{layer.index}.")[0] + "."  # most say layers, MolmoE says blocks
+    prefix = layer.experts[0].gate.key.partition(f".{layer.decoder}.")[0] + "."  # most say layers, MolmoE says blocks
     return int(key[len(prefix) :].partition(".")[0]) if key.startswith(prefix) else None
 
 

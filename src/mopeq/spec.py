@@ -15,6 +15,7 @@ from math import prod
 from typing import Any
 
 from mopeq.errors import MapError
+from mopeq.layers import ImageExperts, decoder_of, layer_key
 from mopeq.precision import DEFAULT_BITS, FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True, order=True)
 class ExpertId:
-    """One routed expert; prints as ``3.17``."""
+    """One routed expert; prints as ``3.17``, or ``3.vision.17``."""
 
     layer: int
     expert: int
@@ -67,7 +68,11 @@ class Expert:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE layer. ``module`` and ``router`` are names of modules of the transformers model."""
+    """One MoE layer: a set of experts with its router. ``module`` and ``router`` are names of modules of the model.
+
+    index: its key (:mod:`mopeq.layers`). dealer: the module that gives these experts the tokens of their kind, where
+    the decoder layer has others for the rest; empty where they get all.
+    """
 
     index: int
     module: str
@@ -76,6 +81,17 @@ class MoELayer:
     top_k: int
     hidden_size: int
     intermediate_size: int
+    dealer: str = ""
+
+    @property
+    def decoder(self) -> int:
+        """The number of its decoder layer."""
+        return decoder_of(self.index)
+
+    @property
+    def for_images(self) -> bool:
+        """Whether it gets image tokens alone."""
+        return isinstance(self.index, ImageExperts)
 
     def shapes(self, group: ProjectionGroup) -> tuple[tuple[int, int], ...]:
         """(out, in) of each matrix of the group."""
@@ -137,8 +153,15 @@ class MoESpec:
             yield from layer.experts
 
     def layer(self, index: int) -> MoELayer:
-        """The MoE layer of that number."""
+        """The MoE layer of that key."""
         return next(layer for layer in self.layers if layer.index == index)
+
+    def by_decoder(self) -> dict[int, list[MoELayer]]:
+        """The MoE layers of each decoder layer that has some: one, or two for tokens of two kinds."""
+        found: dict[int, list[MoELayer]] = {}
+        for layer in self.layers:
+            found.setdefault(layer.decoder, []).append(layer)
+        return found
 
     def inventory(self, kept_bytes: int, header_bytes: int = 0) -> Inventory:
         """The part of the specification that bytes depend on; ``kept_bytes`` as they will be stored."""
@@ -337,7 +360,7 @@ class Inventory:
                 raise TypeError(type(data).__name__)
             made = cls(
                 model_type=str(data["model_type"]),
-                layers={int(k): LayerShape(*map(int, v)) for k, v in data["layers"].items()},
+                layers={layer_key(k): LayerShape(*map(int, v)) for k, v in data["layers"].items()},
                 linears={
                     str(g): tuple((int(a), int(b), int(n)) for a, b, n in shapes)
                     for g, shapes in data["linears"].items()

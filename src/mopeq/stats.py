@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopeq.errors import MapError
+from mopeq.layers import layer_key
 from mopeq.precision import GROUPS, Precision, PrecisionMap, ProjectionGroup, parse_precision
 from mopeq.spec import Inventory
 
@@ -99,7 +100,7 @@ class Stats:
             raise MapError(f"statistics version {data.get('version')!r}; this mopeq reads version {STATS_VERSION}")
         try:
             metrics = {
-                str(n): {int(k): tuple(map(float, row)) for k, row in rows.items()}
+                str(n): {layer_key(k): tuple(map(float, row)) for k, row in rows.items()}
                 for n, rows in data["metrics"].items()
             }
             return cls(Inventory.from_json(data["model"]), metrics, dict(data.get("info", {})))

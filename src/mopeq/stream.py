@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,9 +29,11 @@ from mopeq.analyze.observe import Routed, Tap, check_logits, marks_of
 from mopeq.checkpoint import write_tensors
 from mopeq.errors import ModelError
 from mopeq.journal import Journal
+from mopeq.lazy import Blank, Lazy
 from mopeq.load import auto_class, model_config
+from mopeq.memory import trim
 from mopeq.progress import Track, note, silent
-from mopeq.source import Source, decoder_layer, read_tensor
+from mopeq.source import Source, close_files, decoder_layer
 from mopeq.spec import MoELayer, MoESpec, outside_layers
 
 __all__ = ["Shell", "Store", "backward", "forward", "stored_dtype"]
@@ -226,7 +227,7 @@ class Shell:
     def _names_of(self, keys: Sequence[str]) -> list[str]:
         """The parameters outside the layers that are made of these tensors, which are let go again."""
         meta = {name for name, parameter in self.model.named_parameters() if parameter.is_meta}
-        self._load(keys)
+        self._load(keys, Blank)
         made = [name for name, parameter in self.model.named_parameters() if name in meta and not parameter.is_meta]
         self._release(made)
         return made
@@ -241,7 +242,7 @@ class Shell:
         layer, ignored = self.spec.layers[0], frozenset(self.spec.ignored)
         return [key for key in self.source.shapes if key not in ignored and decoder_layer(key, layer) == number]
 
-    def _load(self, keys: Sequence[str]) -> None:
+    def _load(self, keys: Sequence[str], kind: type[Lazy] = Lazy) -> None:
         """Give the model the weights that are made of these tensors."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -254,20 +255,14 @@ class Shell:
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
         )
-        with ExitStack() as stack:
-            files = {self.source.files[key] for key in keys}
-            opened = {name: stack.enter_context(safe_open(self.source.path / name, "pt")) for name in files}
-            lazy: dict[str, Any] = {
-                key: read_tensor(self.source, key)
-                if key in self.source.packed
-                else opened[self.source.files[key]].get_slice(key)
-                for key in keys
-            }
-            info, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
+        lazy: dict[str, Any] = {key: kind(self.source, key) for key in keys}
+        info, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
+        close_files()
+        trim()
         self.model.requires_grad_(False)
         problems = {"mismatched_keys": "have other shapes in it", "conversion_errors": "cannot be converted"}
-        for kind, problem in problems.items():
-            if names := sorted(str(name) for name in getattr(info, kind)):
+        for field, problem in problems.items():
+            if names := sorted(str(name) for name in getattr(info, field)):
                 raise ModelError(
                     f"{self.source.path}: {len(names)} tensors {problem}, the first is {names[0]}; download it again"
                 )
@@ -291,19 +286,20 @@ def forward(
     dropped when the next one is asked for.
     """
     check_batches(shell.model, batches)
-    moe = {layer.index: layer for layer in shell.spec.layers}
+    moe = shell.spec.by_decoder()
     last = max(moe)
     start = until if until is not None else 0
     begin = next((k for k in range(start, -1, -1) if store.has(f"hidden {k}")), None)
     if begin is None or shell.sees:
         begin = _enter(shell, batches, store, begin)
     for number in track(range(begin, last + 1), "calibration data through the model", last + 1 - begin):
-        tap = Tap(moe[number], experts_module(shell.model, moe[number]), False, None) if number in moe else None
+        wanted = moe.get(number, []) if number >= start else []
+        taps = [Tap(layer, experts_module(shell.model, layer), False, None) for layer in wanted]
         with torch.no_grad():
-            outputs = _layer(shell, number, batches, store, tap if number >= start else None, track=track)
+            outputs = _layer(shell, number, batches, store, taps, track=track)
         store.put(f"hidden {number + 1}", outputs)
         del outputs
-        if tap is not None and number >= start:
+        for tap in taps:
             shell.release_experts(tap.module)
             yield tap.layer, tap.module, tap.finish(*marks_of(batches))
         shell.release(number)
@@ -326,7 +322,7 @@ def backward(
     Goes on from what is stored; layers from ``until`` on need not be given away again.
     """
     check_batches(shell.model, batches)
-    moe = {layer.index: layer for layer in shell.spec.layers}
+    moe = shell.spec.by_decoder()
     count, least = len(shell.layers), min(moe)
     least_done = count if until is None else until
     top = next((k for k in range(least_done, count + 1) if store.has(f"gradient {k}")), None)
@@ -337,18 +333,18 @@ def backward(
         begin = next(k for k in range(lost[0] - 1, -1, -1) if store.has(f"hidden {k}"))
         for number in track(range(begin, lost[-1]), "calibration data forward", lost[-1] - begin):
             with torch.no_grad():
-                store.put(f"hidden {number + 1}", _layer(shell, number, batches, store, None, track=track))
+                store.put(f"hidden {number + 1}", _layer(shell, number, batches, store, [], track=track))
             shell.release(number)
     if top is None:
         top = count
         store.put(f"gradient {count}", _loss_gradients(shell, batches, store.get(f"hidden {count}"), seed))
     for number in track(range(top - 1, least - 1, -1), "and back", top - least):
-        tap = Tap(moe[number], experts_module(shell.model, moe[number]), True, None) if number in moe else None
+        taps = [Tap(layer, experts_module(shell.model, layer), True, None) for layer in moe.get(number, [])]
         with torch.enable_grad():
-            gradients = _layer(shell, number, batches, store, tap, store.get(f"gradient {number + 1}"), track)
+            gradients = _layer(shell, number, batches, store, taps, store.get(f"gradient {number + 1}"), track)
         store.put(f"gradient {number}", gradients)
         del gradients
-        if tap is not None:
+        for tap in taps:
             shell.release_experts(tap.module)
             if until is None or number < until:
                 yield tap.layer, tap.module, tap.finish(*marks_of(batches))
@@ -370,25 +366,25 @@ def _layer(
     number: int,
     batches: Sequence[Batch],
     store: Store,
-    tap: Tap | None,
+    taps: Sequence[Tap],
     gradients: Sequence[Tensor] | None = None,
     track: Track = silent,
 ) -> list[Tensor]:
     """Run one layer over all batches: its outputs, or, given the gradients at them, the gradients at its inputs."""
     shell.layer(number, number + (1 if gradients is None else -1))
     inputs = store.get(f"hidden {number}")
-    handles = [] if tap is None else tap.attach(shell.model)
+    handles = [handle for tap in taps for handle in tap.attach(shell.model)]
     made: list[Tensor] = []
     tokens = 0
     try:
         for at, (batch, given) in enumerate(zip(batches, inputs, strict=True)):
-            if tap is not None:
+            for tap in taps:
                 tap.begin(token_mask(batch).flatten())
             if gradients is None:
                 made.append(shell.run(number, batch, given))
             else:
                 made.append(_pulled(shell, number, batch, given, gradients[at]))
-            if tap is not None:
+            for tap in taps:
                 tap.check(at)
                 tap.end()
             tokens += batch["input_ids"].numel()

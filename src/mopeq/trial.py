@@ -20,7 +20,7 @@ from torch import nn
 
 from mopeq.allocate import uniform_map
 from mopeq.data.conversations import conversation_batches
-from mopeq.data.text import Window, sliding_windows, token_stream
+from mopeq.data.text import Window, sliding_windows, token_stream, window_batches
 from mopeq.errors import BudgetError, DataError
 from mopeq.evaluate import Divergence, Evaluation, evaluate, paired_difference
 from mopeq.evaluate.answers import evaluate_answers
@@ -44,7 +44,9 @@ __all__ = [
     "Verdict",
     "compared",
     "guarded",
+    "judged",
     "settled",
+    "spare_batches",
     "spare_windows",
     "tried",
 ]
@@ -120,16 +122,44 @@ def tried(
     Raises :class:`DataError` where that is less than ``LEAST_WINDOWS`` windows or conversations.
     """
     trial = Trial(original, opened, units)
+    with judged(original, opened, heldout, calibration, cache=cache, track=track) as judge:
+        yield lambda precisions: judge(trial.take(precisions))
+
+
+@contextmanager
+def judged(
+    original: nn.Module,
+    opened: Prepared,
+    heldout: Sequence[Any],
+    calibration: Calibration,
+    *,
+    cache: Path | None = None,
+    track: Track = silent,
+) -> Iterator[Callable[[nn.Module], Divergence]]:
+    """A function that judges models on what :func:`spare_batches` has of the held-out data. Raises as that does."""
     if has_pictures(calibration):
-        spare = heldout[JUDGED_WINDOWS:][:JUDGED_WINDOWS]
-        _check(len(spare), "conversations")
-        processor = load_processor(opened.source.path)
-        batches = conversation_batches(spare, processor, samples=len(spare), batch_size=calibration.batch_size, seed=0)
-        yield lambda precisions: _known(evaluate_answers(original, trial.take(precisions), batches, track=track))
+        batches = spare_batches(opened, heldout, calibration)
+        yield lambda model: _known(evaluate_answers(original, model, batches, track=track))
         return
     windows = spare_windows(heldout, opened.tokenizer, calibration.length)
     with judging(original, windows, cache=cache, batch_size=calibration.batch_size, track=track) as judge:
-        yield lambda precisions: judge(trial.take(precisions), "try a map").divergence
+        yield lambda model: judge(model, "try a map").divergence
+
+
+def spare_batches(
+    opened: Prepared, heldout: Sequence[Any], calibration: Calibration
+) -> Sequence[Mapping[str, torch.Tensor]]:
+    """What is left of the held-out data beside the final comparison, as a model takes it.
+
+    Raises :class:`DataError` where that is less than ``LEAST_WINDOWS`` windows or conversations.
+    """
+    if not has_pictures(calibration):
+        windows = spare_windows(heldout, opened.tokenizer, calibration.length)
+        return window_batches(windows, calibration.batch_size)
+    spare = heldout[JUDGED_WINDOWS:][:JUDGED_WINDOWS]
+    _check(len(spare), "conversations")
+    processor = load_processor(opened.source.path)
+    return conversation_batches(spare, processor, samples=len(spare), batch_size=calibration.batch_size, seed=0)
 
 
 def _known(found: Any) -> Divergence:
@@ -151,7 +181,7 @@ def _check(count: int, what: str) -> None:
     if count < LEAST_WINDOWS:
         raise DataError(
             f"the data kept apart have {count} {what} beside those of the final comparison; expected at least "
-            f"{LEAST_WINDOWS} to try maps on; give more data, or use --no-guard"
+            f"{LEAST_WINDOWS} to judge by; give more data, or use --no-guard and no --align"
         )
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from mopeq import seam
 from mopeq.adapters import SUPPORTED, coverage, describe, groups_table, inventory_of, spec_from
 from mopeq.errors import ModelError
+from mopeq.layers import image_experts
 from mopeq.precision import GROUPS, parse_precision
 from mopeq.qtensor import packed_shapes
 from mopeq.source import Source, open_source, read_group, read_matrix
@@ -32,7 +33,8 @@ layouts = pytest.mark.parametrize("hub_layout", [True, False], ids=["hub", "fuse
 QWEN3_30B = {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
 MOE_LAYERS = {"qwen2_moe": [0, 2], "deepseek_v2": [1, 2], "deepseek_v3": [1, 2], "glm4_moe": [1, 2], "llama4": [0, 2],
               "llama4_text": [0, 2], "ernie4_5_moe": [1, 2], "deepseek_vl_v2": [1, 2],
-              "glm4v_moe": [1, 2], "glm46v": [1, 2], "kimi_k25": [1, 2], "deepseek_ocr2": [1, 2]}  # fmt: skip
+              "glm4v_moe": [1, 2], "glm46v": [1, 2], "kimi_k25": [1, 2], "deepseek_ocr2": [1, 2],
+              "ernie4_5_vl_moe": [1, image_experts(1), 2, image_experts(2)]}  # fmt: skip
 
 
 @cache
@@ -98,7 +100,7 @@ def test_no_linear_of_the_language_model_is_skipped(tiny_model: Saver, family: s
     expected = {
         name
         for name, module in loaded(path).named_modules()
-        if type(module) is nn.Linear and not re.search(r"visual|vision|projector|shared_expert_gate", name)
+        if type(module) is nn.Linear and not re.search(r"visual|vision|projector|resampler|shared_expert_gate", name)
     }
     assert {ref.module for ref in spec.linears} == expected
     groups = {ref.group for ref in spec.linears}
@@ -163,7 +165,7 @@ def test_names_of_packed_tensors_are_the_hubs(tiny_model: Saver, family: str) ->
     assert len(set(names)) == 3 * sum(len(layer.experts) for layer in hub.layers)
     for layer in hub.layers:
         for e, expert in enumerate(layer.experts):
-            if family not in FUSED_ON_HUB:
+            if family not in {*FUSED_ON_HUB, "ernie4_5_vl_moe"}:  # whose files number both kinds' experts through
                 stored = {"gate": expert.gate.key, "up": expert.up.key, "down": expert.down.key}
                 assert {m: f"{name}.weight" for m, name in expert.names.items()} == stored
             else:
@@ -173,8 +175,8 @@ def test_names_of_packed_tensors_are_the_hubs(tiny_model: Saver, family: str) ->
 
 def module_name(family: str, name: str) -> str:
     """What a name in files is in models whose modules go by other names; saved fused, their files have those."""
-    nested = family in ("aria", "internvl", "kimi_k25")
-    name = re.sub(r"\Amodel\.layers\.", "model.language_model.layers.", name) if family == "deepseek_ocr2" else name
+    nested, flat = family in ("aria", "internvl", "kimi_k25"), ("deepseek_ocr2", "ernie4_5_vl_moe")
+    name = re.sub(r"\Amodel\.layers\.", "model.language_model.layers.", name) if family in flat else name
     name = re.sub(r"\Alanguage_model\.model\.", "model.language_model.", name) if nested else name
     return name.replace(".blocks.", ".layers.")
 
@@ -329,6 +331,7 @@ def on_meta(config: Any, family: str) -> Any:
         ("mixtral", {}, 46.703, 0.997),
         ("gpt_oss", {}, 116.829, 0.99),
         ("qwen3_moe", {**QWEN3_30B, "num_experts": 128}, 30.532, 0.98),
+        ("ernie4_5_vl_moe", {}, 29.399, 0.96),
     ],
 )
 def test_full_size_models(family: str, changes: dict[str, Any], billions: float, covered: float) -> None:

@@ -41,8 +41,8 @@ def test_unknown_architecture(olmoe: Source) -> None:
         {"model_type": "olmo3e", "num_experts": 4}, {}, "'olmo3e' is not supported", *SUPPORTED, "did you mean olmoe?"
     )
     refused({"model_type": "zzz"}, olmoe.shapes, "'zzz' is not supported")
-    for name in ("ernie4_5_vl_moe", "ernie4_5_moe_vl"):
-        refused({"model_type": name, "moe_num_experts": 4}, {}, name, "two sets of experts", "expected one set")
+    published = {"model_type": "ernie4_5_moe_vl", "moe_num_experts": [4, 4]}
+    refused(published, {}, "as it was published", "expected transformers' own ernie4_5_vl_moe")
     refused(NO_OPTIONS, olmoe.shapes, "model_type None", "expected one of")
 
 
@@ -138,11 +138,11 @@ def test_weights_that_are_not_floats(olmoe: Source) -> None:
 def test_no_tensor_can_be_missing(tiny_model: Saver, family: str) -> None:
     source = open_source(tiny_model(family))
     tower = re.compile(
-        r".*(visual|vision|projector|new_embedding|sam_model|qwen2_model|view_sep)|image_newline|(model\.norm|lm_head)\.bias"
+        r".*(visual|vision|projector|resampler|new_embedding|sam_model|qwen2_model|view_sep)|image_newline|(model\.norm|lm_head)\.bias"
     )
     for key in source.shapes:
         if not tower.match(key):
-            router = "router" in key or key.endswith(".gate.weight")
+            router = "router" in key or key.endswith((".gate.weight", ".gate.weight_1"))
             name = "router" if router else re.split(r"\.(?:layers|blocks)\.", key)[-1].partition(".")[2]
             if family == "molmo":  # the message has the names of modules
                 last = name.split(".")[-2] if "." in name else ""
@@ -150,6 +150,13 @@ def test_no_tensor_can_be_missing(tiny_model: Saver, family: str) -> None:
                     MOLMO.get(last, name.removeprefix("attn.")) if last in MOLMO or name.startswith("attn.") else name
                 )
             refused(source.config, {k: s for k, s in source.shapes.items() if k != key}, name)
+
+
+@pytest.mark.parametrize("widths", [None, 128, [128], [128, 192, 64], [128, 0], [128, True], [128, "192"]])
+def test_widths_of_two_kinds_of_experts(tiny_model: Saver, widths: Any) -> None:
+    source = open_source(tiny_model("ernie4_5_vl_moe"))
+    text = {**source.config["text_config"], "moe_intermediate_size": widths}
+    refused({**source.config, "text_config": text}, source.shapes, f"= {widths!r}", "expected a list of 2 sizes")
 
 
 def test_a_tensor_under_both_of_its_names(tiny_model: Saver) -> None:

@@ -14,8 +14,9 @@ from tiny import FAMILIES
 
 
 def outputs(model: Any, spec: Any, batch: dict[str, Tensor]) -> dict[int, Tensor]:
-    """The output of every MoE layer's experts, as the model computes it."""
-    found: dict[int, Tensor] = {}
+    """The output of every MoE layer's experts, as the model computes it; 0 where they are for images alone."""
+    size = batch["input_ids"].numel(), spec.layers[0].hidden_size
+    found = {layer.index: torch.zeros(size) for layer in spec.layers if layer.for_images}
     handles = []
     for layer in spec.layers:
 

@@ -38,6 +38,11 @@ INPUTS: dict[str, tuple[int, dict[str, Any]]] = {
     # a model's image token, and its inputs: one image of 16 x 16 pixels, 4 x 4 patches, 4 tokens unless said otherwise
     "aria": (259, {**prompt(259, 4), "pixel_values": image(1, 3, 16, 16)}),
     "deepseek_ocr2": (259, {**prompt(259, 145), "pixel_values": image(1, 3, 16, 16)}),  # 144 queries and an end
+    "ernie4_5_vl_moe": (259, {
+        **prompt(259, 4, (260,), (261,)), "pixel_values": image(16, 3 * 4 * 4), "image_grid_thw": GRID,
+        "mm_token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]]),
+        "moe_mm_token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0]]),
+    }),
     "glm46v": (259, {
         **prompt(259, 4, (260,), (261,)), "pixel_values": image(16, 3 * 2 * 4 * 4), "image_grid_thw": GRID,
         "mm_token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]]),
@@ -103,11 +108,13 @@ def test_image_tokens_are_told_apart(family: str, tiny_model: Make) -> None:
     spec = describe(open_source(tiny_model(family)))
     model = AutoModelForImageTextToText.from_pretrained(tiny_model(family), dtype=torch.float32)
     modality = (inputs["input_ids"] == token).long()
-    for seen in observe(model, spec, [{**inputs, "modality": modality}], gradients=True).values():
+    routed = observe(model, spec, [{**inputs, "modality": modality}], gradients=True)
+    for layer in spec.layers:
+        seen = routed[layer.index]
         assert seen.vision is not None
         assert seen.vision.tolist() == modality[0].bool().tolist()
         assert seen.gradient is not None
-        assert bool((seen.gradient[seen.vision] != 0).any())
+        assert bool((seen.gradient[seen.vision] != 0).any()) == (layer.for_images or not layer.dealer)
 
 
 @pytest.mark.parametrize("family", INPUTS)

@@ -24,11 +24,6 @@ __all__ = ["SUPPORTED", "GroupRow", "coverage", "describe", "groups_table", "inv
 
 SUPPORTED = tuple(sorted(FAMILIES))
 """The model types that can be described."""
-REFUSED = dict.fromkeys(
-    ("ernie4_5_vl_moe", "ernie4_5_moe_vl"),  # transformers' name, and that of the published files
-    "two sets of experts in each layer, for text and for images, of different widths",
-)
-"""Model types with routed experts that a specification cannot say, and what they have: docs/adding.md."""
 
 
 def describe(source: Source) -> MoESpec:
@@ -64,10 +59,10 @@ def _unsupported(model_type: str, config: Mapping[str, Any], shapes: Mapping[str
             f"model type {model_type!r} is dense: neither config.json nor a tensor mentions experts; "
             f"mopeq quantizes Mixture-of-Experts models: {', '.join(SUPPORTED)}"
         )
-    if model_type in REFUSED:
+    if model_type == "ernie4_5_moe_vl":
         return ModelError(
-            f"model type {model_type!r} has {REFUSED[model_type]}; expected one set of experts in a layer; "
-            "keep this model in 16 bits"
+            f"model type {model_type!r} is ERNIE 4.5 VL with code of its own, as it was published; expected "
+            "transformers' own ernie4_5_vl_moe; convert the configuration with its convert_ernie4_5_vl_moe_to_hf.py"
         )
     close = get_close_matches(model_type, SUPPORTED, n=1)
     meant = f"; did you mean {close[0]}?" if close else ""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mopeq.adapters.family import MLA, MLA_QUERIES, QKVO, Config, Family, count, numbers
-from mopeq.adapters.layouts import fused, per_expert
+from mopeq.adapters.config import Config, count, numbers
+from mopeq.adapters.family import MLA, MLA_QUERIES, QKVO, Family
+from mopeq.adapters.layouts import Layout, fused, per_expert
 from mopeq.errors import ModelError
 from mopeq.models.published import deepseek_vl2, molmo
 
@@ -47,6 +48,12 @@ def _listed(text: Config, index: int) -> bool:
     if listed is not None:
         return index in listed
     return (index + 1) % count(text, "interleave_moe_layer_step", default=1) == 0
+
+
+def _experts_of(kind: str) -> tuple[Layout, ...]:
+    """Layouts of the experts that ERNIE 4.5 VL has for one kind of tokens."""
+    module = f"mlp.{kind}.experts"
+    return per_expert("mlp.experts", *_NAMES), fused(f"{module}.gate_up_proj", f"{module}.down_proj")
 
 
 def _typed(text: Config, index: int) -> bool:
@@ -286,6 +293,23 @@ FAMILIES: dict[str, Family] = {
         router_keys=r"mlp\.(gate\.weight|(gate\.)?moe_statics\.e_score_correction_bias)",
         extra_layers=False,
         dropped=r"(model\.)?mtp_.*",
+        tied=True,
+    ),
+    "ernie4_5_vl_moe": replace(
+        _GLM4_MOE,
+        router="gate",
+        kinds={kind: _experts_of(kind) for kind in ("text_moe", "vision_moe")},
+        is_moe=_typed,
+        router_keys=r"mlp\.(gate\.weight(_1)?|((text|vision)_moe\.gate\.)?(weight|moe_statics\.e_score_correction_bias))",
+        extra_layers=False,
+        text="text_config",
+        prefix="model.language_model.",
+        renamed=((r"\Amodel\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),),
+        towers={
+            "model.vision_model.": "vision",
+            "model.vision_tower.": "vision",
+            "model.resampler_model.": "projector",
+        },
         tied=True,
     ),
 }

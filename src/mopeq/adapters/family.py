@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from mopeq.adapters.config import Config, count, sizes_of
 from mopeq.adapters.layouts import Layout, Shapes, Sizes, shape_error
 from mopeq.errors import ModelError
+from mopeq.layers import image_experts
 from mopeq.spec import Expert, ExpertId, KeptRef, LinearRef, MoELayer, MoESpec, WeightRef
 
-__all__ = ["MLA", "MLA_QUERIES", "MLP", "QKVO", "Family", "count", "numbers", "spec_of"]
-
-Config = Mapping[str, Any]
+__all__ = ["MLA", "MLA_QUERIES", "MLP", "QKVO", "Family", "spec_of"]
 
 # module of a matrix -> the axis of its weight that is the hidden size, None where neither is
 QKVO = {"self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.o_proj": 0}
@@ -50,6 +49,8 @@ class Family:
     renamed: ``((pattern, replacement), ...)`` that turn names in files into those of modules, in order. joined:
     ``{name of a matrix in files: matrices it holds, below each other}``. dropped: absolute names that transformers
     drops on load (regular expression). tied: whether the head is the embedding if nothing says so.
+    kinds: ``{module inside the block: layouts}`` where the block has experts for text and others for image tokens, in
+    this order, numbered through in files; ``router`` is a name inside that module then, and ``width`` that of a list.
     """
 
     block: str
@@ -77,6 +78,7 @@ class Family:
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: str = r"(?!)"
     tied: bool = False
+    kinds: Mapping[str, tuple[Layout, ...]] = field(default_factory=dict)
 
     @property
     def block_key(self) -> str:
@@ -91,29 +93,6 @@ class Family:
         if not moe:
             found |= {f"{self.block}.{n}": ("dense_mlp", axis) for n, axis in MLP.items()}
         return found
-
-
-def count(config: Config, *names: str, default: int | None = None, least: int = 1) -> int:
-    """The whole number, not under ``least``, that the configuration has under one of ``names``."""
-    found = {name: config[name] for name in names if config.get(name) is not None}
-    if not found and default is not None:
-        return default
-    if len(set(map(str, found.values()))) != 1 or not all(type(v) is int and v >= least for v in found.values()):
-        have = ", ".join(f"{k} = {v!r}" for k, v in found.items()) or f"no {' or '.join(names)}"
-        raise ModelError(
-            f"config.json has {have}; expected a whole number from {least} on; use the model's own config.json"
-        )
-    return int(next(iter(found.values())))
-
-
-def numbers(config: Config, name: str) -> list[int] | None:
-    """The list of whole numbers under ``name``, None where there is none."""
-    value = config.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(type(v) is int for v in value):
-        raise ModelError(f"config.json has {name} = {value!r}; expected a list of layer numbers")
-    return value
 
 
 def spec_of(model_type: str, family: Family, config: Config, shapes: Shapes) -> MoESpec:
@@ -187,7 +166,7 @@ def _as_stored(family: Family, spec: MoESpec, places: Mapping[str, _Place]) -> M
                     gate=stored(e.gate),
                     up=stored(e.up),
                     down=stored(e.down),
-                    names={m: packed(n, layer.index) for m, n in e.names.items()},
+                    names={m: packed(n, layer.decoder) for m, n in e.names.items()},
                 )
                 for e in layer.experts
             ),
@@ -221,15 +200,18 @@ def _account(model_type: str, family: Family, config: Config, shapes: Shapes) ->
     sparse = [i for i in range(depth) if family.is_moe(text, i)]
     if not sparse:
         raise ModelError(f"this {model_type} has no MoE layers, says config.json; mopeq quantizes models with experts")
+    widths = sizes_of(text, family.width, list(family.kinds)) if family.kinds else [count(text, family.width)]
     sizes = Sizes(
         experts=count(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         hidden=count(text, "hidden_size"),
-        intermediate=count(text, family.width),
+        intermediate=widths[0],
         top_k=count(text, "num_experts_per_tok", "moe_k", "moe_topk"),
     )
     if sizes.top_k > sizes.experts:
         raise ModelError(f"config.json asks for {sizes.top_k} of {sizes.experts} experts a token; expected at most all")
-    layers = tuple(_moe_layer(family, index, shapes, sizes) for index in sparse)
+    sets = [replace(sizes, intermediate=width, first=i * sizes.experts) for i, width in enumerate(widths)]
+    kinds = list(zip(family.kinds or ("",), sets, strict=True))
+    layers = tuple(_moe_layer(family, index, kind, shapes, own) for index in sparse for kind, own in kinds)
     claimed = {ref.key for layer in layers for expert in layer.experts for ref in (expert.gate, expert.up, expert.down)}
     rest = sorted(shapes.keys() - claimed, key=_natural)
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", family.tied)))
@@ -240,17 +222,17 @@ def _account(model_type: str, family: Family, config: Config, shapes: Shapes) ->
     unknown: list[str] = []
     by_layer = _by_layer(family, rest)
     places = {f"{family.prefix}layers.{i}.{name}": (i, name) for i, names in by_layer.items() for name in names}
-    kinds = {moe: family.linears(moe) for moe in (True, False)}
+    quantized = {moe: family.linears(moe) for moe in (True, False)}
     for key in rest:
         index, name = places.get(key, (-1, key))
         if _BUFFERS.match(key) or re.fullmatch(family.dropped, key) or (index >= depth and family.extra_layers):
             ignored.append(key)
         elif 0 <= index < depth:
             moe = index in sparse
-            if name.removesuffix(".weight") in kinds[moe] and name.endswith(".weight"):
-                group, axis = kinds[moe][name.removesuffix(".weight")]
+            if name.removesuffix(".weight") in quantized[moe] and name.endswith(".weight"):
+                group, axis = quantized[moe][name.removesuffix(".weight")]
                 linears.append(_linear(key, shapes[key], group, axis, sizes.hidden))
-            elif why := _kept_in_layer(family, name, moe, kinds[moe]):
+            elif why := _kept_in_layer(family, name, moe, quantized[moe]):
                 kept.append(KeptRef(key, shapes[key], why))
             else:
                 unknown.append(key)
@@ -263,7 +245,7 @@ def _account(model_type: str, family: Family, config: Config, shapes: Shapes) ->
         else:
             unknown.append(key)
     if unknown:
-        raise _not_understood(model_type, unknown, sizes)
+        raise _not_understood(model_type, unknown, sets[-1])
     _check_extra(max(by_layer, default=0), depth, text)
     _check_outside(family, shapes, tied, sizes.hidden)
     types = _layer_types(model_type, family, text, depth)
@@ -286,9 +268,12 @@ def _natural(key: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() and part.isascii() else (-1, part) for part in key.split(".")]
 
 
-def _moe_layer(family: Family, index: int, shapes: Shapes, sizes: Sizes) -> MoELayer:
-    prefix = f"{family.prefix}layers.{index}."
-    triples = next((found for layout in family.layouts if (found := layout(prefix, shapes, sizes))), None)
+def _moe_layer(family: Family, index: int, kind: str, shapes: Shapes, sizes: Sizes) -> MoELayer:
+    """The experts of a decoder layer, or those for one ``kind`` of tokens."""
+    prefix, key = f"{family.prefix}layers.{index}.", image_experts(index) if sizes.first else index
+    inside = f".{kind}" if kind else ""
+    layouts = family.kinds[kind] if kind else family.layouts
+    triples = next((found for layout in layouts if (found := layout(prefix, shapes, sizes))), None)
     if triples is None:
         raise ModelError(
             f"layer {index} has no expert tensors; expected {sizes.experts} experts under {prefix}{family.block_key}; "
@@ -296,17 +281,18 @@ def _moe_layer(family: Family, index: int, shapes: Shapes, sizes: Sizes) -> MoEL
         )
     experts = []
     for e, (gate, up, down) in enumerate(triples):
-        stem = f"{prefix}{family.block_key}.experts.{e}."
+        stem = f"{prefix}{family.block_key}{inside}.experts.{e}."
         packed = dict(zip(("gate", "up", "down"), (stem + name for name in family.matrices), strict=True))
-        experts.append(Expert(ExpertId(index, e), gate, up, down, packed))
+        experts.append(Expert(ExpertId(key, e), gate, up, down, packed))
     return MoELayer(
-        index=index,
-        module=f"{prefix}{family.block}.experts",
-        router=f"{prefix}{family.router}",
+        index=key,
+        module=f"{prefix}{family.block}{inside}.experts",
+        router=f"{prefix}{family.block}{inside}.{family.router}" if kind else f"{prefix}{family.router}",
         experts=tuple(experts),
         top_k=sizes.top_k,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.intermediate,
+        dealer=f"{prefix}{family.block}" if kind else "",
     )
 
 
@@ -349,7 +335,7 @@ def _not_understood(model_type: str, unknown: list[str], sizes: Sizes) -> ModelE
         key.endswith(("_blocks", "_scales", ".qweight", ".weight_packed", "_scale_inv", "_scale")) for key in unknown
     ):
         advice = "they look quantized already; give the checkpoint in 16 or 32 bits"
-    elif any(re.search(rf"experts\.{sizes.experts}\.", key) for key in unknown):
+    elif any(re.search(rf"experts\.{sizes.first + sizes.experts}\.", key) for key in unknown):
         advice = f"config.json says {sizes.experts} experts; check that it belongs to these weights"
     listed = ", ".join(unknown[:4]) + (" ..." if len(unknown) > 4 else "")
     return ModelError(f"{len(unknown)} tensors of this {model_type} are not understood: {listed}; {advice}")
@@ -403,10 +389,13 @@ def _check_layers(
     for index in sorted(moe_layers):
         routers = [name for name in names[index] if re.fullmatch(family.router_keys, name)]
         keys = [f"{family.prefix}layers.{index}.{name}" for name in routers]
-        if not any(shapes[key] == (sizes.experts, sizes.hidden) for key in keys):
+        shape = (sizes.experts, sizes.hidden)
+        fit = [shapes[key] in (shape, shape[::-1] if family.kinds else shape) for key in keys]  # files of ERNIE 4.5 VL
+        if sum(fit) < max(1, len(family.kinds)):
             found = ", ".join(f"{key} {list(shapes[key])}" for key in keys) or "no router"
+            of_each = " for each kind of tokens" if family.kinds else ""
             raise ModelError(
-                f"layer {index} has {found}; expected a router [{sizes.experts}, {sizes.hidden}]; "
+                f"layer {index} has {found}; expected a router {[*shape]}{of_each}; "
                 f"check that config.json and the weights belong together"
             )
     blocks = (f"{family.block}.", f"{family.block_key}.")

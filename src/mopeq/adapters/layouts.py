@@ -19,12 +19,13 @@ __all__ = ["Layout", "Sizes", "fused", "per_expert", "shape_error"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Experts E, hidden size H, intermediate size I of an expert, experts per token."""
+    """Experts E, hidden size H, intermediate size I of an expert, experts per token, number of the first in files."""
 
     experts: int
     hidden: int
     intermediate: int
     top_k: int
+    first: int = 0
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -34,15 +35,17 @@ Layout = Callable[[str, Shapes, Sizes], "list[Triple] | None"]
 
 
 def per_expert(path: str, gate: str, up: str, down: str) -> Layout:
-    """Three 2-D tensors an expert: ``<path>.<e>.<gate>.weight`` (I, H), up alike, down (H, I)."""
+    """Three 2-D tensors an expert: ``<path>.<e>.<gate>.weight`` (I, H), up alike, down (H, I), e from the first on."""
 
     def find(prefix: str, shapes: Shapes, sizes: Sizes) -> list[Triple] | None:
         expected = {gate: (sizes.intermediate, sizes.hidden), up: (sizes.intermediate, sizes.hidden)}
         expected[down] = (sizes.hidden, sizes.intermediate)
         stem = f"{prefix}{path}."
 
+        numbers = range(sizes.first, sizes.first + sizes.experts)
+
         def names() -> Iterator[str]:
-            return (f"{stem}{e}.{name}.weight" for e in range(sizes.experts) for name in expected)
+            return (f"{stem}{e}.{name}.weight" for e in numbers for name in expected)
 
         missing = list(islice((name for name in names() if name not in shapes), 4))
         if missing:
@@ -52,7 +55,7 @@ def per_expert(path: str, gate: str, up: str, down: str) -> Layout:
                 f"tensors of experts are missing, the first {', '.join(missing[:3])}{' ...' if missing[3:] else ''}; "
                 f"expected {sizes.experts} experts under {stem}* as config.json says; download the checkpoint again"
             )
-        for e in range(sizes.experts):
+        for e in numbers:
             for name, shape in expected.items():
                 key = f"{stem}{e}.{name}.weight"
                 if shapes[key] != shape:
@@ -63,7 +66,7 @@ def per_expert(path: str, gate: str, up: str, down: str) -> Layout:
                 WeightRef(f"{stem}{e}.{up}.weight", expected[up]),
                 WeightRef(f"{stem}{e}.{down}.weight", expected[down]),
             )
-            for e in range(sizes.experts)
+            for e in numbers
         ]
 
     return find

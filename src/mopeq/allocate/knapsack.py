@@ -223,16 +223,17 @@ def _allowed(
 ) -> NDArray[np.bool_]:
     """Options (units, options) within the bounds of their layers."""
     bits = np.array([p.bits for p in table.options])
+    known = sorted({u.layer for u in table.units})
     layer = np.array([u.layer for u in table.units])
     allowed = np.ones(table.loss.shape, dtype=bool)
-    unknown = sorted((set(floors) | set(ceilings)) - set(layer.tolist()))
+    unknown = sorted((set(floors) | set(ceilings)) - set(known))
     if unknown:
-        raise MapError(f"bounds for layers {unknown}, which have no experts; layers are {layer.min()} to {layer.max()}")
+        raise MapError(f"bounds for layers {unknown}, which have no experts; layers are {known[0]} to {known[-1]}")
     for index, floor in floors.items():
         allowed[layer == index] &= bits >= _bits(floor)
     for index, ceiling in ceilings.items():
         allowed[layer == index] &= bits <= _bits(ceiling)
-    empty = sorted(set(layer[~allowed.any(1)].tolist()))
+    empty = [k for k in known if not allowed[layer == k].any(1).all()]
     if empty:
         raise BudgetError(
             f"no option is left for layers {empty}: the options are {', '.join(map(str, table.options))}; "

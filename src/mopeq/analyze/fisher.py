@@ -32,7 +32,8 @@ from mopeq.analyze.forward import (
 )
 from mopeq.errors import DataError, ModelError
 from mopeq.progress import Track, silent
-from mopeq.spec import MoESpec
+from mopeq.seam import dealt
+from mopeq.spec import MoELayer, MoESpec
 
 __all__ = ["fisher", "ratio"]
 
@@ -51,16 +52,27 @@ def ratio(squares: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Cut:
-    """A hook on experts modules that lets gradients reach their weights from one kind of tokens alone."""
+    """Hooks on a layer's experts that let gradients reach their weights from one kind of tokens alone."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind, self.rows, self._inside = kind, torch.empty(0, dtype=torch.bool), False
+    def __init__(self, kind: str, layer: MoELayer) -> None:
+        self.kind, self.layer, self.rows, self._inside = kind, layer, torch.empty(0, dtype=torch.bool), False
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        """Hook the module, and the one that deals out tokens, if there is one."""
+        handles: list[Any] = [experts_module(model, self.layer).register_forward_hook(self, with_kwargs=True)]
+        if self.layer.dealer:
+            dealer = model.get_submodule(self.layer.dealer)
+            handles.append(dealer.register_forward_pre_hook(self._dealt, with_kwargs=True))
+        return handles
 
     def begin(self, batch: Batch) -> None:
         """A batch starts."""
         vision = vision_mask(batch)
         vision = torch.zeros_like(token_mask(batch)) if vision is None else vision
         self.rows = (vision if self.kind == "vision" else ~vision).flatten()
+
+    def _dealt(self, dealer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.rows = self.rows.cpu()[dealt(dealer, args, kwargs, self.layer.for_images)[1]]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if self._inside:  # the second call, below
@@ -119,21 +131,21 @@ def fisher(
 
     handles: list[Any] = []
     sequences = [row for batch in batches for row in rows_of(batch)]
-    modules = [experts_module(model, layer) for layer in spec.layers]
-    cut = _Cut(kind)
+    cuts = [_Cut(kind, layer) for layer in spec.layers if kind]
     kept = {p: p.grad for p in owners}
     try:
         with differentiable(model, spec), float32_weights(model), frozen(model, owners), torch.enable_grad():
             for p in owners:
                 p.grad = None
                 handles.append(p.register_post_accumulate_grad_hook(caught))  # type: ignore[no-untyped-call]
-            handles += [module.register_forward_hook(cut, with_kwargs=True) for module in modules if kind]
+            handles += [handle for cut in cuts for handle in cut.attach(model)]
             for row in track(sequences, "Fisher information", len(sequences)):
                 count = int(token_mask(row).sum())
                 if not count:
                     continue
-                cut.begin(row)
                 for _ in range(samples):
+                    for cut in cuts:
+                        cut.begin(row)
                     loss = sampled_loss(logits_of(model, inputs_of(row, device)), row, generator)
                     loss.backward()  # type: ignore[no-untyped-call]
                     for layer in spec.layers:

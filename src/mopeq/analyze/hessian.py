@@ -36,16 +36,19 @@ def slice_traces(loss: Tensor, parameters: Sequence[Tensor], probes: int, genera
     """Hutchinson samples of the trace of each diagonal block, one block per index of the parameters' first axis.
 
     loss: a scalar that depends on the parameters (experts, ...) and can be differentiated twice. Returns for each
-    parameter float64 (probes, experts), the samples whose mean estimates tr H_ee.
+    parameter float64 (probes, experts), the samples whose mean estimates tr H_ee; 0 for one that the loss does not
+    depend on.
     """
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     samples = [torch.zeros(probes, len(p), dtype=torch.float64) for p in parameters]
     for i in range(probes):
         signs = [
             torch.randint(0, 2, p.shape, generator=generator, device=p.device).to(p.dtype).mul_(2).sub_(1)
             for p in parameters
         ]
-        products = torch.autograd.grad(gradients, parameters, signs, retain_graph=i + 1 < probes)
+        products = torch.autograd.grad(
+            gradients, parameters, signs, retain_graph=i + 1 < probes, materialize_grads=True
+        )
         for sample, v, hv in zip(samples, signs, products, strict=True):
             sample[i] = (v * hv).flatten(1).sum(1, dtype=torch.float64).cpu()
     return samples

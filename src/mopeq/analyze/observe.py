@@ -30,7 +30,7 @@ from mopeq.analyze.forward import (
 )
 from mopeq.errors import ModelError
 from mopeq.progress import Track, silent
-from mopeq.seam import weighs_input
+from mopeq.seam import dealt, weighs_input
 from mopeq.spec import MoELayer, MoESpec
 
 __all__ = ["Routed", "Tap", "check_logits", "expert_rows", "marks_of", "observe"]
@@ -39,6 +39,8 @@ __all__ = ["Routed", "Tap", "check_logits", "expert_rows", "marks_of", "observe"
 @dataclass(frozen=True)
 class Routed:
     """What one MoE layer saw of the calibration tokens; padding is left out. All on the CPU.
+
+    A layer for tokens of one kind has chosen no experts for the others, and zeros for them.
 
     hidden: (tokens, H), the experts' input. index: int64 (tokens, k), the chosen experts, -1 where a slot chose none.
     weights: float32 (tokens, k), the routing weights; with ``weighs_input`` they scale the input, otherwise the output.
@@ -179,16 +181,23 @@ class Tap:
         self.parts: dict[str, list[Tensor]] = {"hidden": [], "index": [], "weights": [], "gradient": []}
         self.signature = inspect.signature(module.forward)
         self.keep = torch.empty(0, dtype=torch.bool)
+        self.dealt: list[Tensor] = []
         self.bad = ""
         self.calls = 0
 
     def attach(self, model: nn.Module) -> list[Any]:
-        """Hook the module, and for experts that weigh their input the router, which alone knows the choice."""
+        """Hook the module, for experts that weigh their input the router, which alone knows the choice, and the module
+        that deals out tokens, if there is one.
+        """
         if self.weighs_input:
             first = model.get_submodule(self.layer.router).register_forward_hook(self._routing)
         else:
             first = self.module.register_forward_pre_hook(self._called, with_kwargs=True)
-        return [first, self.module.register_forward_hook(self._output)]
+        handles = [first, self.module.register_forward_hook(self._output)]
+        if self.layer.dealer:
+            dealer = model.get_submodule(self.layer.dealer)
+            handles.append(dealer.register_forward_pre_hook(self._dealt, with_kwargs=True))
+        return handles
 
     def begin(self, keep: Tensor) -> None:
         """A batch starts; ``keep`` bool (rows,) marks the tokens that are not padding."""
@@ -215,8 +224,23 @@ class Tap:
         """Everything caught, joined; the parts are let go."""
         joined = {name: torch.cat(parts) for name, parts in self.parts.items() if parts}
         self.parts.clear()
+        if self.dealt:
+            rows = torch.cat(self.dealt)
+            joined = {name: _among(rows, part, -1 if name == "index" else 0) for name, part in joined.items()}
         seen = Routed(joined["hidden"], joined["index"], joined["weights"], self.weighs_input)
         return replace(seen, gradient=joined.get("gradient"), vision=vision, token_weight=token_weight)
+
+    def _dealt(self, dealer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Of all tokens, those that the module will get count. Where there are no image tokens, it is not called."""
+        hidden, rows = dealt(dealer, args, kwargs, self.layer.for_images)
+        self.keep = self.keep.cpu()
+        self.dealt.append(rows[self.keep])
+        self.keep = self.keep[rows]
+        if self.layer.for_images and not rows.any():
+            none = hidden.new_empty(0, hidden.shape[-1])
+            self._caught(none, *(none.new_empty(0, self.layer.top_k) for _ in range(2)))
+            if self.gradients:
+                self._store("gradient", none, self.dtype)
 
     def _store(self, name: str, value: Tensor, dtype: torch.dtype | None) -> None:
         """The rows that count of a tensor (rows, ...), on the CPU."""
@@ -262,3 +286,10 @@ class Tap:
     def _gradient(self, gradient: Tensor) -> None:
         # experts that weigh their input give one output per expert and token; their sum has the gradient of each
         self._store("gradient", gradient.reshape(-1, len(self.keep), gradient.shape[-1])[0], self.dtype)
+
+
+def _among(rows: Tensor, part: Tensor, otherwise: int) -> Tensor:
+    """``part`` (n, ...) at the n of ``rows`` bool (tokens,) that are marked, and ``otherwise`` at the others."""
+    made = part.new_full((len(rows), *part.shape[1:]), otherwise)
+    made[rows] = part
+    return made

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mopeq.analyze.moments import Moments, enough_tokens, moments
 from mopeq.analyze.observe import Routed, expert_rows
-from mopeq.memory import MOST
+from mopeq.memory import MOST, trim
 from mopeq.precision import GROUPS, ProjectionGroup
 from mopeq.quantizers import fallback_moments
 from mopeq.source import Source, close_files, read_group
@@ -127,7 +127,8 @@ class Layer:
         return _parts([e for e in everyone if e not in few], size), _parts(few, size)
 
     def read(self, part: Part, device: torch.device) -> dict[ProjectionGroup, Tensor]:
-        """Weights of some experts."""
+        """Weights of some experts; what those before them took is given back first."""
+        trim()
         found = {group: read_group(self.source, self.layer, group, part).to(device) for group in GROUPS}
         close_files()
         return found
@@ -197,12 +198,14 @@ def _filled(
 ) -> T:
     layer, work, mean = shared
     read, found = _moments(layer, part, device)
+    tokens, own = found.tokens, {group: getattr(found, group) for group in GROUPS}
+    del found  # each is let go when it is filled up
     filled, short = {}, {}
     for group in GROUPS:
         pooled = mean[group].to(device) if group in mean else None
-        filled[group], which = fallback_moments(getattr(found, group), found.tokens, layer.enough[group], pooled)
+        filled[group], which = fallback_moments(own.pop(group), tokens, layer.enough[group], pooled)
         short[group] = tuple(part[i] for i in which)
-    return work(Slab(part, read, Moments(filled["gate_up"], filled["down"], found.tokens), short))
+    return work(Slab(part, read, Moments(filled["gate_up"], filled["down"], tokens), short))
 
 
 def _moments(layer: Layer, part: Part, device: torch.device) -> tuple[dict[ProjectionGroup, Tensor], Moments]:

@@ -14,6 +14,7 @@ from mopeq.checkpoint.reader import (
     rest_elements,
     verify,
 )
+from mopeq.checkpoint.rewrite import restored, with_tensors
 from mopeq.checkpoint.unfinished import Unfinished
 from mopeq.checkpoint.writer import PackedWriter, Stored, write_tensors
 
@@ -31,6 +32,8 @@ __all__ = [
     "read_manifest",
     "read_packed",
     "rest_elements",
+    "restored",
     "verify",
+    "with_tensors",
     "write_tensors",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mopeq.errors import CheckpointError, MapError
+from mopeq.layers import ImageExperts, layer_key
 from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, parse_precision
 from mopeq.qtensor import packed_shapes
 from mopeq.spec import Inventory, LinearRef, MoELayer, MoESpec, fitting
@@ -17,7 +18,7 @@ from mopeq.spec import Inventory, LinearRef, MoELayer, MoESpec, fitting
 __all__ = ["DTYPES", "Header", "Manifest", "PackedExperts", "PackedLinear", "linear_precisions", "packed_config"]
 
 METHOD = "mopeq"
-FORMAT_VERSION, CODEBOOK_VERSION = 1, 2
+FORMAT_VERSION, CODEBOOK_VERSION, ROTATED_VERSION = 1, 2, 3
 LAYOUT = "plain"
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
@@ -84,9 +85,16 @@ class Manifest:
 
     @property
     def format_version(self) -> int:
-        """What the format page asks for: readers of version 1 know no codebook, and must refuse."""
+        """What the format page asks for: readers of version 1 know no codebook, those of 2 no rotated inputs."""
         used = [*self.precisions.histogram(), *(linear.precision for linear in self.linears.values())]
+        if any(p.hadamard for p in used):
+            return ROTATED_VERSION
         return CODEBOOK_VERSION if any(p.codebook for p in used) else FORMAT_VERSION
+
+    @property
+    def has_image_experts(self) -> bool:
+        """Whether layers have experts for image tokens apart."""
+        return any(isinstance(key, ImageExperts) for key in self.experts)
 
     def matrices(self) -> Iterator[tuple[str, tuple[int, int], Precision]]:
         """(base name, (out, in), precision) of packed matrices: experts' that are there, linears' below 16 bits."""
@@ -146,11 +154,14 @@ class Manifest:
             raise CheckpointError(
                 f'quantization_config has quant_method {method!r}; expected "{METHOD}": not a mopeq checkpoint'
             )
-        for key, known in (("format_version", (FORMAT_VERSION, CODEBOOK_VERSION)), ("layout", (LAYOUT,))):
+        for key, known in (
+            ("format_version", (FORMAT_VERSION, CODEBOOK_VERSION, ROTATED_VERSION)),
+            ("layout", (LAYOUT,)),
+        ):
             if data.get(key) not in known or isinstance(data.get(key), bool):
                 raise CheckpointError(
                     f"quantization_config has {key} {data.get(key)!r}; this mopeq reads "
-                    f"{' and '.join(map(repr, known))}; use the mopeq that wrote it"
+                    f"{', '.join(map(repr, known))}; use the mopeq that wrote it"
                 )
         keys = {"quant_method", "format_version", "layout", "map", "inventory", "experts", "linears"}
         if set(data) != keys:
@@ -161,7 +172,7 @@ class Manifest:
             made = cls(
                 precisions=PrecisionMap.from_json(data["map"]),
                 inventory=Inventory.from_json(data["inventory"]),
-                experts={int(k): _experts(v) for k, v in data["experts"].items()},
+                experts={layer_key(k): _experts(v) for k, v in data["experts"].items()},
                 linears={str(k): _linear(v) for k, v in data["linears"].items()},
             )
         except MapError as error:

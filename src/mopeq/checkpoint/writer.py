@@ -146,6 +146,8 @@ class PackedWriter(Unfinished):
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
             for file, data in ((CONFIG, config), (INDEX, index)):
                 self._json(file, data)
+            if self.journal is not None:
+                self.journal.spend(SCRATCH)  # killed from here on, nothing is measured again
             shutil.rmtree(self.partial / SCRATCH, ignore_errors=True)
             (self.partial / "mopeq").mkdir(exist_ok=True)
             for file, data in (mopeq_files or {}).items():

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mopeq.cli import show
+from mopeq.cli.align import alignment_of
 from mopeq.cli.applies import check_allocate, check_quantize
 from mopeq.cli.fit import fitted
 from mopeq.cli.given import (
@@ -112,13 +113,12 @@ def do_analyze(options: argparse.Namespace) -> None:
             out=out,
             resume=options.resume,
             max_memory=size_of(options.max_memory),
+            command=options.command_line,
             across=across,
             track=track,
         )
-    info = {**stats.info, "command": options.command_line}
-    write_json(out, {**stats.to_json(), "info": info})
     if options.json:
-        return show.print_result({"out": str(out), "info": info, "metrics": sorted(stats.metrics)})
+        return show.print_result({"out": str(out), "info": dict(stats.info), "metrics": sorted(stats.metrics)})
     rows = []
     for name, values in stats.metrics.items():
         flat = sorted(value for row in values.values() for value in row)
@@ -166,6 +166,7 @@ def do_quantize(options: argparse.Namespace) -> None:
     from mopeq.quantize import quantize, require_new
 
     check_quantize(options)
+    align = alignment_of(options)
     if not options.resume:
         require_new(Path(options.out))  # before a model is downloaded
     model = open_model(options.model).inventory
@@ -193,6 +194,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             evaluated=not options.no_eval,
             guard=options.guard,
             refine=options.refine,
+            align=align,
             resume=options.resume,
             max_memory=size_of(options.max_memory),
             recipe=recipe_line(options),
@@ -205,7 +207,7 @@ def do_quantize(options: argparse.Namespace) -> None:
         kl = judged.divergence.kl.value if judged and judged.divergence else None
         found = {"out": str(packed.path), "bytes": packed.bytes, "original_bytes": packed.original_bytes, "kl": kl}
         found |= {"note": dict(packed.precisions.note), "fallbacks": list(packed.fallbacks), "skipped": packed.note}
-        found["guard"] = packed.guard
+        found |= {"guard": packed.guard, "aligned": packed.aligned}
         return show.print_result(found)
     show.map_table(packed.precisions, packed.inventory)
     smaller = packed.original_bytes / packed.bytes
@@ -218,6 +220,8 @@ def do_quantize(options: argparse.Namespace) -> None:
         print(f"{len(packed.fallbacks)} units saw few calibration tokens and used their layer's moments too: {some}")
     if packed.guard:
         print(packed.guard)
+    if packed.aligned:
+        print(packed.aligned)
     if judged:
         show.evaluation_table(judged)
     if packed.note:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from mopeq.cli import commands
+from mopeq.cli.align import add_align, add_align_to_quantize, do_align
 from mopeq.cli.evaluate import add_eval, do_eval
 from mopeq.cli.export import add_export, do_export
 from mopeq.cli.fit import add_fit, add_fit_to_allocate
@@ -110,7 +111,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="try N exchanges of precisions on text kept apart (default: 0)",
     )
+    add_align_to_quantize(p)
     _bounded(p)
+
+    p = verb("align", do_align, "fit the routers of a packed model to the original's")
+    add_align(p)
+    _calibration(p)
 
     add_export(verb("export", do_export, "write a packed model for other runtimes"))
 
@@ -175,6 +181,7 @@ def _options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--levels", default=usual, help="bits or precisions to choose from (default: %(default)s)")
     p.add_argument("--group-size", type=int, help=f"inputs per scale {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points")
+    p.add_argument("--hadamard", action="store_true", help="experts' inputs rotated: smaller errors, slower products")
 
 
 def _bounded(p: argparse.ArgumentParser) -> None:

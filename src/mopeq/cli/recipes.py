@@ -14,6 +14,7 @@ __all__ = ["RECIPES", "add_recipe", "parse", "recipe_line"]
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "best": {"method": "gptq", "cost": "fisher_error", "samples": 256, "levels": "2,3,4,5,6"},
     "fast": {"method": "gptq", "cost": "output_error", "samples": 32, "levels": "2,3,4"},
+    "smallest": {"method": "gptq", "cost": "fisher_error", "samples": 256, "levels": "0,2c,3,4,5,6"},
     "data-free": {"method": "gptq", "cost": "fisher_error", "data": "self"},
 }
 """Flags by the name that ``options`` has them under."""

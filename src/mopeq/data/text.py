@@ -29,6 +29,7 @@ __all__ = [
     "text_windows",
     "token_batches",
     "token_stream",
+    "window_batches",
 ]
 
 
@@ -187,6 +188,12 @@ class Window:
 
     ids: Tensor
     scored: int
+
+
+def window_batches(windows: Sequence[Window], batch_size: int) -> list[dict[str, Tensor]]:
+    """Batches of ``input_ids`` and ``attention_mask`` of windows in their order, the shorter ones padded at the end."""
+    parts = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+    return [_padded([w.ids for w in part], max(len(w.ids) for w in part), 0) for part in parts]
 
 
 def sliding_windows(ids: Tensor, length: int, stride: int | None = None) -> list[Window]:

@@ -114,6 +114,11 @@ def plan_export(path: str | Path, kind: str, *, uniform: str = "layer", dtype: s
     folder = open_packed(path)
     if LEFT_OUT in folder.manifest.precisions.histogram():
         raise InputError(f"{path} leaves experts out, which no format here can say; quantize without 0 in the levels")
+    if folder.manifest.has_image_experts:
+        raise InputError(
+            f"a {folder.manifest.inventory.model_type} has two sets of experts in a layer, which export writes in no "
+            "format; run this one with mopeq"
+        )
     _check_names(folder)
     stored: Mapping[str, Stored]
     if kind == "compressed-tensors":

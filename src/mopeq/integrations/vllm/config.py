@@ -71,6 +71,11 @@ class MopeqVllmConfig(QuantizationConfig):  # type: ignore[misc]
                 "this checkpoint leaves experts out, and under vLLM every expert has to be there; serve it with mopeq "
                 "serve without vLLM, or quantize without 0 in the levels"
             )
+        if manifest.has_image_experts:
+            raise InputError(
+                f"a {manifest.inventory.model_type} has two sets of experts in a layer, which mopeq does not run under "
+                "vLLM; serve it with mopeq serve without vLLM"
+            )
         return cls(manifest)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
