@@ -168,6 +168,7 @@ def main() -> None:
     for levels in ((2, 3, 4), (2, 3, 4, 8)):
         kinds[f"{', '.join(map(str, levels))} mixed"] = tuple(Precision(draw.choice(levels)) for _ in range(EXPERTS))
     kinds["2g128c"] = (Precision(2, codebook=True),) * EXPERTS
+    kinds |= {f"{b}h": (Precision(b, hadamard=True),) * EXPERTS for b in (2, 3)}
     stream = Stream(HIDDEN, 64, dtype)
     layers = {name: [Layer(p, seed, stream) for seed in range(args.copies)]
               for name, p in kinds.items() if name in (args.only or kinds)}  # fmt: skip

@@ -12,7 +12,7 @@ LEVELS = [
     {"errors", "layers"},
     {"precision"},
     {"spec"},
-    {"stats"},
+    {"stats", "hadamard"},
     {"qtensor"},
     {"progress", "seam", "autoload", "journal", "foreign"},
     {"models", "source"},

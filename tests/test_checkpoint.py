@@ -332,7 +332,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another method": (settings_of(lambda q: q.update(quant_method="gptq")),
                        'has quant_method \'gptq\'; expected "mopeq"'),
     "settings no object": (edit("config.json", lambda c: {"quantization_config": 3}), "not a mopeq checkpoint"),
-    "newer format": (settings_of(lambda q: q.update(format_version=3)), "version 3; this mopeq reads 1 and 2; use"),
+    "newer format": (settings_of(lambda q: q.update(format_version=4)), "version 4; this mopeq reads 1, 2, 3; use"),
     "codebooks' format": (settings_of(lambda q: q.update(format_version=2)), "its precisions are those of version 1"),
     "format true": (settings_of(lambda q: q.update(format_version=True)), "format_version True"),
     "other layout": (settings_of(lambda q: q.update(layout="panels")), "layout 'panels'; this mopeq reads 'plain'"),

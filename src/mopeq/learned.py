@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mopeq.analyze import Routed, expert_rows
 from mopeq.analyze.moments import expert_inputs
+from mopeq.hadamard import restored, rotated
 from mopeq.precision import GROUPS, Precision, ProjectionGroup
 from mopeq.qtensor import Codes
 from mopeq.quantizers.signround import ITERATIONS, Rounding
@@ -60,7 +61,11 @@ def learned(
             that they have where they went. A layer that saw none is rounded to the nearest.
         iterations: steps, of a rate that falls linearly from 1 / iterations to 0.
     """
-    roundings = {g: Rounding(weights[g][None], p) for g, p in precisions.items() if p.bits < 16}
+    roundings = {
+        g: Rounding((rotated(weights[g]) if p.hadamard else weights[g])[None], p)
+        for g, p in precisions.items()
+        if p.bits < 16
+    }
     if not roundings:
         return {}
     kept = {g: weights[g].to(torch.bfloat16).float() for g in GROUPS if g not in roundings}
@@ -69,7 +74,10 @@ def learned(
 
     def error(rows: Tensor, scale: Tensor) -> Tensor:
         """The loss over some tokens of the expert."""
-        made = kept | {g: rounding.weight()[0] for g, rounding in roundings.items()}
+        made = dict(kept)
+        for g, rounding in roundings.items():
+            (weight,) = rounding.weight()
+            made[g] = restored(weight) if precisions[g].hadamard else weight
         total = scale.new_zeros((), device=weights["down"].device)
         for r, x, c in expert_inputs(seen, rows, scale, total.device):
             with torch.no_grad():

@@ -319,16 +319,16 @@ def _by_group(slab: Slab, wanted: Mapping[ProjectionGroup, Sequence[Precision]],
     quantizer = QUANTIZERS[method]
     for group, row in wanted.items():
         weights = slab.weights[group]
-        inputs = once(quantizer, None if slab.moments is None else getattr(slab.moments, group))
+        moments = None if slab.moments is None else getattr(slab.moments, group)
+        inputs = {kind: once(quantizer, moments, kind) for kind in {p.hadamard for p in row if p.bits < 16}}
         for precision in dict.fromkeys(p for p in row if p != LEFT_OUT):
             at = [i for i, p in enumerate(row) if p == precision]
             some = at if len(at) < len(row) else slice(None)
-            full = precision.bits == 16
-            yield (
-                group,
-                at,
-                None if full else quantizer(weights[some], precision, None if inputs is None else inputs[some]),
-            )
+            if precision.bits == 16:
+                yield group, at, None
+            else:
+                seen = inputs[precision.hadamard]
+                yield group, at, quantizer(weights[some], precision, None if seen is None else seen[some])
 
 
 def _by_expert(

@@ -51,14 +51,16 @@ class Precision:
 
     ``group_size`` -1 means one group per row. ``symmetric`` fixes the zero point at ``2**(bits-1)`` and stores none.
     ``codebook``, at 2 bits only, stores two weights as one of 16 points of a plane (``qtensor.PAIRS``), without zero
-    points. ``bits`` 16 stores bfloat16 and has no groups; 0 stores nothing: the expert is left out. Printed as
-    ``3g64``, ``4g128s`` (symmetric), ``2g128c`` (codebook), ``8g-1``, ``16``, ``0``.
+    points. ``hadamard`` stores the matrix for rotated inputs (``hadamard.py``). ``bits`` 16 stores bfloat16 and has no
+    groups; 0 stores nothing: the expert is left out. Printed as ``3g64``, ``4g128s`` (symmetric), ``2g128c``
+    (codebook), ``2g128h``, ``2g128ch`` (rotated), ``8g-1``, ``16``, ``0``.
     """
 
     bits: int
     group_size: int = DEFAULT_GROUP_SIZE
     symmetric: bool = False
     codebook: bool = False
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (0, *BITS):
@@ -67,6 +69,7 @@ class Precision:
         if self.bits in (0, 16):
             object.__setattr__(self, "group_size", -1)
             object.__setattr__(self, "symmetric", True)
+            object.__setattr__(self, "hadamard", False)
         elif self.group_size not in GROUP_SIZES:
             raise MapError(f"group size {self.group_size}; expected one of {', '.join(map(str, GROUP_SIZES))}")
         if self.codebook:
@@ -75,7 +78,7 @@ class Precision:
             object.__setattr__(self, "symmetric", True)
 
     def __str__(self) -> str:
-        kind = "c" if self.codebook else "s" if self.symmetric else ""
+        kind = ("c" if self.codebook else "s" if self.symmetric else "") + "h" * self.hadamard
         return str(self.bits) if self.bits in (0, 16) else f"{self.bits}g{self.group_size}{kind}"
 
     @property
@@ -141,24 +144,26 @@ DEFAULT_REST = {"attention": Precision(8, 128, True), "dense_mlp": Precision(8, 
                 "shared_experts": Precision(8, 128, True), "lm_head": Precision(8, 128, True)}  # fmt: skip
 """Precision of the groups outside the routed experts, where nothing else is asked for."""
 
-_TEXT = re.compile(r"(\d+)(?:g(-1|\d+)([sc]?)|(c))?\Z")
+_TEXT = re.compile(r"(\d+)(?:g(-1|\d+)([sc]?)(h?)|(c?)(h?))?\Z")
 
 
 def parse_precision(value: object, base: Precision | None = None) -> Precision:
-    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"``, ``"2c"`` or ``"16"``.
+    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"``, ``"2g128h"``, ``"2c"``, ``"16"``.
 
-    A bare number takes ``base``'s groups, and so does ``2c``.
+    A bare number takes ``base``'s groups and rotation, and so do ``2c`` and ``3h``.
     """
     base = base or Precision(4)
     match = _TEXT.match(str(value).strip())
     if not match or isinstance(value, bool):
         raise MapError(
-            f"precision {value!r}; expected bits such as 3 or 2c, or bits and group size such as 3g64, 4g128s or 2g128c"
+            f"precision {value!r}; expected bits such as 3, 2c or 3h, or bits and group size such as 3g64, 4g128s or "
+            "2g128c"
         )
-    bits, group, kind, bare = match.groups()
+    bits, group, kind, turned, bare, bare_turned = match.groups()
     if group is None:
-        return Precision(int(bits), base.group_size, base.symmetric, bool(bare))
-    return Precision(int(bits), int(group), kind == "s", kind == "c")
+        rotated = base.hadamard or bool(bare_turned)
+        return Precision(int(bits), base.group_size, base.symmetric, bool(bare), rotated)
+    return Precision(int(bits), int(group), kind == "s", kind == "c", turned == "h")
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,8 @@ class PrecisionMap:
                     )
         if LEFT_OUT in self.rest.values():
             raise MapError("0 bits outside the routed experts; only experts can be left out")
+        if turned := next((p for p in self.rest.values() if p.hadamard), None):
+            raise MapError(f"{turned} outside the routed experts; only experts can have rotated inputs")
 
     @classmethod
     def uniform(cls, layers: Mapping[int, int], precision: Precision, rest: Mapping[str, Precision] | None = None,
@@ -218,13 +225,13 @@ class PrecisionMap:
         """A dictionary a person can edit: one row of bits per layer; units off the most common grouping are strings."""
         counts: dict[tuple[int, bool], int] = {}
         for p, n in self.histogram().items():
-            if p.bits not in (0, 16) and not p.codebook:
+            if p.bits not in (0, 16) and not p.codebook and not p.hadamard:
                 counts[p.group_size, p.symmetric] = counts.get((p.group_size, p.symmetric), 0) + n
         size, symmetric = max(counts, key=lambda k: counts[k]) if counts else (DEFAULT_GROUP_SIZE, False)
         base = (size, symmetric)
 
         def cell(p: Precision) -> int | str:
-            usual = not p.codebook and (p.group_size, p.symmetric) == base
+            usual = not p.codebook and not p.hadamard and (p.group_size, p.symmetric) == base
             return p.bits if p.bits in (0, 16) or usual else str(p)
 
         return {

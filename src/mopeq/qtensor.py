@@ -3,7 +3,8 @@
 A matrix W (out, in) is cut along its input axis into groups. Code q, fp16 scale s and integer zero point z give
 ``W = (q - z) * s``; codes and zero points are ``bits`` wide, unsigned; a symmetric matrix has z = 2**(bits-1) and
 stores none. With a codebook, 4-bit code 4n+j of a row is a point (a, b) of :data:`PAIRS`: ``W[8n+j] = a * s`` and
-``W[8n+4+j] = b * s``. Bit strings are little-endian: code i of a row occupies bits [i*bits, (i+1)*bits) of its bytes.
+``W[8n+4+j] = b * s``. Where inputs are rotated, this is the matrix for rotated ones (hadamard.py). Bit strings are
+little-endian: code i of a row occupies bits [i*bits, (i+1)*bits) of its bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from mopeq.hadamard import restored
 from mopeq.precision import FULL, Precision
 
 __all__ = [
@@ -146,14 +148,17 @@ def unpack(q: QTensor) -> Codes:
 
 
 def dequantize(q: QTensor | Codes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix (..., out, in) that the codes stand for, computed in float32 and rounded once to ``dtype``."""
+    """The matrix (..., out, in) that the codes stand for, computed in float32 and rounded once to ``dtype``.
+
+    Of a rotated one the matrix for inputs as they are.
+    """
     if isinstance(q, QTensor):
         if q.precision.bits == 16:
             return q.qweight.view(torch.bfloat16).to(dtype)
         q = unpack(q)
     grouped = integers(q).reshape(*q.scales.shape, -1).float()
-    weight: Tensor = grouped * q.scales.float().unsqueeze(-1)
-    return weight.flatten(-2).to(dtype)
+    weight: Tensor = (grouped * q.scales.float().unsqueeze(-1)).flatten(-2)
+    return (restored(weight) if q.precision.hadamard else weight).to(dtype)
 
 
 def integers(q: Codes) -> Tensor:

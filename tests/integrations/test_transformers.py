@@ -274,9 +274,9 @@ def test_cut_off_shard(olmoe: Path) -> None:
 
 def test_newer_format(olmoe: Path) -> None:
     config = json.loads((olmoe / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = 4
     (olmoe / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="format_version 3; this mopeq reads 1 and 2"):
+    with pytest.raises(CheckpointError, match="format_version 4; this mopeq reads 1, 2, 3"):
         AutoModelForCausalLM.from_pretrained(olmoe)
 
 

@@ -121,14 +121,15 @@ def layer_costs(
             changed: dict[ProjectionGroup, list[Tensor]] = {}
             for group in GROUPS:
                 weight, filled = weights[group][part], full[group]
-                inputs = once(quantizer, None if filled is None else filled[part])
+                given = None if filled is None else filled[part]
+                inputs = {kind: once(quantizer, given, kind) for kind in {p.hadamard for p in options}}
                 numbers = [which[i] for i in part]
 
                 def kept(codes: Codes, group: ProjectionGroup = group, numbers: Sequence[int] = numbers) -> None:
                     if keep is not None:
                         keep(group, numbers, codes)
 
-                changed[group] = [_quantized(weight, p, quantizer, inputs, kept) for p in options]
+                changed[group] = [_quantized(weight, p, quantizer, inputs[p.hadamard], kept) for p in options]
             for i, at in enumerate(part):
                 one = {group: [weight[i] for weight in changed[group]] for group in GROUPS}
                 for r, x, c in expert_inputs(routed, *rows[at], device, chunk):

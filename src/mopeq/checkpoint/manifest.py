@@ -18,7 +18,7 @@ from mopeq.spec import Inventory, LinearRef, MoELayer, MoESpec, fitting
 __all__ = ["DTYPES", "Header", "Manifest", "PackedExperts", "PackedLinear", "linear_precisions", "packed_config"]
 
 METHOD = "mopeq"
-FORMAT_VERSION, CODEBOOK_VERSION = 1, 2
+FORMAT_VERSION, CODEBOOK_VERSION, ROTATED_VERSION = 1, 2, 3
 LAYOUT = "plain"
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
@@ -85,8 +85,10 @@ class Manifest:
 
     @property
     def format_version(self) -> int:
-        """What the format page asks for: readers of version 1 know no codebook, and must refuse."""
+        """What the format page asks for: readers of version 1 know no codebook, those of 2 no rotated inputs."""
         used = [*self.precisions.histogram(), *(linear.precision for linear in self.linears.values())]
+        if any(p.hadamard for p in used):
+            return ROTATED_VERSION
         return CODEBOOK_VERSION if any(p.codebook for p in used) else FORMAT_VERSION
 
     @property
@@ -152,11 +154,14 @@ class Manifest:
             raise CheckpointError(
                 f'quantization_config has quant_method {method!r}; expected "{METHOD}": not a mopeq checkpoint'
             )
-        for key, known in (("format_version", (FORMAT_VERSION, CODEBOOK_VERSION)), ("layout", (LAYOUT,))):
+        for key, known in (
+            ("format_version", (FORMAT_VERSION, CODEBOOK_VERSION, ROTATED_VERSION)),
+            ("layout", (LAYOUT,)),
+        ):
             if data.get(key) not in known or isinstance(data.get(key), bool):
                 raise CheckpointError(
                     f"quantization_config has {key} {data.get(key)!r}; this mopeq reads "
-                    f"{' and '.join(map(repr, known))}; use the mopeq that wrote it"
+                    f"{', '.join(map(repr, known))}; use the mopeq that wrote it"
                 )
         keys = {"quant_method", "format_version", "layout", "map", "inventory", "experts", "linears"}
         if set(data) != keys:

@@ -36,7 +36,7 @@ def check_quantize(options: argparse.Namespace) -> None:
         of_a_budget = ("levels", "cost", "granularity", "guard", "uniform_layers", "no_protect")
         refuse(options, of_a_budget, "--budget and --fit")
     if options.map:
-        refuse(options, ("group_size", "symmetric"), "--budget, --fit and --uniform")
+        refuse(options, ("group_size", "symmetric", "hadamard"), "--budget, --fit and --uniform")
 
 
 def refuse(options: argparse.Namespace, names: Sequence[str], owner: str) -> None:

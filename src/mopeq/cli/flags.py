@@ -181,6 +181,7 @@ def _options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--levels", default=usual, help="bits or precisions to choose from (default: %(default)s)")
     p.add_argument("--group-size", type=int, help=f"inputs per scale {FITS}")
     p.add_argument("--symmetric", action="store_true", help="no zero points")
+    p.add_argument("--hadamard", action="store_true", help="experts' inputs rotated: smaller errors, slower products")
 
 
 def _bounded(p: argparse.ArgumentParser) -> None:

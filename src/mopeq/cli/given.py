@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mopeq.errors import InputError, OutputError
-from mopeq.precision import Precision, parse_precision
+from mopeq.precision import LEFT_OUT, Precision, parse_precision
 from mopeq.spec import Inventory
 
 __all__ = [
@@ -59,15 +60,16 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def precisions_of(options: argparse.Namespace, model: Inventory, text: str | None = None) -> tuple[Precision, ...]:
-    """What ``--levels``, or another text, names, in the groups and symmetry asked for."""
+    """What ``--levels``, or another text, names, in the groups, symmetry and rotation asked for."""
     (base,) = model.precisions([4], options.group_size, options.symmetric)
+    base = replace(base, hadamard=getattr(options, "hadamard", False))
     return tuple(parse_precision(part, base) for part in (text or options.levels).split(",") if part.strip())
 
 
 def one_precision(options: argparse.Namespace, model: Inventory) -> Precision:
     """The precision of ``--uniform``."""
     found = precisions_of(options, model, options.uniform) if options.uniform else ()
-    if len(found) != 1:
+    if len(found) != 1 or found[0] == LEFT_OUT:
         raise InputError(f"--uniform {options.uniform!r}; expected one precision, such as 3 or 4g128s")
     return found[0]
 

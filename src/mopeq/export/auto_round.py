@@ -38,11 +38,15 @@ class Kept:
 
 
 def plan(folder: PackedFolder) -> dict[str, Kept | Field]:
-    """``{base name: how it is stored}``: as it is, or 16 bits where there is a codebook, or rows or columns do not fill
-    words of 32 codes.
+    """``{base name: how it is stored}``: as it is, or 16 bits where there is a codebook, or inputs are rotated, or rows
+    or columns do not fill words of 32 codes.
     """
+
+    def kept(shape: tuple[int, int], p: Precision) -> bool:
+        return p != FULL and not p.codebook and not p.hadamard and not any(n % 32 for n in shape)
+
     return {
-        base: Field(16) if precision == FULL or precision.codebook or any(n % 32 for n in shape) else Kept(precision)
+        base: Kept(precision) if kept(shape, precision) else Field(16)
         for base, shape, precision in folder.manifest.matrices()
     }
 

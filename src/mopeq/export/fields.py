@@ -50,12 +50,15 @@ def signed_bits(precision: Precision) -> int:
 
 
 def common(precisions: Iterable[Precision], widths: Sequence[int]) -> Field | None:
-    """The narrowest field of ``widths`` that holds matrices of all ``precisions`` exactly; None where there is none."""
+    """The narrowest field of ``widths`` that holds matrices of all ``precisions`` exactly; None where there is none.
+
+    There is none for rotated inputs: only weights for inputs as they are can be said.
+    """
     found = set(precisions)
     if found == {FULL}:
         return Field(16)
     fits = [width for width in sorted(widths) if width >= max(map(signed_bits, found))]
-    if FULL in found or not fits:
+    if FULL in found or not fits or any(p.hadamard for p in found):
         return None
     grouped = [p.group_size for p in found if p.group_size != -1]
     return Field(fits[0], min(grouped) if grouped else -1)

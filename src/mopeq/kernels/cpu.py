@@ -24,7 +24,7 @@ from mopeq.seam import Gate
 __all__ = ["COARSE", "DIGITS", "ISAS", "convert", "digits_of", "experts", "grouped_linear", "isa", "library", "why_not"]
 
 LIBRARY = Path(__file__).with_name("libmopeq_cpu.so")
-ABI = 6
+ABI = 7
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}

@@ -39,6 +39,8 @@ def why_not(layout: GroupLayout, device: torch.device, dtype: torch.dtype) -> st
         return "humming wants every expert to be there, and some are left out"
     if layout.has_codebooks:
         return "humming has no codebooks of two weights, and some experts have one"
+    if layout.is_rotated:
+        return "humming does not rotate inputs, and some experts want it"
     rows, inputs = sum(out for out, _ in layout.shapes), layout.shapes[0][1]
     if rows % 64 or inputs % 32:
         return f"humming wants rows in multiples of 64 and inputs in multiples of 32, not {rows} x {inputs}"

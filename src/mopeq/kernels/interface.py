@@ -58,6 +58,8 @@ def _triton_why_not(layout: GroupLayout, device: torch.device, dtype: torch.dtyp
         return "the package triton is not installed"
     if layout.has_codebooks:
         return "the Triton kernel has no codebooks, and some experts have one"
+    if layout.is_rotated:
+        return "the Triton kernel does not rotate inputs, and some experts want it"
     return "" if dtype in cpu.TYPES else f"the Triton kernel does not take {dtype}"
 
 

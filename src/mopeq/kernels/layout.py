@@ -54,10 +54,16 @@ class GroupLayout:
         """Whether codes of some matrices are points of a codebook."""
         return any(p.codebook for p in self.precisions)
 
+    @property
+    def is_rotated(self) -> bool:
+        """Whether some matrices are for rotated inputs."""
+        return any(p.hadamard for p in self.precisions)
+
     @cached_property
     def table(self) -> Tensor:
         """int64 (experts, matrices, 8), for compiled kernels: bits, group size in inputs, kind (0 with zero points,
-        1 symmetric, 2 codebook), rows, inputs, and first elements of codes, scales and zero points.
+        1 symmetric, 2 codebook; 4 more for rotated inputs), rows, inputs, and first elements of codes, scales and zero
+        points.
         """
         rows: list[list[list[int]]] = []
         for expert, precision in enumerate(self.precisions):
@@ -65,7 +71,7 @@ class GroupLayout:
             rows.append([])
             for out, inp in self.shapes:
                 size = inp if precision.group_size == -1 else precision.group_size
-                kind = 2 if precision.codebook else int(precision.symmetric)
+                kind = (2 if precision.codebook else int(precision.symmetric)) + 4 * precision.hadamard
                 rows[-1].append([precision.bits, size, kind, out, inp, *at])
                 stored = packed_shapes((out, inp), precision)
                 at = [

@@ -15,6 +15,7 @@ from mopeq.quantizers.hqq import hqq
 from mopeq.quantizers.moments import fallback_moments, moment_error
 from mopeq.quantizers.rtn import rtn, rtn_mse
 from mopeq.quantizers.signround import signround
+from mopeq.quantizers.turned import turned
 
 __all__ = [
     "CODEBOOKS", "DATA_FREE", "QUANTIZERS", "WHOLE", "Quantizer", "check_codebooks", "fallback_moments", "gptq", "hqq",
@@ -33,9 +34,13 @@ class Quantizer(Protocol):
         ...
 
 
-def once(quantizer: Quantizer, moments: Tensor | None) -> Tensor | Factored | None:
-    """What a quantizer computes from moments alone, to be given instead of them at several precisions."""
-    return factored(moments) if quantizer is gptq and moments is not None else moments
+def once(quantizer: Quantizer, moments: Tensor | None, hadamard: bool = False) -> Tensor | Factored | None:
+    """What a quantizer computes from moments alone, to be given instead of them at several precisions: at those with
+    rotated inputs, or at the others.
+    """
+    if quantizer is not gptq or moments is None:
+        return moments
+    return factored(turned(moments) if hadamard else moments)
 
 
 QUANTIZERS: dict[str, Quantizer] = {

@@ -23,6 +23,7 @@ from mopeq.qtensor import Codes
 from mopeq.quantizers import pairs
 from mopeq.quantizers.grid import Grid, bounds, columns, minmax, searched, steps
 from mopeq.quantizers.rtn import importance
+from mopeq.quantizers.turned import for_rotated
 
 __all__ = ["Factored", "factored", "gptq"]
 
@@ -73,6 +74,7 @@ def factored(moments: Tensor, *, damping: float = DAMPING, act_order: bool = Tru
     return Factored(importance(moments), order, *_factor(moments, order, damping))
 
 
+@for_rotated
 def gptq(
     weight: Tensor,
     precision: Precision,

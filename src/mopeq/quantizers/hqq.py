@@ -19,6 +19,7 @@ from torch import Tensor
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
 from mopeq.quantizers.grid import Grid, minmax, nearest
+from mopeq.quantizers.turned import for_rotated
 
 __all__ = ["hqq"]
 
@@ -26,6 +27,7 @@ NORM, BETA, GROWTH, TURNS = 0.7, 10.0, 1.01, 20
 """What the package hqq uses."""
 
 
+@for_rotated
 def hqq(weight: Tensor, precision: Precision, moments: Tensor | None = None) -> Codes:
     """HQQ codes. weight: float32 (experts, out, in); ``moments`` is not used.
 

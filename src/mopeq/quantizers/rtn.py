@@ -8,15 +8,18 @@ from mopeq.precision import Precision
 from mopeq.qtensor import Codes
 from mopeq.quantizers import pairs
 from mopeq.quantizers.grid import minmax, nearest, searched
+from mopeq.quantizers.turned import for_rotated
 
 __all__ = ["rtn", "rtn_mse"]
 
 
+@for_rotated
 def rtn(weight: Tensor, precision: Precision, moments: Tensor | None = None) -> Codes:
     """Nearest codes on min-max grids. weight: float32 (experts, out, in); ``moments`` is not used."""
     return nearest(weight, minmax(weight, precision))
 
 
+@for_rotated
 def rtn_mse(weight: Tensor, precision: Precision, moments: Tensor | None = None) -> Codes:
     """Nearest codes on grids of least squared error.
 

@@ -24,6 +24,7 @@ from mopeq.errors import DataError
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
 from mopeq.quantizers.grid import TINY, Grid, minmax
+from mopeq.quantizers.turned import for_rotated
 
 __all__ = ["ITERATIONS", "Rounding", "signround"]
 
@@ -32,6 +33,7 @@ CHUNK = 1 << 24
 """Floats of weights and moments worked on at a time; some ten such buffers live."""
 
 
+@for_rotated
 def signround(
     weight: Tensor,
     precision: Precision,

@@ -32,6 +32,7 @@ class Cut:
     def check(self, name: str, whole: tuple[int, int], precision: Precision) -> None:
         """Refuse a cut that codes, groups or zero points cannot take: they are stored in eights and in groups."""
         group = max(64 if precision.codebook else 8, precision.group_size)
+        group = whole[1] if precision.hadamard else group  # a row is rotated whole
         for what, (begin, end), size, unit in (
             ("rows", self.rows, whole[0], 8),
             ("inputs", self.inputs, whole[1], group),

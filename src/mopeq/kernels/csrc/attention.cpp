@@ -95,6 +95,8 @@ int attention(const mopeq_attention_job &job) {
   for (int i = 0; i < 3; i++)
     if (const int wrong = projections[i].plan(whole, n, widths[i])) return wrong;
   if (const int wrong = back.plan(whole, q_width, n)) return wrong;
+  for (const Product &one : {projections[0], projections[1], projections[2], back})
+    if (one.wants_rotated) return MOPEQ_BITS;
 
   std::vector<float> row(size_t(n), 0.0f), q(size_t(q_width), 0.0f), k(size_t(kv_width), 0.0f), v(size_t(kv_width), 0.0f);
   if (job.add) {

@@ -115,17 +115,15 @@ int batch(const mopeq_experts_job &job, int64_t first, int64_t tokens, int64_t i
   if (const int wrong = down.plan(b.offsets.data(), inner, job.hidden)) return wrong;
   const std::unique_ptr<float[]> middle(new float[size_t(rows * 2 * inner)]), out(new float[size_t(rows * job.hidden)]);
   {
-    const Inputs x(tokens, job.hidden, digits);
-    fill(x, job.threads, token_row, &b);
-    gate_up.x = &x, gate_up.rows = b.token.data(), gate_up.out = middle.get();
+    const Filled x(gate_up, tokens, job.hidden, digits, job.threads, token_row, &b);
+    gate_up.rows = b.token.data(), gate_up.out = middle.get();
     run(&gate_up, 1, job.threads);
   }
   std::vector<int64_t> order(size_t(rows), 0);
   std::iota(order.begin(), order.end(), 0);
-  const Inputs h(rows, inner, digits);
   b.middle = middle.get(), b.rows = out.get();
-  fill(h, job.threads, gated_row, &b);
-  down.x = &h, down.rows = order.data(), down.out = out.get();
+  const Filled h(down, rows, inner, digits, job.threads, gated_row, &b);
+  down.rows = order.data(), down.out = out.get();
   run(&down, 1, job.threads);
   run(tokens, tokens * job.k * job.hidden < FEW ? 1 : job.threads, combine, &b);
   return MOPEQ_OK;

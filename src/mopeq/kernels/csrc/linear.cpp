@@ -69,12 +69,11 @@ int linear(const mopeq_job &job) {
   if (rows == 0) return MOPEQ_OK;
   std::iota(order.begin(), order.end(), 0);
 
-  const Inputs x(rows, job.inputs, {job.digits, job.coarse});
   const Typed from{static_cast<const char *>(job.x) + begin * job.inputs * size, job.x_type, job.inputs};
-  fill(x, job.threads, widen_row, &from);
+  const Filled x(product, rows, job.inputs, {job.digits, job.coarse}, job.threads, widen_row, &from);
   const bool wide = job.x_type == MOPEQ_F32;
   std::unique_ptr<float[]> sums(wide ? nullptr : new float[size_t(rows * n)]);
-  product.x = &x, product.rows = order.data();
+  product.rows = order.data();
   product.out = wide ? static_cast<float *>(job.out) + begin * n : sums.get();
   run(&product, 1, job.threads);
   if (!wide) {

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { MOPEQ_ABI = 6 };
+enum { MOPEQ_ABI = 7 };
 
 // Type of the activations.
 enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
@@ -31,8 +31,9 @@ enum {
   MOPEQ_TYPE = 9,      // an unknown type or number of digits
 };
 
-// How the codes of a matrix are meant: with zero points, without, or as points of the codebook, of 2 bits a weight.
-enum { MOPEQ_ZEROS = 0, MOPEQ_SYMMETRIC = 1, MOPEQ_CODEBOOK = 2 };
+// How the codes of a matrix are meant: with zero points, without, or as points of the codebook, of 2 bits a weight; and
+// whether they are for rotated inputs (hadamard.py).
+enum { MOPEQ_ZEROS = 0, MOPEQ_SYMMETRIC = 1, MOPEQ_CODEBOOK = 2, MOPEQ_ROTATED = 4 };
 
 // One matrix of one expert; offsets in elements of the three buffers. Eight int64, as the caller's table has them.
 typedef struct {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <new>
 
 #include "threads.hpp"
@@ -13,11 +14,17 @@ constexpr int64_t PIECE = 64 << 10;  // bytes of codes that a thread takes at a 
 constexpr int64_t ALONE = 96 << 10;  // less work, in bytes of codes, is not worth waking threads
 constexpr int64_t FEW = 1 << 14;     // activations that are not either
 constexpr int TILES[] = {1, 2, 4};
+constexpr int64_t MANY = 16;         // tokens for which a panel is unpacked once
+constexpr int64_t CHUNK = 512;       // its inputs that are unpacked at a time: two panels and four tokens fit in a cache
 
 std::atomic<int> chosen{-1};
 
+int64_t kind_of(const mopeq_matrix &m) { return m.kind & ~int64_t(MOPEQ_ROTATED); }
+
+bool rotates(const mopeq_matrix &m) { return m.bits != 16 && m.kind & MOPEQ_ROTATED; }
+
 int width_index(const mopeq_matrix &m) {
-  if (m.kind == MOPEQ_CODEBOOK) return m.bits == 2 ? 6 : -1;
+  if (kind_of(m) == MOPEQ_CODEBOOK) return m.bits == 2 ? 6 : -1;
   switch (m.bits) {
     case 2: case 3: case 4: case 5: case 6: return int(m.bits) - 2;
     case 8: return 5;
@@ -32,12 +39,12 @@ int check(const mopeq_matrix &m, const mopeq_group &in, int64_t inputs) {
   };
   if (m.bits == 16)
     return inside(m.codes, 2 * m.rows * m.inputs, in.codes_size) && m.codes % 2 == 0 ? MOPEQ_OK : MOPEQ_RANGE;
-  if (m.kind < MOPEQ_ZEROS || m.kind > MOPEQ_CODEBOOK || width_index(m) < 0) return MOPEQ_BITS;
+  if (kind_of(m) < MOPEQ_ZEROS || kind_of(m) > MOPEQ_CODEBOOK || width_index(m) < 0) return MOPEQ_BITS;
   if (m.group < BLOCK || m.group % BLOCK || m.inputs % m.group) return MOPEQ_GROUP;
   const int64_t groups = m.inputs / m.group;
   if (!inside(m.codes, m.rows * (m.inputs * m.bits / 8), in.codes_size)) return MOPEQ_RANGE;
   if (!in.scales || !inside(m.scales, m.rows * groups, in.scales_size)) return MOPEQ_RANGE;
-  if (m.kind == MOPEQ_ZEROS && (!in.zeros || !inside(m.zeros, groups * (m.rows * m.bits / 8), in.zeros_size)))
+  if (kind_of(m) == MOPEQ_ZEROS && (!in.zeros || !inside(m.zeros, groups * (m.rows * m.bits / 8), in.zeros_size)))
     return MOPEQ_RANGE;
   return MOPEQ_OK;
 }
@@ -51,12 +58,12 @@ Panel panel_of(const Product &product, const mopeq_matrix &m, int64_t p) {
   Panel panel{};
   panel.codes = group.codes + m.codes + row * (m.inputs * m.bits / 8);
   panel.scales = group.scales + m.scales + row * groups;
-  panel.zeros = m.kind != MOPEQ_ZEROS ? nullptr : group.zeros + m.zeros + row / 8 * m.bits * groups;
+  panel.zeros = kind_of(m) != MOPEQ_ZEROS ? nullptr : group.zeros + m.zeros + row / 8 * m.bits * groups;
   panel.groups = groups, panel.blocks = m.group / BLOCK;
   const int64_t height = std::min<int64_t>(PANEL, m.rows - row);
   panel.next_codes = panel.codes + height * (m.inputs * m.bits / 8);
   panel.next_scales = panel.scales + height * groups;
-  panel.next_zeros = m.kind != MOPEQ_ZEROS ? nullptr : panel.zeros + height / 8 * m.bits * groups;
+  panel.next_zeros = kind_of(m) != MOPEQ_ZEROS ? nullptr : panel.zeros + height / 8 * m.bits * groups;
   return panel;
 }
 
@@ -77,13 +84,67 @@ Piece piece_of(const Product *product, const Product *end, int64_t number) {
   return {product, &part, first, std::min(first + part.panels, panels_of(*part.matrix))};
 }
 
+int tile_of(int64_t tokens) { return tokens >= TILES[2] ? 2 : tokens >= TILES[1] ? 1 : 0; }
+
+// A chunk of two panels with a byte a code.
+struct Room {
+  std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+  int64_t size = 0;
+  Unpacked panels[2]{};
+
+  // For so many groups of a panel, of so many inputs each; std::bad_alloc.
+  void make(int64_t groups, int64_t inputs) {
+    const int64_t codes = groups * inputs * PANEL, each = groups * PANEL * 4, wanted = 64 + 2 * (codes + each);
+    if (wanted > size) {
+      memory.reset(static_cast<char *>(std::malloc(size_t(size = wanted))));
+      if (!memory) throw std::bad_alloc();
+    }
+    char *at = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+    for (Unpacked &panel : panels) {
+      panel.codes = reinterpret_cast<uint8_t *>(at);
+      panel.scales = reinterpret_cast<float *>(at += codes);
+      at += each;
+    }
+  }
+};
+
+// Panels `first` to `first + count`, 1 or 2 of 16 rows, of a part that has many tokens.
+void many(const Product &product, const Part &part, const Inputs &inputs, int64_t first, int64_t count, Room &room) {
+  const mopeq_matrix &m = *part.matrix;
+  const Activations x = inputs.view();
+  const auto &tiles = product.kernels->tile[m.bits <= inputs.digits.coarse];
+  const int64_t groups = m.inputs / m.group, step = std::max<int64_t>(1, CHUNK / m.group);
+  room.make(step, m.group);
+  for (int64_t g = 0; g < groups; g += step) {
+    const int64_t some = std::min(step, groups - g);
+    for (int64_t p = 0; p < count; p++)
+      product.kernels->unpack[width_index(m)](panel_of(product, m, first + p), g, some, room.panels[p]);
+    for (int64_t t = part.begin; t < part.end;) {
+      const int tile = tile_of(part.end - t);
+      float *out = product.out + t * product.out_features + part.column + first * PANEL;
+      tiles[tile][count - 1](room.panels, g, some, m.group / BLOCK, x, product.rows + t, out, product.out_features);
+      t += TILES[tile];
+    }
+  }
+}
+
 // `then` is what this thread does next, if anything.
-void work(const Piece &piece, const Piece &then) {
+void work(const Piece &piece, const Piece &then, Room &room) {
   const Product &product = *piece.product;
   const Part &part = *piece.part;
   const mopeq_matrix &m = *part.matrix;
-  const Activations x = product.x->view();
+  const Inputs &inputs = rotates(m) ? *product.rotated : *product.x;
+  const Activations x = inputs.view();
+  const bool unpacks = m.bits != 16 && inputs.digits.count == 2 && part.end - part.begin >= MANY &&
+                       product.kernels->unpack[width_index(m)];
+  const int64_t whole = m.rows / PANEL;  // panels of 16 rows
   for (int64_t p = piece.first; p < piece.last; p++) {
+    if (unpacks && p < whole) {
+      const int64_t count = std::min<int64_t>(2, std::min(piece.last, whole) - p);
+      many(product, part, inputs, p, count, room);
+      p += count - 1;
+      continue;
+    }
     const int64_t row = p * PANEL, height = std::min<int64_t>(PANEL, m.rows - row);
     const int tall = height == PANEL;
     Panel panel{};
@@ -97,13 +158,12 @@ void work(const Piece &piece, const Piece &then) {
         panel.next_codes = next.codes, panel.next_scales = next.scales, panel.next_zeros = next.zeros;
       }
     }
-    const int digits = m.bits <= product.x->digits.coarse ? COARSE : int(product.x->digits.count) - 1;
+    const int digits = m.bits <= inputs.digits.coarse ? COARSE : int(inputs.digits.count) - 1;
     for (int64_t t = part.begin; t < part.end;) {
-      int tile = 2;
-      while (TILES[tile] > part.end - t) tile--;
+      const int tile = tile_of(part.end - t);
       float *out = product.out + t * product.out_features + part.column + row;
       if (dense)
-        product.kernels->dense[tile](dense, height, m.inputs, product.x->wide, product.rows + t, out,
+        product.kernels->dense[tile](dense, height, m.inputs, inputs.wide, product.rows + t, out,
                                      product.out_features);
       else
         product.kernels->panel[width_index(m)][digits][tile][tall](panel, x, product.rows + t, out,
@@ -115,19 +175,31 @@ void work(const Piece &piece, const Piece &then) {
 
 struct Handing {
   const Product *products;
-  int64_t count;
+  int64_t count, all, threads;
   std::atomic<int64_t> next{0};
+
+  // The pieces from `first` on that a thread does one after the other: half of an even share of what is left, for memory
+  // is read faster in long runs, and at the end one, so that no thread waits long.
+  int64_t take(int64_t &first) {
+    int64_t some = 1;
+    first = next.load(std::memory_order_relaxed);
+    do some = std::max<int64_t>(1, (all - first) / (2 * threads));
+    while (!next.compare_exchange_weak(first, first + some, std::memory_order_relaxed));
+    return first + some;
+  }
 };
 
 void pieces(int64_t, int64_t, void *context) {
   Handing &handing = *static_cast<Handing *>(context);
+  int64_t next = 0, end = 0;
   const auto take = [&] {
-    return piece_of(handing.products, handing.products + handing.count,
-                    handing.next.fetch_add(1, std::memory_order_relaxed));
+    if (next == end) end = handing.take(next);
+    return piece_of(handing.products, handing.products + handing.count, next++);
   };
+  Room room;
   for (Piece now = take(); now.product;) {
     const Piece then = take();
-    work(now, then);
+    work(now, then, room);
     now = then;
   }
 }
@@ -136,6 +208,8 @@ struct Filling {
   const Inputs *to;
   Source source;
   const void *context;
+  const float *signs;  // with the factor of H; null: as they are
+  int64_t run;
 };
 
 void filling(int64_t begin, int64_t end, void *context) {
@@ -144,6 +218,7 @@ void filling(int64_t begin, int64_t end, void *context) {
   const int64_t k = to.inputs, blocks = k / BLOCK, d = to.digits.count;
   for (int64_t r = begin; r < end; r++) {
     f.source(r, to.wide + r * k, f.context);
+    if (f.signs) loops().rotated(to.wide + r * k, f.signs, k, f.run);
     loops().split(to.wide + r * k, blocks, int(d), to.split + r * k * d, to.scales + r * blocks, to.minus + r * blocks * d);
   }
 }
@@ -186,7 +261,8 @@ int check(const mopeq_group &group, int64_t inputs) {
   return misaligned(group.scales, 2) || misaligned(group.matrices, 8) ? MOPEQ_ALIGN : MOPEQ_OK;
 }
 
-Inputs::Inputs(int64_t rows, int64_t inputs, Digits digits) : rows(rows), inputs(inputs), digits(digits) {
+Inputs::Inputs(int64_t rows, int64_t inputs, Digits digits, bool rotated)
+    : rows(rows), inputs(inputs), digits(digits), rotated(rotated) {
   const int64_t count = digits.count, numbers = rows * inputs, blocks = numbers / BLOCK;
   memory.reset(static_cast<char *>(std::malloc(size_t(64 + numbers * (4 + count) + blocks * 4 * (1 + count)))));
   if (!memory) throw std::bad_alloc();
@@ -198,7 +274,18 @@ Inputs::Inputs(int64_t rows, int64_t inputs, Digits digits) : rows(rows), inputs
 }
 
 void fill(const Inputs &to, int64_t threads, Source source, const void *context) {
-  Filling what{&to, source, context};
+  std::vector<float> signs;
+  const int64_t length = to.inputs & -to.inputs;
+  if (to.rotated) {
+    signs.resize(size_t(length));
+    const float factor = 1.0f / std::sqrt(float(length));
+    bool minus = false;  // the Rudin-Shapiro sequence: a sign more for every two neighbouring ones among the bits of i
+    for (int64_t i = 0; i < length; i++, minus = false) {
+      for (int64_t pairs = i & (i >> 1); pairs; pairs &= pairs - 1) minus = !minus;
+      signs[size_t(i)] = minus ? -factor : factor;
+    }
+  }
+  Filling what{&to, source, context, to.rotated ? signs.data() : nullptr, length};
   run(to.rows, to.rows * to.inputs < FEW ? 1 : threads, filling, &what);
 }
 
@@ -210,7 +297,8 @@ int Product::plan(const int64_t *offsets, int64_t inputs, int64_t outputs) {
     for (int64_t i = 0; i < group->per_expert; i++) {
       const mopeq_matrix &m = group->matrices[e * group->per_expert + i];
       if (const int wrong = check(m, *group, inputs)) return wrong;
-      const int64_t panel_bytes = PANEL * m.inputs * m.bits / 8, each = std::max<int64_t>(1, PIECE / panel_bytes);
+      (rotates(m) ? wants_rotated : wants_plain) = true;
+      const int64_t panel_bytes = PANEL * m.inputs * m.bits / 8, each = std::max<int64_t>(2, PIECE / panel_bytes / 2 * 2);
       parts.push_back({&m, offsets[e], offsets[e + 1], column, pieces, each});
       pieces += (panels_of(m) + each - 1) / each;
       bytes += panels_of(m) * panel_bytes * (offsets[e + 1] - offsets[e]);
@@ -221,11 +309,23 @@ int Product::plan(const int64_t *offsets, int64_t inputs, int64_t outputs) {
   return MOPEQ_OK;
 }
 
+Filled::Filled(Product &product, int64_t rows, int64_t inputs, Digits digits, int64_t threads, Source source,
+               const void *context) {
+  for (const bool turned : {false, true}) {
+    if (!(turned ? product.wants_rotated : product.wants_plain)) continue;
+    std::unique_ptr<Inputs> &made = turned ? rotated : plain;
+    made.reset(new Inputs(rows, inputs, digits, turned));
+    fill(*made, threads, source, context);
+    (turned ? product.rotated : product.x) = made.get();
+  }
+}
+
 void run(const Product *products, int64_t count, int64_t threads) {
-  Handing handing{products, count};
   int64_t all = 0, bytes = 0;
   for (int64_t i = 0; i < count; i++) all += products[i].pieces, bytes += products[i].bytes;
-  run(bytes < ALONE ? 1 : std::min(threads, all), threads, pieces, &handing);
+  threads = std::max<int64_t>(1, bytes < ALONE ? 1 : std::min(threads, all));
+  Handing handing{products, count, all, threads};
+  run(threads, threads, pieces, &handing);
 }
 
 }  // namespace mopeq

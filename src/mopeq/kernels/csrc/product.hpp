@@ -33,17 +33,18 @@ struct Digits {
 struct Inputs {
   int64_t rows, inputs;
   Digits digits;
+  bool rotated;
   float *wide;  // (rows, inputs)
   int8_t *split;
   float *scales;
   int32_t *minus;
   std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
 
-  Inputs(int64_t rows, int64_t inputs, Digits digits);  // std::bad_alloc
+  Inputs(int64_t rows, int64_t inputs, Digits digits, bool rotated = false);  // std::bad_alloc
   Activations view() const { return {split, scales, minus, inputs / BLOCK}; }
 };
 
-// Fills row `row` of the float32 rows.
+// Fills row `row` of the float32 rows, which are rotated then if that is wanted.
 using Source = void (*)(int64_t row, float *to, const void *context);
 void fill(const Inputs &to, int64_t threads, Source source, const void *context);
 
@@ -59,16 +60,26 @@ struct Part {
 struct Product {
   const mopeq_group *group;
   const Kernels *kernels;
-  const Inputs *x = nullptr;
+  const Inputs *x = nullptr, *rotated = nullptr;  // what its matrices want
   const int64_t *rows = nullptr;  // the row of x for each row of out
   float *out = nullptr;
   int64_t out_features = 0;
   std::vector<Part> parts{};
   int64_t pieces = 0, bytes = 0;
+  bool wants_plain = false, wants_rotated = false;
 
   Product(const mopeq_group &of) : group(&of), kernels(table_of(isa())) {}
   // Checks every matrix that has rows, and that it has so many outputs.
   int plan(const int64_t *offsets, int64_t inputs, int64_t outputs);
+};
+
+// The rows of a product's inputs as its matrices want them: as they are, rotated, or both.
+struct Filled {
+  std::unique_ptr<Inputs> plain, rotated;
+
+  // Once it is planned.
+  Filled(Product &product, int64_t rows, int64_t inputs, Digits digits, int64_t threads, Source source,
+         const void *context);
 };
 
 // Products that do not wait for each other.
