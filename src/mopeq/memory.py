@@ -21,7 +21,6 @@ from mopeq.source import Source, decoder_layer, stored_bytes
 from mopeq.spec import Inventory, MoESpec, outside_layers
 
 __all__ = [
-__all__ = [
     "Footprint", "available_bytes", "both_in_memory", "footprint", "give_back_freed", "in_large_pages", "slab_bytes",
     "spilled_bytes", "trim",
 ]  # fmt: skip

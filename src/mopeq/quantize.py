@@ -300,8 +300,9 @@ class _Plan:
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
         # what is learned of whole experts is no candidate: those were made matrix by matrix, for costs
-        codes = self._tensors(precisions, journal, across, track) if self.method in WHOLE else taken
-        packed = write_packed(writer, opened, precisions, codes, self.method, {"stats.json": stats.to_json()}, track)
+        codes, after = self._tensors(precisions, journal, across, track) if self.method in WHOLE else (taken, None)
+        files = {"stats.json": stats.to_json()}
+        packed = write_packed(writer, opened, precisions, codes, self.method, files, track, release=after)
         return replace(packed, guard=known.get("sentence", ""))
 
     def _tried(self, journal: Journal, made: PrecisionMap, stats: Stats, track: Track) -> dict[str, Any]:
