@@ -150,9 +150,11 @@ def bench(tools: Path, file: Path, threads: int) -> dict[str, float]:
 
 
 def rates(model: Any, prompt: torch.Tensor) -> dict[str, float]:
-    """Tokens a second of decoding and of reading the prompt."""
-    one_token = decoded(model, prompt[:, :64], native=True)[0]
-    whole = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))[0]
+    """Tokens a second of decoding and of reading the prompt, each warmed up as llama-bench does it."""
+    for _ in range(2):
+        whole = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))[0]
+    for _ in range(2):
+        one_token = decoded(model, prompt[:, :64], native=True)[0]
     return {"decode": 1 / one_token, "prefill": PROMPT / whole}
 
 
@@ -212,14 +214,13 @@ def measured(model: Any, asked: Any, files: dict[str, Path], config: dict[str, A
     prompt = torch.randint(1000, 50000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     size = active_bytes(model)
     runs: dict[str, list[dict[str, float]]] = {}
-    for number in range(asked.rounds + 1):
+    for _ in range(asked.rounds):
         made = {"plain read": {"decode": 1 / read(model, size)[0]}, "mopeq": rates(model, prompt)}
         with one_digit():
             made["mopeq, one digit"] = rates(model, prompt)
         made |= {f"llama.cpp {kind}": bench(asked.tools, file, asked.threads) for kind, file in files.items()}
-        if number:  # the first round warms up
-            for name, row in made.items():
-                runs.setdefault(name, []).append(row)
+        for name, row in made.items():
+            runs.setdefault(name, []).append(row)
     bytes_of = dict.fromkeys(("plain read", "mopeq", "mopeq, one digit"), size)
     bytes_of |= {f"llama.cpp {kind}": token_bytes(file, config) for kind, file in files.items()}
     return {
