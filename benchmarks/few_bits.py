@@ -5,11 +5,14 @@ groups of 128, and at 2 bits with a codebook. Study ``few bits``: a knapsack for
 copy of the original whose other weights stay as they were, judged on held-out text, window by window beside the options
 2, 3 and 4 at the same budget, or, where these do not fit, beside uniform 2 bits, which are more. Study ``align``: what
 ``mopeq align`` does to one of these maps, with and without tuning of norms, on the same text.
+
+The same command goes on with the seeds that it had not finished.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import store, study_arguments
+from common import START, store, study_arguments
 from fidelity import short
 from mopeq.align import Alignment, aligned, stored_keys
 from mopeq.allocate import allocate, uniform_map
@@ -54,12 +57,9 @@ def main() -> None:
     asked = _parser().parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
-    rows: list[dict[str, Any]] = []
-    seconds: dict[str, float] = {}
-    results = {"model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-               "calibration": {"samples": asked.samples, "length": asked.length}, "rows": rows,
-               "processor_seconds": seconds}  # fmt: skip
-    for seed in asked.seeds:
+    results = _resumed(asked)
+    rows, seconds = results["rows"], results["processor_seconds"]
+    for seed in (s for s in asked.seeds if f"align, seed {s}" not in seconds):
         ready = calibrated(opened, Calibration(asked.data, asked.samples, asked.length, 8, seed))
         each = asked.windows // len(asked.text)
         windows = [
@@ -113,6 +113,22 @@ def main() -> None:
                     print(time.strftime("%H:%M:%S"), rows[-1], flush=True)
             seconds[f"align, seed {seed}"] = round(time.process_time() - before, 1)
         store(asked.out, results)
+
+
+def _resumed(asked: argparse.Namespace) -> dict[str, Any]:
+    """What the same command stored of seeds that it finished, or nothing yet."""
+    found: dict[str, Any] = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {}
+    calibration = {"samples": asked.samples, "length": asked.length}
+    results: dict[str, Any] = {"model": asked.label or Path(asked.model).name, "windows": asked.windows,
+                               "length": asked.length, "calibration": calibration, "rows": [],
+                               "processor_seconds": {}}  # fmt: skip
+    if found.get("command") != START["command"]:
+        return results
+    done = found["results"]["processor_seconds"]
+    finished = {seed for seed in asked.seeds if f"align, seed {seed}" in done}
+    results["processor_seconds"] = {name: spent for name, spent in done.items() if int(name.split()[-1]) in finished}
+    results["rows"] = [row for row in found["results"]["rows"] if row["seed"] in finished]
+    return results
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,17 +6,23 @@
 (``cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON``, targets llama-bench and llama-quantize). A GGUF file of
 random bfloat16 weights is quantized by llama-quantize to every type; mopeq's models have random codes, for speed does
 not depend on them. A round takes, one after the other, a plain read, mopeq, and every type of llama.cpp; medians of
-rounds are compared. ``--scratch`` keeps the files of llama.cpp for another run; ``--layers`` makes all models smaller.
+rounds are compared. `one digit` is mopeq with `MOPEQ_COARSE=4`: activations as int8, as llama.cpp has them.
+``--scratch`` keeps the models for another run; ``--layers`` makes all models smaller. Widths whose rows are
+in the results file stay as they are there, so that a long comparison can be made a width at a time.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -25,6 +31,7 @@ import torch
 import mopeq
 from common import arguments, store, table
 from cpu_runtime import NEW, active_bytes, decoded, read, timed
+from mopeq.kernels import cpu
 from random_packed import OLMOE_1B_7B, write_random
 
 TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q8_0")
@@ -142,6 +149,15 @@ def bench(tools: Path, file: Path, threads: int) -> dict[str, float]:
     return {"decode" if row["n_gen"] else "prefill": row["avg_ts"] for row in rows}
 
 
+def rates(model: Any, prompt: torch.Tensor) -> dict[str, float]:
+    """Tokens a second of decoding and of reading the prompt, each warmed up as llama-bench does it."""
+    for _ in range(2):
+        whole = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))[0]
+    for _ in range(2):
+        one_token = decoded(model, prompt[:, :64], native=True)[0]
+    return {"decode": 1 / one_token, "prefill": PROMPT / whole}
+
+
 def main() -> None:
     parser = arguments(__doc__ or "", "llama_cpp")
     parser.add_argument("--tools", type=Path, required=True, help="folder of llama-bench and llama-quantize")
@@ -157,14 +173,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         scratch = asked.scratch or Path(temporary)
         files = quantized(asked.tools, scratch, config, tuple(asked.types))
-        found: dict[str, Any] = {"layers": asked.layers, "threads": asked.threads, "prompt": PROMPT, "runs": {}}
+        found: dict[str, Any] = {"layers": asked.layers, "threads": asked.threads, "prompt": PROMPT}
+        found["runs"] = kept(asked.out, found)
         for bits in asked.bits:
-            with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                widths = tuple(int(b) for b in bits.split(","))
-                size = write_random(Path(folder) / "packed", widths, asked.rest, config=config)
-                model: Any = mopeq.load(Path(folder) / "packed")
+            if bits in found["runs"]:
+                continue
+            packed = scratch / f"olmoe-{asked.layers}-{bits}-{asked.rest}"
+            if not packed.exists():
+                write_random(packed, tuple(int(b) for b in bits.split(",")), asked.rest, config=config)
+            model: Any = mopeq.load(packed)
             found["runs"][bits] = rows = measured(model, asked, files, config)
-            rows["mopeq"]["file bytes"] = size
+            rows["mopeq"]["file bytes"] = sum(file.stat().st_size for file in packed.glob("*.safetensors"))
             del model
             cells = [[name, f"{row['bytes'] / 1e6:.0f}", f"{row['decode']:.1f}", f"{row.get('prefill', 0):.0f}"]
                      for name, row in rows.items()]  # fmt: skip
@@ -173,22 +192,36 @@ def main() -> None:
             store(asked.out, found)
 
 
+def kept(file: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """The runs of a results file of the same sizes and threads, if there is one."""
+    results = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else {}
+    same = all(results.get(key) == value for key, value in head.items())
+    return dict(results["runs"]) if same else {}
+
+
+@contextmanager
+def one_digit() -> Iterator[None]:
+    """int8 activations for widths up to 4."""
+    with mock.patch.dict(os.environ, MOPEQ_COARSE="4"):
+        cpu._coarse.cache_clear()
+        yield
+    cpu._coarse.cache_clear()
+
+
 @torch.no_grad()
 def measured(model: Any, asked: Any, files: dict[str, Path], config: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Medians over rounds: tokens a second and bytes a token of a plain read, mopeq and every type."""
     prompt = torch.randint(1000, 50000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     size = active_bytes(model)
     runs: dict[str, list[dict[str, float]]] = {}
-    for number in range(asked.rounds + 1):
-        made = {"plain read": {"decode": 1 / read(model, size)[0]}}
-        one_token = decoded(model, prompt[:, :64], native=True)[0]
-        whole = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))[0]
-        made["mopeq"] = {"decode": 1 / one_token, "prefill": PROMPT / whole}
+    for _ in range(asked.rounds):
+        made = {"plain read": {"decode": 1 / read(model, size)[0]}, "mopeq": rates(model, prompt)}
+        with one_digit():
+            made["mopeq, one digit"] = rates(model, prompt)
         made |= {f"llama.cpp {kind}": bench(asked.tools, file, asked.threads) for kind, file in files.items()}
-        if number:  # the first round warms up
-            for name, row in made.items():
-                runs.setdefault(name, []).append(row)
-    bytes_of = {"plain read": size, "mopeq": size}
+        for name, row in made.items():
+            runs.setdefault(name, []).append(row)
+    bytes_of = dict.fromkeys(("plain read", "mopeq", "mopeq, one digit"), size)
     bytes_of |= {f"llama.cpp {kind}": token_bytes(file, config) for kind, file in files.items()}
     return {
         name: {"bytes": bytes_of[name], **{what: statistics.median(r[what] for r in rows) for what in rows[0]}}

@@ -6,8 +6,7 @@ judges it on held-out text, window by window beside what it is to improve on.
 
 Studies: ``balance`` (calibration sequences chosen by experts), ``progressive`` (costs measured again on the quantized
 model), ``interactions`` (losses that add up before they are squared), ``residual`` (low-rank corrections beside bits),
-``prune`` (experts left out), ``align`` (routers fitted to the original's after quantizing). ``balance`` and ``align``
-use all seeds, the others the first.
+``prune`` (experts left out). ``balance`` uses all seeds, the others the first.
 """
 
 from __future__ import annotations
@@ -52,8 +51,6 @@ POINTS = (2.25, 2.5)
 SHARES = (0.25, 1.0)
 """Of an even share, that ``balance`` asks for."""
 RANKS = (1, 2, 4)
-RATES = (1e-4, 1e-3)
-"""Of the fine-tuning in ``align``."""
 Weights = dict[int, dict[ProjectionGroup, Tensor]]
 """float32 (experts, rows, in) of every layer and group."""
 Key = tuple[int, ProjectionGroup, Precision]
@@ -156,7 +153,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = study_arguments(__doc__ or "", "methods")
-    parser.add_argument("--studies", nargs="+", choices=STUDY, default=[s for s in STUDY if s != "align"])
+    parser.add_argument("--studies", nargs="+", choices=STUDY, default=[*STUDY])
     return parser
 
 
@@ -496,99 +493,13 @@ def _mixed(weights: Tensor, outputs: Tensor) -> Tensor:
     return ((weights / weights.sum(-1, keepdim=True))[..., None] * outputs).sum(1)
 
 
-def align(bench: Bench, calibration: Calibration) -> None:
-    """Uniform 2 bits with routers fitted to the original's, and with routers and norms fitted to its logits."""
-    prepared, made = bench.prepared, uniform_map(bench.prepared.inventory, OPTIONS[:1])
-    weights, size = bench.weights(made), prepared.inventory.expert_bytes(made)
-    than = bench.row("align", "uniform 2", bench.model(weights), size)
-    with torch.no_grad():
-        before, after, model = _aligned(bench, bench.model(weights))
-    facts = {"same_experts": [_short(before), _short(after)]}
-    bench.row("align", "routers, by the KL of their likeliest experts", model, size, than, **facts)
-    for rate in RATES:
-        model = _tuned(bench, bench.model(weights), rate)
-        bench.row("align", f"routers and norms, by the KL of all logits, rate {rate:g}", model, size, than)
-
-
-def _aligned(bench: Bench, model: nn.Module, steps: int = 200, rows: int = 2048) -> tuple[float, float, nn.Module]:
-    """Shares of the original's choices that the model makes before and after, and the model with fitted routers.
-
-    Each router by Adam on the KL between softmaxes over the m = k + (n - k) / 2 largest logits of the original
-    (EAQuant, arXiv 2506.13329), at the model's own hidden states, all layers from one pass.
-    """
-    prepared = bench.prepared
-    found: dict[int, list[Tensor]] = {layer.index: [] for layer in prepared.spec.layers}
-    handles = [
-        model.get_submodule(layer.router).register_forward_pre_hook(
-            lambda _, given, to=found[layer.index]: to.append(given[0].reshape(-1, given[0].shape[-1]))
-        )
-        for layer in prepared.spec.layers
-    ]
-    for batch in prepared.batches:
-        model(input_ids=batch["input_ids"], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    same = np.zeros(2)
-    draw = torch.Generator().manual_seed(bench.seed)
-    for layer in prepared.spec.layers:
-        router: Any = model.get_submodule(layer.router)
-        x, start = torch.cat(found[layer.index]), router.weight.detach()
-        logits = nn.functional.linear(prepared.routed[layer.index].hidden.float(), start)
-        best = logits.topk(layer.top_k + (len(layer.experts) - layer.top_k) // 2, -1)
-        wanted = best.values.log_softmax(-1)
-        weight = start.clone().requires_grad_()
-        adam = torch.optim.Adam([weight], lr=1e-3)
-        for step in range(steps):
-            some = torch.randint(len(x), (rows,), generator=draw)
-            adam.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-            with torch.enable_grad():
-                made = nn.functional.linear(x[some], weight).gather(1, best.indices[some]).log_softmax(-1)
-                loss = (wanted[some].exp() * (wanted[some] - made)).sum(-1).mean()
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-        chosen = best.indices[:, : layer.top_k, None]
-        for i, used in enumerate((start, weight.detach())):
-            own = nn.functional.linear(x, used).topk(layer.top_k, -1).indices
-            same[i] += float((chosen == own[:, None]).any(-1).float().mean()) / len(prepared.spec.layers)
-        router.weight = nn.Parameter(weight.detach(), False)
-    return float(same[0]), float(same[1]), model
-
-
-def _tuned(bench: Bench, model: nn.Module, rate: float) -> nn.Module:
-    """Routers and norms after one pass of Adam over the calibration text, on the KL to the original's logits."""
-    original, spec = bench.prepared.model, bench.prepared.spec
-    routers = tuple(f"{layer.router}." for layer in spec.layers)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.detach(), False))
-    trained = []
-    for name, parameter in model.named_parameters():
-        if name.startswith(routers) or "norm" in name:
-            parameter.data = parameter.data.clone()
-            trained.append(parameter.requires_grad_())
-    adam = torch.optim.Adam(trained, lr=rate)
-    batches = bench.prepared.batches
-    for number, batch in enumerate(batches):
-        adam.param_groups[0]["lr"] = rate * (1 - number / len(batches))
-        with torch.no_grad():
-            wanted = original(input_ids=batch["input_ids"], use_cache=False).logits.log_softmax(-1)
-        made = model(input_ids=batch["input_ids"], use_cache=False).logits.log_softmax(-1)
-        loss = (wanted.exp() * (wanted - made)).sum(-1).mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    return model.requires_grad_(False)
-
-
-EVERY_SEED = ("balance", "align")
+EVERY_SEED = ("balance",)
 STUDY: dict[str, Callable[[Bench, Calibration], None]] = {
     "prune": prune,
     "interactions": interactions,
     "residual": residual,
     "progressive": progressive,
     "balance": balance,
-    "align": align,
 }
 
 

@@ -1,4 +1,4 @@
-"""The tables of ``methods.py``, from the results of its runs."""
+"""The tables of ``methods.py`` and ``few_bits.py``, from the results of their runs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def _line(row: Mapping[str, Any]) -> list[str]:
 
 
 def _fact(row: Mapping[str, Any]) -> str:
-    if "left_out" in row:
+    if "of_them_unseen" in row:
         return f"{row['left_out']} experts, {row['of_them_unseen']} of them without tokens"
+    if row.get("left_out") is not None:
+        return f"{row['left_out']} experts left out"
     if "exchanges" in row:
         return f"{row['exchanges']} exchanges"
     if "with_residual" in row:

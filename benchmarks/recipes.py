@@ -1,8 +1,8 @@
-"""What the recipes of ``mopeq quantize`` give, and what they cost: the commands as a user gives them.
+"""What the recipes of ``mopeq quantize`` give, and what they take: the commands as a user gives them.
 
 Every recipe, no recipe, and exchanges make a checkpoint to each budget; all are then compared with the original on the
-same held-out text, which none of them has seen. Times are of the processor, of one thread. What measuring costs is seen
-in two runs more, without any comparison: to the first budget, and of the same levels at uniform 3 bits.
+same held-out text, which none of them has seen. Times are of the processor, of one thread; ``measuring_cost.py`` has
+what measuring is of them.
 """
 
 from __future__ import annotations
@@ -46,11 +46,6 @@ def main() -> None:
                 made[name] = _run(asked, ["--budget", budget, *flags], folders[name])
                 made[name]["budget"] = budget
                 print(name, made[name]["processor_seconds"], flush=True)
-        bare = ["--no-guard", "--no-eval"]
-        asked_for = {"measured": ["--budget", asked.budgets[0], *bare], "uniform": ["--uniform", "3", *bare]}
-        measuring = {
-            name: _run(asked, flags, Path(temporary) / name)["processor_seconds"] for name, flags in asked_for.items()
-        }
         tokenizer = load_tokenizer(asked.model)
         each = asked.windows // len(asked.text)
         windows = [
@@ -66,7 +61,7 @@ def main() -> None:
         if name != usual:
             gain = paired_difference(found.divergence, seen[usual].divergence)
             made[name] |= {"above_default": gain.value, "above_low": gain.low, "above_high": gain.high}
-    store(asked.out, {"model": asked.label or Path(asked.model).name, "rows": made, "measuring": measuring})
+    store(asked.out, {"model": asked.label or Path(asked.model).name, "rows": made})
 
 
 def _parser() -> argparse.ArgumentParser:

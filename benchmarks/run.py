@@ -30,7 +30,17 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         "scores": ["scores.py", *named],
         "codebooks": ["codebooks.py", *named, "--text", *text],
         "methods": ["methods.py", *named, "--text", *text],
-        "align": ["methods.py", *named, "--text", *text, "--studies", "align", "-o", "benchmarks/results/align.json"],
+        "few_bits": ["few_bits.py", *named, "--text", *text],
+        "bundled_few_bits": [
+            "few_bits.py",
+            *bundled,
+            "--windows",
+            "32",
+            "-o",
+            "benchmarks/results/bundled_few_bits.json",
+        ],
+        "measuring_cost": ["measuring_cost.py", *named],
+        "bundled_recipes": ["recipes.py", *bundled, "-o", "benchmarks/results/bundled_recipes.json"],
         "bundled_methods": [
             "methods.py",
             *bundled,

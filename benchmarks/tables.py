@@ -291,12 +291,20 @@ def recipes(results: Mapping[str, Any]) -> dict[str, str]:
         interval = f"{row['kl_low']:.4f} to {row['kl_high']:.4f}"
         body.append([name, f"{row['expert_bits']:.3f}", f"{row['kl']:.4f}", interval, gain, row["processor_seconds"]])
     head = ["recipe", "bits", "KL", "95 %", "above no recipe", "processor s"]
-    spent = results["measuring"]
-    cost = [[f"{spent['uniform']:.1f}", f"{spent['measured']:.1f}", f"{spent['measured'] / spent['uniform']:.2f}"]]
-    return {
-        "recipes": table(head, body),
-        "measuring": table(["uniform 3 bits, processor s", "measured and allocated", "times"], cost),
-    }
+    return {"recipes": table(head, body)}
+
+
+def measuring_cost(results: Mapping[str, Any]) -> dict[str, str]:
+    """Quantizing with a budget beside quantizing once."""
+    body = []
+    for label, row in results.items():
+        once, *others = row["seconds"].items()
+        for way, seconds in others:
+            beyond = f"{seconds / once[1] - 1:.2f}"
+            body.append([label, f"{row['tokens']:,}", way, f"{once[1]:.1f}", f"{seconds:.1f}", beyond])
+    commands = dict.fromkeys(row["command"] for row in results.values())
+    head = ["model", "tokens", "with a budget", "quantized once, s", "with the budget, s", "measuring / once"]
+    return {"measuring cost": table(head, body), "measuring cost commands": "```\n" + "\n".join(commands) + "\n```\n"}
 
 
 def levels(results: Mapping[str, Any]) -> dict[str, str]:
@@ -503,8 +511,11 @@ PRINTED = {
     "moqe": moqe,
     "methods": methods,
     "bundled_methods": methods,
-    "align": methods,
     "recipes": recipes,
+    "bundled_recipes": recipes,
+    "measuring_cost": measuring_cost,
+    "few_bits": methods,
+    "bundled_few_bits": methods,
     "frontier": frontier,
     "bundled_frontier": frontier,
     "solver": solver,

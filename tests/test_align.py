@@ -100,6 +100,16 @@ def test_routers_and_norms_are_found_in_files_and_are_linear(family: str, tiny_m
             stored_keys(model, opened.spec, Alignment(tune=1e-4))
 
 
+def test_two_routers_in_a_layer_are_refused_at_once(tiny_model: Make, tmp_path: Path) -> None:
+    folder = tiny_model("ernie4_5_vl_moe")
+    with pytest.raises(InputError, match="two routers in a layer"):
+        quantize(folder, tmp_path / "out", uniform=Precision(4, 32), align=Alignment())
+    assert not list(tmp_path.iterdir())
+    made = quantize(folder, tmp_path / "out", uniform=Precision(4, 32), method="rtn", evaluated=False)
+    with pytest.raises(InputError, match="two routers in a layer"):
+        align(made.path, folder)
+
+
 def test_a_router_that_is_not_linear_is_refused(tiny_model: Make) -> None:
     folder = tiny_model("olmoe")
     opened, model = open_model(folder), load_original(folder)
@@ -187,6 +197,8 @@ def test_it_goes_with_quantize_and_with_a_run_that_goes_on(
     before = contents(out)
     assert main([*words, "--resume"]) == 0  # nothing is left to do
     assert contents(out) == before
+    assert main(["report", str(out)]) == 0
+    assert "Routers aligned: on " in (out / "mopeq" / "report.html").read_text(encoding="utf-8")
 
 
 def test_killed_between_its_renames_a_folder_comes_back(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,6 +338,7 @@ def test_small_disk(
     [
         (["--uniform", "3,4"], "expected one precision"),
         (["--uniform", ","], "expected one precision"),
+        (["--uniform", "0"], "expected one precision"),
         (["--uniform", "3", "--data", ""], "--data is empty"),
         (["--uniform", "3", "--rest", "attention=4,attention=8"], "names attention twice"),
         (["--uniform", "3", "--rest", "embedding=4", "--method", "rtn"], "unknown groups ['embedding']"),

@@ -60,6 +60,8 @@ def test_a_bare_number_takes_the_groups_of_the_base() -> None:
     assert parse_precision(3, Precision(4, 128, True)) == Precision(3, 128, True)
     assert parse_precision("2") == Precision(2, DEFAULT_GROUP_SIZE, False)
     assert parse_precision(" 16 ", Precision(4, 32)) == FULL
+    assert parse_precision("2c", Precision(4, 64)) == Precision(2, 64, codebook=True)
+    assert parse_precision("2c", Precision(4, -1, True)) == Precision(2, -1, codebook=True)
 
 
 def test_sixteen_bits_have_no_groups() -> None:
@@ -67,7 +69,9 @@ def test_sixteen_bits_have_no_groups() -> None:
     assert FULL.group_count(100) == 0
 
 
-@pytest.mark.parametrize("value", ["", "3g", "g64", "3.0", "3g64x", "-3", "3g-2x", True, None, "3 g64", [3]])
+@pytest.mark.parametrize(
+    "value", ["", "3g", "g64", "3.0", "3g64x", "c", "2cs", "2cg64", "-3", "3g-2x", True, None, "3 g64", [3]]
+)
 def test_what_is_not_a_precision_is_refused(value: Any) -> None:
     with pytest.raises(MapError, match="expected bits such as 3"):
         parse_precision(value)

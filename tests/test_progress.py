@@ -55,6 +55,16 @@ def test_events_of_a_run_with_a_budget(tiny_model: Make, tmp_path: Path, capsys:
     assert all(ends[stage]["done"] == ends[stage]["total"] for stage in stages)
 
 
+def test_every_stage_of_a_run_with_a_map_ends_where_it_said(
+    tiny_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--uniform", 3, "--group-size", 32, "--samples", 4, "--length", 32, "--data", killing.text(tmp_path).data)
+    events = said(capsys, "quantize", tiny_model("olmoe"), "-o", tmp_path / "out", "--no-eval", *flags)
+    ends = {event["stage"]: (event["done"], event["total"]) for event in events if event["event"] == "end"}
+    assert set(ends) == {"calibration data through the model", "quantize with gptq", "everything else"}
+    assert all(done == total for done, total in ends.values())
+
+
 def test_the_error_is_that_of_the_checkpoint(
     tiny_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,7 +133,9 @@ def test_another_command_or_model_is_refused(tiny_model: Make, tmp_path: Path) -
         quantize(made.model, out, **{**job, "resume": False})
     with pytest.raises(OutputError, match=r'was begun with map "[0-9a-f]+", and this command has "'):
         quantize(made.model, out, **{**job, "uniform": Precision(4, 32)})
-    with pytest.raises(OutputError, match=r"was begun with calibration .*give the same command and model"):
+    with pytest.raises(
+        OutputError, match=r"begun with calibration seed 0, and this command has 1; give the same command"
+    ):
         quantize(made.model, out, **{**job, "calibration": replace(made.calibration, seed=1)})
     with pytest.raises(OutputError, match=r'was begun with dtype null, and this command has "torch.bfloat16"'):
         quantize(made.model, out, **job, dtype=torch.bfloat16)
@@ -141,6 +143,8 @@ def test_another_command_or_model_is_refused(tiny_model: Make, tmp_path: Path) -
     with pytest.raises(OutputError, match="was begun with model "):
         quantize(copy, out, **job)
     assert quantize(made.model, out, **job).path == out
+    with pytest.raises(OutputError, match=r"out is finished, and was made with map .*; give a new folder"):
+        quantize(made.model, out, **{**job, "uniform": Precision(4, 32)})
 
 
 def test_two_runs_into_one_folder(tiny_model: Make, tmp_path: Path) -> None:

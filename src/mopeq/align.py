@@ -32,7 +32,18 @@ from mopeq.stats import read_json, write_json
 from mopeq.stream import stored_dtype
 from mopeq.trial import compared, judged, spare_batches
 
-__all__ = ["ALIGNED", "Aligned", "Alignment", "align", "align_folder", "aligned", "fitted", "likeliest", "router_loss"]
+__all__ = [
+    "ALIGNED",
+    "Aligned",
+    "Alignment",
+    "align",
+    "align_folder",
+    "aligned",
+    "check_routers",
+    "fitted",
+    "likeliest",
+    "router_loss",
+]
 
 ALIGNED = "mopeq/aligned.json"
 """What was found, in a packed folder."""
@@ -126,6 +137,7 @@ def align(
     folder, calibration = Path(folder), calibration or Calibration()
     restored(folder)
     manifest, opened = read_manifest(folder), open_model(model)
+    check_routers(opened.spec)
     if manifest.inventory.fingerprint != opened.inventory.fingerprint:
         raise InputError(
             f"{model} is not the original of {folder}: their shapes differ; give the model that was packed"
@@ -145,6 +157,14 @@ def align(
         commands = [*record["commands"], *filter(None, [command])]
         write_json(run, {**record, "commands": commands, "aligned": found.sentence})
     return found
+
+
+def check_routers(spec: MoESpec) -> None:
+    """Raise :class:`InputError` for layers with two sets of experts, whose routers files have in another form."""
+    if any(layer.dealer for layer in spec.layers):
+        raise InputError(
+            f"a {spec.model_type} has two routers in a layer; expected one, which can be aligned; leave alignment out"
+        )
 
 
 def align_folder(

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Self
 
 from mopeq.errors import OutputError
 
-__all__ = ["JOURNAL", "Journal", "check_free", "digest", "read_journal"]
+__all__ = ["JOURNAL", "Journal", "check_free", "difference", "digest", "read_journal"]
 
 JOURNAL = "mopeq/journal.jsonl"
 """The journal's place in the folder that it speaks of."""
@@ -145,14 +145,10 @@ class Journal:
     def _check(self, file: Path, begin: Entry) -> None:
         if begin.get("format") != "mopeq-journal" or begin.get("version") != 1:
             raise OutputError(f"{file} is no journal of this mopeq; remove {self.folder} and begin again")
-        before = begin.get("job", {})
-        for key in [*self.job, *before]:
-            old, new = (_short(job.get(key)) for job in (before, self.job))
-            if before.get(key) != self.job.get(key):
-                raise OutputError(
-                    f"{self.folder} was begun with {key} {old}, and this command has {new}; "
-                    f"give the same command and model, or remove that folder"
-                )
+        if (found := difference(begin.get("job", {}), self.job)) is not None:
+            raise OutputError(
+                f"{self.folder} was begun with {found}; give the same command and model, or remove that folder"
+            )
 
     def _write(self, entry: Entry) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry}
@@ -194,6 +190,17 @@ def digest(file: Path) -> dict[str, Any] | None:
             return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
     except FileNotFoundError:
         return None
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first thing that one job has and another has not, in words, or None where they are the same."""
+    for key in [*now, *before]:
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            if isinstance(old, dict) and isinstance(new, dict):
+                return f"{key} {difference(old, new)}"
+            return f"{key} {_short(old)}, and this command has {_short(new)}"
+    return None
 
 
 def _short(value: object) -> str:

@@ -29,7 +29,7 @@ from mopeq.errors import InputError
 from mopeq.evaluate import Evaluation
 from mopeq.learned import Learned, learned
 from mopeq.measure import Prepared
-from mopeq.memory import MOST
+from mopeq.memory import MOST, trim
 from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Noting, Track, note, silent
 from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
@@ -133,10 +133,12 @@ def write_packed(
     files: Mapping[str, Mapping[str, Any]],
     track: Track = silent,
     linears: Linears | None = None,
+    release: Callable[[], None] | None = None,
 ) -> Packed:
     """Everything that goes into a packed checkpoint, step by step; steps that an earlier run finished are taken over.
 
-    ``tensors(layer, fallbacks)`` is called in the order of the layers, for those that are still to be made.
+    ``tensors(layer, fallbacks)`` is called in the order of the layers, for those that are still to be made;
+    ``release()``, when all layers are.
     """
     started = time.perf_counter()
     source, spec, inventory = opened.source, opened.spec, opened.inventory
@@ -150,11 +152,15 @@ def write_packed(
         fallbacks += facts["fallbacks"]
         close_files()
     ahead.end()
+    if release is not None:
+        release()
+    trim()
     rest = partial(_rest, opened, linear_precisions(spec, precisions), linears or Linears())
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
         writer.part(f"pack the rest, {number} of {len(steps)}", partial(rest, refs), {})
         close_files()
+        trim()
     for pattern in COMPANIONS:
         for path in sorted(source.path.glob(pattern)):
             writer.copy_file(path)

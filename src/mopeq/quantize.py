@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mopeq.align import ALIGNED, Alignment, align_folder
+from mopeq.align import ALIGNED, Alignment, align_folder, check_routers
 from mopeq.allocate import COSTS, allocate, parse_budget
 from mopeq.allocate.budget import check_budget, expert_budget, least_bytes
 from mopeq.analyze import Map, Routed, check_request, here
@@ -28,7 +29,7 @@ from mopeq.checkpoint import PackedWriter, Stored, read_manifest, restored
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
 from mopeq.job import hashed, job_of
-from mopeq.journal import Journal, read_journal
+from mopeq.journal import Journal, difference, read_journal
 from mopeq.load import load_source, load_tokenizer
 from mopeq.measure import (
     Calibration,
@@ -143,6 +144,8 @@ def quantize(
     clock = _Clock()
     rest = {**DEFAULT_REST, **(rest or {})}
     opened = open_model(model)
+    if align is not None:
+        check_routers(opened.spec)
     training, heldout = split_texts(calibration, opened.source.path)
     options = options or opened.inventory.precisions()
     if budget is not None:
@@ -253,8 +256,8 @@ class _Plan:
         opened, journal = self.opened, writer.journal
         assert journal is not None
         if self.precisions is not None:
-            tensors = self._tensors(self.precisions, journal, across, track)
-            return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track)
+            tensors, release = self._tensors(self.precisions, journal, across, track)
+            return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track, release=release)
         stats, fallbacks = measure_streamed(
             opened,
             ("frequency", "gate_mass", "output_peak", self.cost),
@@ -321,8 +324,10 @@ class _Plan:
         """Why the original and a packed model of that size cannot be compared here; empty if they can."""
         return both_in_memory(self.opened.inventory, self.itemsize, packed_bytes, self.max_memory)
 
-    def _tensors(self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track) -> LayerTensors:
-        """Packs a layer with a map, running the model up to it where the quantizer needs what it saw."""
+    def _tensors(
+        self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track
+    ) -> tuple[LayerTensors, Callable[[], None]]:
+        """Packs a layer with a map, running the model up to it where the quantizer needs what it saw; lets go of it."""
         sweep: Iterator[tuple[MoELayer, nn.Module, Routed]] | None = None
 
         def tensors(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
@@ -339,7 +344,12 @@ class _Plan:
                 memory=memory, across=across, track=track,
             )  # fmt: skip
 
-        return tensors
+        def release() -> None:
+            nonlocal sweep
+            deque(sweep or (), maxlen=0)
+            sweep = None
+
+        return tensors, release
 
 
 def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[str, Any]:
@@ -376,10 +386,12 @@ def _digest(calibration: Calibration, texts: Sequence[Any]) -> str:
 
 
 def _finished(out: Path, plan: _Plan, job: Mapping[str, Any]) -> Packed | None:
-    """The checkpoint that the same job has finished, if it has."""
+    """The checkpoint that the same job has finished, if it has; :class:`OutputError` where another job has."""
     found = read_journal(out)
-    if found is None or found[0] != json.loads(json.dumps(job)):
+    if found is None:
         return None
+    if other := difference(found[0], json.loads(json.dumps(job))):
+        raise OutputError(f"{out} is finished, and was made with {other}; give a new folder with -o, or remove it")
     manifest = read_manifest(out)
     source = plan.opened.source
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))

@@ -331,6 +331,7 @@ def on_meta(config: Any, family: str) -> Any:
         ("mixtral", {}, 46.703, 0.997),
         ("gpt_oss", {}, 116.829, 0.99),
         ("qwen3_moe", {**QWEN3_30B, "num_experts": 128}, 30.532, 0.98),
+        ("ernie4_5_vl_moe", {}, 29.399, 0.96),
     ],
 )
 def test_full_size_models(family: str, changes: dict[str, Any], billions: float, covered: float) -> None:

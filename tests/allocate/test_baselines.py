@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mopeq.allocate import interpolated_map, inverted_map, kmeans_map, knapsack_map, random_map, ranked_map, uniform_map
 from mopeq.errors import BudgetError, MapError
-from mopeq.precision import DEFAULT_REST, FULL, GROUPS, Precision, PrecisionMap
+from mopeq.precision import DEFAULT_REST, FULL, GROUPS, LEFT_OUT, Precision, PrecisionMap
 from tables import OPTIONS, P2, P3, P4, drawn, measured, model
 
 
@@ -126,5 +126,7 @@ def test_interpolated_maps_that_cannot_be_made() -> None:
         interpolated_map(model(), OPTIONS, 2.5)
     with pytest.raises(MapError, match="no options"):
         interpolated_map(model(), [], 3.0)
+    with pytest.raises(MapError, match="0 bits is an option of the knapsack"):
+        interpolated_map(model(), [LEFT_OUT, *OPTIONS], 3.0)
     with pytest.raises(MapError, match="granularity 'layer'"):
         interpolated_map(model(), OPTIONS, 3.0, granularity="layer")

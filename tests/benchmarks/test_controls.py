@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 import cloze
 import controls
+import frontier
 import tiny
 from mopeq.allocate import allocate, uniform_map
 from mopeq.analyze import observe
@@ -129,6 +131,24 @@ def test_unused_experts_are_those_that_few_tokens_choose(prepared: Prepared) -> 
     for layer, row in made.experts["down"].items():
         assert {used[layer][e] for e, p in enumerate(row) if p == LEFT_OUT} <= {0.0, 1.0, 2.0}
     assert sum(p == LEFT_OUT for row in made.experts["down"].values() for p in row) == 2 * len(used)
+
+
+def test_the_others_take_the_weight_of_experts_that_are_left_out(prepared: Prepared) -> None:
+    model = copy.deepcopy(prepared.model)
+    study = frontier.Study(0, prepared, Stats(prepared.inventory, {}), {}, model, {})
+    layer = prepared.spec.layers[1]
+    seen, module = prepared.routed[layer.index], model.get_submodule(layer.module)
+    study.gone[layer.index] = torch.tensor([e in (1, 4) for e in range(8)])
+    with torch.no_grad():
+        found = module(seen.hidden, seen.index, seen.weights)
+        study.clear()
+        for token in range(len(seen.hidden)):
+            slots = [s for s, e in enumerate(seen.index[token].tolist()) if e not in (1, 4)]
+            weights = torch.zeros_like(seen.weights[token : token + 1])
+            for s in slots:
+                weights[0, s] = seen.weights[token, s] * seen.weights[token].sum() / seen.weights[token, slots].sum()
+            expected = module(seen.hidden[token : token + 1], seen.index[token : token + 1], weights)
+            torch.testing.assert_close(found[token : token + 1], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_real_continuation_is_first_and_ahead_of_the_best_other(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from mopeq.data.text import (
     text_windows,
     token_batches,
     token_stream,
+    window_batches,
 )
 from mopeq.errors import DataError
 
@@ -179,3 +180,13 @@ def test_fingerprint_sees_tokens_and_what_is_scored() -> None:
     ids = torch.arange(5)
     prints = {fingerprint([w]) for w in (Window(ids, 4), Window(ids, 3), Window(ids + 1, 4))}
     assert len(prints) == 3
+
+
+def test_windows_become_batches_in_their_order() -> None:
+    windows = sliding_windows(torch.arange(1, 12), 5)
+    batches = window_batches(windows, 2)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 5), (1, 3)]
+    rows = [ids[mask.bool()] for batch in batches for ids, mask in zip(*batch.values(), strict=True)]
+    assert all(torch.equal(row, w.ids) for row, w in zip(rows, windows, strict=True))
+    (padded,) = window_batches(windows, 3)
+    assert padded["attention_mask"].sum(1).tolist() == [5, 5, 3]

@@ -74,6 +74,25 @@ def test_every_precision(precision: Precision) -> None:
             assert tokens == 0 or error(got, want) < tolerance
 
 
+@pytest.mark.parametrize("coarse", [0, 8])
+@pytest.mark.parametrize(
+    "precision", [*(Precision(b, g, g == 32) for b in WIDTHS for g in (32, 64, -1)), *CODEBOOKS], ids=str
+)
+def test_many_tokens_give_the_bits_of_few(precision: Precision, coarse: int) -> None:
+    """Panels that are unpacked for 16 tokens and more: in pairs, one left over and half a one; more than one chunk."""
+    packed = experts((precision,), ((56, 1152),))
+    x = inputs(16 + 7, 1152).bfloat16()  # tiles of 4, 2 and 1 tokens
+    table = packed.layout.table
+
+    def product(rows: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mopeq.grouped_linear.default(
+            rows, packed.qweight, packed.scales, packed.zeros, table, None, 56, 2, coarse
+        )
+        return out
+
+    assert product(x).equal(torch.cat([product(part) for part in x.split(5)]))
+
+
 @pytest.mark.usefixtures("every_isa")
 @pytest.mark.parametrize("precision", [*(Precision(b, 64) for b in WIDTHS), CODEBOOKS[1]], ids=str)
 def test_outliers_cost_what_they_must(precision: Precision) -> None:

@@ -179,6 +179,8 @@ def test_text_alone_leaves_the_experts_for_images_without_tokens(
     assert {name for name, tokens in stats.info["starved"].items() if tokens == 0} == unseen
     for name, rows in stats.metrics.items():
         assert all(set(rows[key]) == {0.0} for key in KEYS if isinstance(key, ImageExperts)), name
+    fewest = allocate(stats, budget="3.2bpw").experts["down"]
+    assert all(set(fewest[key]) == {OPTIONS[0]} for key in KEYS if isinstance(key, ImageExperts))
     packed = quantize(folder, tmp_path / "out", uniform=OPTIONS[0], calibration=text, evaluated=False)
     assert {unit.rpartition(".")[0] for unit in packed.fallbacks} >= unseen
     plain = quantize(folder, tmp_path / "plain", uniform=OPTIONS[0], method="rtn", evaluated=False)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mopeq.allocate.budget import Budget, check_budget, parse_budget
 from mopeq.errors import MapError
-from mopeq.precision import DEFAULT_REST, GROUPS, Precision, PrecisionMap, ProjectionGroup
+from mopeq.precision import DEFAULT_REST, GROUPS, LEFT_OUT, Precision, PrecisionMap, ProjectionGroup
 from mopeq.spec import Inventory
 from mopeq.stats import PerExpert, Unit
 
@@ -84,6 +84,8 @@ def interpolated_map(
     asked = parse_budget(budget)
     if granularity not in ("group", "expert"):
         raise MapError(f"granularity {granularity!r}; expected group or expert")
+    if LEFT_OUT in options:
+        raise MapError("0 bits is an option of the knapsack, not of random maps; leave 0 out of the levels")
     if not options:
         raise MapError("no options to interpolate between; give precisions such as 2,3,4")
     sized = {p: model.expert_bytes(PrecisionMap.uniform(model.experts, p)) for p in options}

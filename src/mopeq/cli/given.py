@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mopeq.errors import InputError, OutputError
-from mopeq.precision import Precision, parse_precision
+from mopeq.precision import LEFT_OUT, Precision, parse_precision
 from mopeq.spec import Inventory
 
 __all__ = [
@@ -69,7 +69,7 @@ def precisions_of(options: argparse.Namespace, model: Inventory, text: str | Non
 def one_precision(options: argparse.Namespace, model: Inventory) -> Precision:
     """The precision of ``--uniform``."""
     found = precisions_of(options, model, options.uniform) if options.uniform else ()
-    if len(found) != 1:
+    if len(found) != 1 or found[0] == LEFT_OUT:
         raise InputError(f"--uniform {options.uniform!r}; expected one precision, such as 3 or 4g128s")
     return found[0]
 

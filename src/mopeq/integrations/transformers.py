@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mopeq.checkpoint import Manifest, check_packed, read_headers, rest_elements
 from mopeq.errors import CheckpointError, InputError
 from mopeq.kernels.layout import PARTS
+from mopeq.memory import in_large_pages
 from mopeq.precision import GROUPS, ProjectionGroup
 from mopeq.runtime.experts import MixedExperts
 from mopeq.runtime.install import install, packed_modules
@@ -140,11 +141,11 @@ class MopeqHfQuantizer(HfQuantizer):
         """
         for parameter in model.parameters():
             if parameter.device.type == "cpu":
-                parameter.data = parameter.data.clone()
+                parameter.data = _copied(parameter.data)
         for module in model.modules():
             for name, buffer in [] if isinstance(module, MixedExperts) else list(module.named_buffers(recurse=False)):
                 if buffer.device.type == "cpu":
-                    module._buffers[name] = buffer.clone()
+                    module._buffers[name] = _copied(buffer)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """``save_pretrained`` writes the same tensors that were read."""
@@ -220,6 +221,10 @@ class FlatSplit(ConversionOps):
         return FlatConcat()
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    return cast(Tensor, in_large_pages(torch.empty_like(tensor)).copy_(tensor))
+
+
 def _listed(tensors: Any) -> list[Tensor]:
     return [*tensors] if isinstance(tensors, list) else [tensors]
 
@@ -241,7 +246,7 @@ def _flatten(module: MixedExperts, group: ProjectionGroup, part: str, columns: l
     for column in columns:
         if len(column) != len(having):
             raise CheckpointError(f"{len(column)} tensors; expected one for each of {len(having)} experts")
-    flat = torch.empty(layout.size(part), dtype=PARTS[part], device=columns[0][0].device)
+    flat: Tensor = in_large_pages(torch.empty(layout.size(part), dtype=PARTS[part], device=columns[0][0].device))
     for number, expert in enumerate(having):
         for column, view in zip(columns, layout.views(flat, part, expert), strict=True):
             tensor = column[number]

@@ -98,6 +98,8 @@ class Run:
     bytes: int | None = None
     original_bytes: int | None = None
     fallbacks: tuple[str, ...] = ()
+    verdicts: tuple[str, ...] = ()
+    """What text kept apart said of the map, and of aligned routers."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
     inventory: Inventory | None = None
 
@@ -242,6 +244,7 @@ def _run(data: Mapping[str, Any]) -> Run:
         bytes=_whole(data.get("bytes")),
         original_bytes=_whole(data.get("original_bytes")),
         fallbacks=tuple(map(str, data.get("fallbacks") or ())),
+        verdicts=tuple(str(data[name]) for name in ("guard", "aligned") if data.get(name)),
         calibration=dict(data.get("calibration") or {}),
         inventory=None if inventory is None else Inventory.from_json(inventory),
     )

@@ -12,6 +12,7 @@ namespace {
 #include "avx2.inc"
 #include "loops.inc"
 #include "panel.inc"
+#include "tile.inc"
 
 struct Avx512 {
   enum { HEIGHT = 16 };
@@ -97,6 +98,20 @@ struct Avx512 {
     if constexpr (SHIFT > 0) odd = _mm512_srai_epi32(odd, SHIFT);
     return _mm512_add_epi32(even, odd);
   }
+  // For tiles. One product; codes of odd chunks brought to their place, and moved up.
+  static inline Int dot(Int sum, Code c, Code q) { return _mm512_dpbusd_epi32(sum, c, q); }
+  template <int B>
+  static inline Code settle(Code c) { return B == 2 || B == 3 ? _mm512_srli_epi16(c, B) : c; }
+  static inline Code up(Int z, int32_t zero) {
+    return _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(zero), z), _mm512_set1_epi32(0x01010101));
+  }
+  static inline Code add(Code c, Code up) { return _mm512_add_epi8(c, up); }
+  static inline Int all(int32_t v) { return _mm512_set1_epi32(v); }
+  static inline Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static inline Code code(const uint8_t *p) { return _mm512_load_si512(p); }
+  static inline void store(void *p, Int v) { _mm512_store_si512(p, v); }
+  static inline Int nothing() { return _mm512_setzero_si512(); }
+
   template <int B>
   static inline Int zeros(const uint8_t *p) {
     if constexpr (B == 8) {
@@ -140,6 +155,10 @@ void read(const void *data, int64_t bytes, uint64_t *sum) {
 }  // namespace
 
 const mopeq::Kernels &mopeq::avx512_kernels() {
-  static const Kernels made = kernels<Once<Avx2>, Avx512>(read);
+  static const Kernels made = [] {
+    Kernels all = kernels<Once<Avx2>, Avx512>(read);
+    tiles<Avx512>(all);
+    return all;
+  }();
   return made;
 }

@@ -77,10 +77,25 @@ struct Loops {
   void (*attend)(const Attending &a, float *weights, float *out);
 };
 
+// Some groups of a panel of 16 rows with a byte a code, for many tokens, from addresses that 64 divides. Codes are moved
+// up so that the same `zero` is that of all rows and groups: what it takes off is then one number for a token's block.
+struct Unpacked {
+  uint8_t *codes;  // (groups * blocks, chunks of 4 inputs, 16 rows, 4)
+  float *scales;   // (groups, 16)
+  int32_t zero;
+};
+// Groups `first` to `first + count` of a panel.
+using UnpackKernel = void (*)(const Panel &, int64_t first, int64_t count, Unpacked &to);
+// What these groups, of one panel or of two side by side, add to the outputs of a tile of tokens; the first set them.
+using TileKernel = void (*)(const Unpacked *panels, int64_t first, int64_t count, int64_t blocks, const Activations &,
+                            const int64_t *rows, float *out, int64_t stride);
+
 struct Kernels {
   PanelKernel panel[7][4][3][2];           // width 2 3 4 5 6 8, codebook; DIGITS; tile of 1, 2, 4 tokens; height 8, 16
   DenseKernel dense[3];                    // tile of 1, 2, 4 tokens
   WideKernel wide;                         // one token, rows of float32
+  UnpackKernel unpack[7];                  // width; null where `panel` is for many tokens too
+  TileKernel tile[2][3][2];                // 2 digits, or the first of them; tile of 1, 2, 4 tokens; 1 or 2 panels
   void (*read)(const void *data, int64_t bytes, uint64_t *sum);
   Loops loops;
 };

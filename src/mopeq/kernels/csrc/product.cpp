@@ -14,6 +14,8 @@ constexpr int64_t PIECE = 64 << 10;  // bytes of codes that a thread takes at a 
 constexpr int64_t ALONE = 96 << 10;  // less work, in bytes of codes, is not worth waking threads
 constexpr int64_t FEW = 1 << 14;     // activations that are not either
 constexpr int TILES[] = {1, 2, 4};
+constexpr int64_t MANY = 16;         // tokens for which a panel is unpacked once
+constexpr int64_t CHUNK = 512;       // its inputs that are unpacked at a time: two panels and four tokens fit in a cache
 
 std::atomic<int> chosen{-1};
 
@@ -82,14 +84,67 @@ Piece piece_of(const Product *product, const Product *end, int64_t number) {
   return {product, &part, first, std::min(first + part.panels, panels_of(*part.matrix))};
 }
 
+int tile_of(int64_t tokens) { return tokens >= TILES[2] ? 2 : tokens >= TILES[1] ? 1 : 0; }
+
+// A chunk of two panels with a byte a code.
+struct Room {
+  std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+  int64_t size = 0;
+  Unpacked panels[2]{};
+
+  // For so many groups of a panel, of so many inputs each; std::bad_alloc.
+  void make(int64_t groups, int64_t inputs) {
+    const int64_t codes = groups * inputs * PANEL, each = groups * PANEL * 4, wanted = 64 + 2 * (codes + each);
+    if (wanted > size) {
+      memory.reset(static_cast<char *>(std::malloc(size_t(size = wanted))));
+      if (!memory) throw std::bad_alloc();
+    }
+    char *at = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+    for (Unpacked &panel : panels) {
+      panel.codes = reinterpret_cast<uint8_t *>(at);
+      panel.scales = reinterpret_cast<float *>(at += codes);
+      at += each;
+    }
+  }
+};
+
+// Panels `first` to `first + count`, 1 or 2 of 16 rows, of a part that has many tokens.
+void many(const Product &product, const Part &part, const Inputs &inputs, int64_t first, int64_t count, Room &room) {
+  const mopeq_matrix &m = *part.matrix;
+  const Activations x = inputs.view();
+  const auto &tiles = product.kernels->tile[m.bits <= inputs.digits.coarse];
+  const int64_t groups = m.inputs / m.group, step = std::max<int64_t>(1, CHUNK / m.group);
+  room.make(step, m.group);
+  for (int64_t g = 0; g < groups; g += step) {
+    const int64_t some = std::min(step, groups - g);
+    for (int64_t p = 0; p < count; p++)
+      product.kernels->unpack[width_index(m)](panel_of(product, m, first + p), g, some, room.panels[p]);
+    for (int64_t t = part.begin; t < part.end;) {
+      const int tile = tile_of(part.end - t);
+      float *out = product.out + t * product.out_features + part.column + first * PANEL;
+      tiles[tile][count - 1](room.panels, g, some, m.group / BLOCK, x, product.rows + t, out, product.out_features);
+      t += TILES[tile];
+    }
+  }
+}
+
 // `then` is what this thread does next, if anything.
-void work(const Piece &piece, const Piece &then) {
+void work(const Piece &piece, const Piece &then, Room &room) {
   const Product &product = *piece.product;
   const Part &part = *piece.part;
   const mopeq_matrix &m = *part.matrix;
   const Inputs &inputs = rotates(m) ? *product.rotated : *product.x;
   const Activations x = inputs.view();
+  const bool unpacks = m.bits != 16 && inputs.digits.count == 2 && part.end - part.begin >= MANY &&
+                       product.kernels->unpack[width_index(m)];
+  const int64_t whole = m.rows / PANEL;  // panels of 16 rows
   for (int64_t p = piece.first; p < piece.last; p++) {
+    if (unpacks && p < whole) {
+      const int64_t count = std::min<int64_t>(2, std::min(piece.last, whole) - p);
+      many(product, part, inputs, p, count, room);
+      p += count - 1;
+      continue;
+    }
     const int64_t row = p * PANEL, height = std::min<int64_t>(PANEL, m.rows - row);
     const int tall = height == PANEL;
     Panel panel{};
@@ -105,8 +160,7 @@ void work(const Piece &piece, const Piece &then) {
     }
     const int digits = m.bits <= inputs.digits.coarse ? COARSE : int(inputs.digits.count) - 1;
     for (int64_t t = part.begin; t < part.end;) {
-      int tile = 2;
-      while (TILES[tile] > part.end - t) tile--;
+      const int tile = tile_of(part.end - t);
       float *out = product.out + t * product.out_features + part.column + row;
       if (dense)
         product.kernels->dense[tile](dense, height, m.inputs, inputs.wide, product.rows + t, out,
@@ -121,19 +175,31 @@ void work(const Piece &piece, const Piece &then) {
 
 struct Handing {
   const Product *products;
-  int64_t count;
+  int64_t count, all, threads;
   std::atomic<int64_t> next{0};
+
+  // The pieces from `first` on that a thread does one after the other: half of an even share of what is left, for memory
+  // is read faster in long runs, and at the end one, so that no thread waits long.
+  int64_t take(int64_t &first) {
+    int64_t some = 1;
+    first = next.load(std::memory_order_relaxed);
+    do some = std::max<int64_t>(1, (all - first) / (2 * threads));
+    while (!next.compare_exchange_weak(first, first + some, std::memory_order_relaxed));
+    return first + some;
+  }
 };
 
 void pieces(int64_t, int64_t, void *context) {
   Handing &handing = *static_cast<Handing *>(context);
+  int64_t next = 0, end = 0;
   const auto take = [&] {
-    return piece_of(handing.products, handing.products + handing.count,
-                    handing.next.fetch_add(1, std::memory_order_relaxed));
+    if (next == end) end = handing.take(next);
+    return piece_of(handing.products, handing.products + handing.count, next++);
   };
+  Room room;
   for (Piece now = take(); now.product;) {
     const Piece then = take();
-    work(now, then);
+    work(now, then, room);
     now = then;
   }
 }
@@ -232,7 +298,7 @@ int Product::plan(const int64_t *offsets, int64_t inputs, int64_t outputs) {
       const mopeq_matrix &m = group->matrices[e * group->per_expert + i];
       if (const int wrong = check(m, *group, inputs)) return wrong;
       (rotates(m) ? wants_rotated : wants_plain) = true;
-      const int64_t panel_bytes = PANEL * m.inputs * m.bits / 8, each = std::max<int64_t>(1, PIECE / panel_bytes);
+      const int64_t panel_bytes = PANEL * m.inputs * m.bits / 8, each = std::max<int64_t>(2, PIECE / panel_bytes / 2 * 2);
       parts.push_back({&m, offsets[e], offsets[e + 1], column, pieces, each});
       pieces += (panels_of(m) + each - 1) / each;
       bytes += panels_of(m) * panel_bytes * (offsets[e + 1] - offsets[e]);
@@ -255,10 +321,11 @@ Filled::Filled(Product &product, int64_t rows, int64_t inputs, Digits digits, in
 }
 
 void run(const Product *products, int64_t count, int64_t threads) {
-  Handing handing{products, count};
   int64_t all = 0, bytes = 0;
   for (int64_t i = 0; i < count; i++) all += products[i].pieces, bytes += products[i].bytes;
-  run(bytes < ALONE ? 1 : std::min(threads, all), threads, pieces, &handing);
+  threads = std::max<int64_t>(1, bytes < ALONE ? 1 : std::min(threads, all));
+  Handing handing{products, count, all, threads};
+  run(threads, threads, pieces, &handing);
 }
 
 }  // namespace mopeq
