@@ -18,6 +18,7 @@ from frontier_tables import frontier
 from methods_tables import methods
 from moqe_tables import moqe
 from served_tables import fit, loading, serving, soak
+from signround_tables import rotated, rotated_speed, signround
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"random \d+ =")
@@ -493,6 +494,10 @@ def scores(results: Mapping[str, Any]) -> dict[str, str]:
 PRINTED = {
     "codebooks": codebooks,
     "codebooks_speed": speed,
+    "signround": signround,
+    "bundled_signround": signround,
+    "rotated": rotated,
+    "rotated_speed": rotated_speed,
     "fidelity": maps,
     "choices": choices,
     "levels": levels,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import killing
 import mopeq.pack as pack_module
-import mopeq.quantize as quantize_module
 from mopeq.analyze import expert_rows, moments
 from mopeq.analyze.slab import slabs
 from mopeq.checkpoint import verify
@@ -129,7 +128,7 @@ def test_memory_is_kept_or_the_number_is_told(tiny_model: Make, tmp_path: Path) 
 
 
 def test_what_does_not_fit_is_not_compared(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize_module, "available_bytes", lambda: 10**8)
+    monkeypatch.setattr("mopeq.memory.available_bytes", lambda: 10**8)
     made = quantize(
         tiny_model("olmoe"), tmp_path / "out", uniform=Precision(4, 32), method="rtn",
         calibration=killing.text(tmp_path),

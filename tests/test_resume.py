@@ -133,7 +133,9 @@ def test_another_command_or_model_is_refused(tiny_model: Make, tmp_path: Path) -
         quantize(made.model, out, **{**job, "resume": False})
     with pytest.raises(OutputError, match=r'was begun with map "[0-9a-f]+", and this command has "'):
         quantize(made.model, out, **{**job, "uniform": Precision(4, 32)})
-    with pytest.raises(OutputError, match=r"begun with calibration seed 0, and this command has 1; give the same command"):
+    with pytest.raises(
+        OutputError, match=r"begun with calibration seed 0, and this command has 1; give the same command"
+    ):
         quantize(made.model, out, **{**job, "calibration": replace(made.calibration, seed=1)})
     with pytest.raises(OutputError, match=r'was begun with dtype null, and this command has "torch.bfloat16"'):
         quantize(made.model, out, **job, dtype=torch.bfloat16)

@@ -29,7 +29,7 @@ from mopeq.errors import InputError
 from mopeq.evaluate import Evaluation
 from mopeq.learned import Learned, learned
 from mopeq.measure import Prepared
-from mopeq.memory import MOST
+from mopeq.memory import MOST, trim
 from mopeq.precision import FULL, GROUPS, LEFT_OUT, MATRICES, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Noting, Track, note, silent
 from mopeq.qtensor import Codes, QTensor, dequantize, on_cpu, pack, pack_full, rows_of
@@ -154,11 +154,13 @@ def write_packed(
     ahead.end()
     if release is not None:
         release()
+    trim()
     rest = partial(_rest, opened, linear_precisions(spec, precisions), linears or Linears())
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
         writer.part(f"pack the rest, {number} of {len(steps)}", partial(rest, refs), {})
         close_files()
+        trim()
     for pattern in COMPANIONS:
         for path in sorted(source.path.glob(pattern)):
             writer.copy_file(path)

@@ -148,7 +148,7 @@ _TEXT = re.compile(r"(\d+)(?:g(-1|\d+)([sc]?)(h?)|(c?)(h?))?\Z")
 
 
 def parse_precision(value: object, base: Precision | None = None) -> Precision:
-    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"``, ``"2g128h"``, ``"2c"``, ``"3h"``, ``"16"``.
+    """A :class:`Precision` from ``3``, ``"3g64"``, ``"4g128s"``, ``"2g128c"``, ``"2g128h"``, ``"2c"``, ``"16"``.
 
     A bare number takes ``base``'s groups and rotation, and so do ``2c`` and ``3h``.
     """
@@ -156,8 +156,8 @@ def parse_precision(value: object, base: Precision | None = None) -> Precision:
     match = _TEXT.match(str(value).strip())
     if not match or isinstance(value, bool):
         raise MapError(
-            f"precision {value!r}; expected bits such as 3, 2c or 3h, or bits and group size such as 3g64, 4g128s, 2g128c "
-            "or 2g128h"
+            f"precision {value!r}; expected bits such as 3, 2c or 3h, or bits and group size such as 3g64, 4g128s or "
+            "2g128c"
         )
     bits, group, kind, turned, bare, bare_turned = match.groups()
     if group is None:

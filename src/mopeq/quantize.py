@@ -300,8 +300,9 @@ class _Plan:
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
         # what is learned of whole experts is no candidate: those were made matrix by matrix, for costs
-        codes = self._tensors(precisions, journal, across, track) if self.method in WHOLE else taken
-        packed = write_packed(writer, opened, precisions, codes, self.method, {"stats.json": stats.to_json()}, track)
+        codes, release = self._tensors(precisions, journal, across, track) if self.method in WHOLE else (taken, None)
+        files = {"stats.json": stats.to_json()}
+        packed = write_packed(writer, opened, precisions, codes, self.method, files, track, release=release)
         return replace(packed, guard=known.get("sentence", ""))
 
     def _tried(self, journal: Journal, made: PrecisionMap, stats: Stats, track: Track) -> dict[str, Any]:
@@ -326,7 +327,7 @@ class _Plan:
 
     def _tensors(
         self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track
-    ) -> tuple[LayerTensors, Callable[[], None]]:
+    ) -> tuple[LayerTensors, Callable[[], None] | None]:
         """Packs a layer with a map, running the model up to it where the quantizer needs what it saw; lets go of it."""
         sweep: Iterator[tuple[MoELayer, nn.Module, Routed]] | None = None
 

@@ -158,10 +158,11 @@ class Shell:
             self._release(self._parts[part])
             self.model.tie_weights()
 
-    def enter(self, batches: Sequence[Batch]) -> list[Tensor]:
+    def enter(self, batches: Sequence[Batch], track: Track = silent) -> list[Tensor]:
         """What enters the first decoder layer, (sequences, length, H) of each batch, images in it."""
+        shown = track(batches, "images through the tower", len(batches)) if self.sees else batches
         with self.part("first"), torch.no_grad():
-            return [self.run(ENTERING, batch, None) for batch in batches]
+            return [self.run(ENTERING, batch, None) for batch in shown]
 
     def release_experts(self, module: nn.Module) -> None:
         """Let go of the large weights of an experts module that has run; biases and the gate function stay."""
@@ -291,7 +292,7 @@ def forward(
     start = until if until is not None else 0
     begin = next((k for k in range(start, -1, -1) if store.has(f"hidden {k}")), None)
     if begin is None or shell.sees:
-        begin = _enter(shell, batches, store, begin)
+        begin = _enter(shell, batches, store, begin, track)
     for number in track(range(begin, last + 1), "calibration data through the model", last + 1 - begin):
         wanted = moe.get(number, []) if number >= start else []
         taps = [Tap(layer, experts_module(shell.model, layer), False, None) for layer in wanted]
@@ -328,7 +329,7 @@ def backward(
     top = next((k for k in range(least_done, count + 1) if store.has(f"gradient {k}")), None)
     needed = [*range(1, top or count), *([] if top else [count])]
     if shell.sees or not store.has("hidden 0"):
-        _enter(shell, batches, store, 0 if store.has("hidden 0") else None)
+        _enter(shell, batches, store, 0 if store.has("hidden 0") else None, track)
     if lost := [k for k in needed if not store.has(f"hidden {k}")]:
         begin = next(k for k in range(lost[0] - 1, -1, -1) if store.has(f"hidden {k}"))
         for number in track(range(begin, lost[-1]), "calibration data forward", lost[-1] - begin):
@@ -353,9 +354,9 @@ def backward(
         store.drop(f"gradient {number + 1}")
 
 
-def _enter(shell: Shell, batches: Sequence[Batch], store: Store, begin: int | None) -> int:
+def _enter(shell: Shell, batches: Sequence[Batch], store: Store, begin: int | None, track: Track) -> int:
     """Store what enters the first layer where nothing of it is stored; the layer to begin with. Towers run anyway."""
-    entered = shell.enter(batches)
+    entered = shell.enter(batches, track)
     if begin is None:
         store.put("hidden 0", entered)
     return begin or 0
