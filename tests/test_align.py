@@ -238,7 +238,7 @@ def test_bad_requests_get_a_sentence(tiny_model: Make, packed: Path, capsys: pyt
 
 def test_on_the_bundled_model_choices_come_nearer() -> None:
     """Rounded to 2 bits, its routers choose more of the original's experts after alignment; the KL decides."""
-    opened = calibrated(open_model(bundled_model()), Calibration(samples=16, length=128, batch_size=8))
+    opened = calibrated(open_model(bundled_model()), Calibration(samples=24, length=128, batch_size=8))
     original, model = (load_original(bundled_model(), dtype=torch.float32) for _ in range(2))
     for layer in opened.spec.layers:
         for p in model.get_submodule(layer.module).parameters():
