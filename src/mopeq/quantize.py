@@ -300,8 +300,10 @@ class _Plan:
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
         # what is learned of whole experts is no candidate: those were made matrix by matrix, for costs
-        codes = self._tensors(precisions, journal, across, track) if self.method in WHOLE else taken
-        packed = write_packed(writer, opened, precisions, codes, self.method, {"stats.json": stats.to_json()}, track)
+        whole = self.method in WHOLE
+        codes, release = self._tensors(precisions, journal, across, track) if whole else (taken, lambda: None)
+        files = {"stats.json": stats.to_json()}
+        packed = write_packed(writer, opened, precisions, codes, self.method, files, track, release=release)
         return replace(packed, guard=known.get("sentence", ""))
 
     def _tried(self, journal: Journal, made: PrecisionMap, stats: Stats, track: Track) -> dict[str, Any]:
