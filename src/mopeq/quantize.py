@@ -300,8 +300,7 @@ class _Plan:
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
         # what is learned of whole experts is no candidate: those were made matrix by matrix, for costs
-        whole = self.method in WHOLE
-        codes, release = self._tensors(precisions, journal, across, track) if whole else (taken, lambda: None)
+        codes, release = self._tensors(precisions, journal, across, track) if self.method in WHOLE else (taken, None)
         files = {"stats.json": stats.to_json()}
         packed = write_packed(writer, opened, precisions, codes, self.method, files, track, release=release)
         return replace(packed, guard=known.get("sentence", ""))
@@ -328,7 +327,7 @@ class _Plan:
 
     def _tensors(
         self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track
-    ) -> tuple[LayerTensors, Callable[[], None]]:
+    ) -> tuple[LayerTensors, Callable[[], None] | None]:
         """Packs a layer with a map, running the model up to it where the quantizer needs what it saw; lets go of it."""
         sweep: Iterator[tuple[MoELayer, nn.Module, Routed]] | None = None
 

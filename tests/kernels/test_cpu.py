@@ -76,7 +76,9 @@ def test_every_precision(precision: Precision) -> None:
 
 @pytest.mark.parametrize("coarse", [0, 8])
 @pytest.mark.parametrize(
-    "precision", [*(Precision(b, g, g == 32) for b in WIDTHS for g in (32, 64, -1)), *CODEBOOKS], ids=str
+    "precision",
+    [*(Precision(b, g, g == 32, hadamard=g == 64) for b in WIDTHS for g in (32, 64, -1)), *CODEBOOKS],
+    ids=str,
 )
 def test_many_tokens_give_the_bits_of_few(precision: Precision, coarse: int) -> None:
     """Panels that are unpacked for 16 tokens and more: in pairs, one left over and half a one; more than one chunk."""

@@ -92,12 +92,14 @@ struct Room {
   int64_t size = 0;
   Unpacked panels[2]{};
 
-  // For so many groups of a panel, of so many inputs each; std::bad_alloc.
-  void make(int64_t groups, int64_t inputs) {
+  // For so many groups of a panel, of so many inputs each. False where there is no memory: a thread must not throw.
+  bool make(int64_t groups, int64_t inputs) {
     const int64_t codes = groups * inputs * PANEL, each = groups * PANEL * 4, wanted = 64 + 2 * (codes + each);
     if (wanted > size) {
-      memory.reset(static_cast<char *>(std::malloc(size_t(size = wanted))));
-      if (!memory) throw std::bad_alloc();
+      size = 0;
+      memory.reset(static_cast<char *>(std::malloc(size_t(wanted))));
+      if (!memory) return false;
+      size = wanted;
     }
     char *at = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
     for (Unpacked &panel : panels) {
@@ -105,16 +107,19 @@ struct Room {
       panel.scales = reinterpret_cast<float *>(at += codes);
       at += each;
     }
+    return true;
   }
 };
+
+// Groups that are unpacked at a time.
+int64_t chunk_of(const mopeq_matrix &m) { return std::max<int64_t>(1, CHUNK / m.group); }
 
 // Panels `first` to `first + count`, 1 or 2 of 16 rows, of a part that has many tokens.
 void many(const Product &product, const Part &part, const Inputs &inputs, int64_t first, int64_t count, Room &room) {
   const mopeq_matrix &m = *part.matrix;
   const Activations x = inputs.view();
   const auto &tiles = product.kernels->tile[m.bits <= inputs.digits.coarse];
-  const int64_t groups = m.inputs / m.group, step = std::max<int64_t>(1, CHUNK / m.group);
-  room.make(step, m.group);
+  const int64_t groups = m.inputs / m.group, step = chunk_of(m);
   for (int64_t g = 0; g < groups; g += step) {
     const int64_t some = std::min(step, groups - g);
     for (int64_t p = 0; p < count; p++)
@@ -136,7 +141,7 @@ void work(const Piece &piece, const Piece &then, Room &room) {
   const Inputs &inputs = rotates(m) ? *product.rotated : *product.x;
   const Activations x = inputs.view();
   const bool unpacks = m.bits != 16 && inputs.digits.count == 2 && part.end - part.begin >= MANY &&
-                       product.kernels->unpack[width_index(m)];
+                       product.kernels->unpack[width_index(m)] && room.make(chunk_of(m), m.group);
   const int64_t whole = m.rows / PANEL;  // panels of 16 rows
   for (int64_t p = piece.first; p < piece.last; p++) {
     if (unpacks && p < whole) {
