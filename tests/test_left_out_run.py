@@ -52,7 +52,7 @@ def test_the_whole_way(tiny_model: Make, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--uniform", "0"], "keeps 0 experts and gives each token 2"),
+        (["--uniform", "0"], "expected one precision, such as 3"),
         (["--budget", "2.5bpw", "--levels", "0"], "0 bits is the only precision"),
         (["--budget", "0.5bpw", "--levels", "0,2"], "below the smallest map"),
         (["--budget", "3bpw", "--rest", "attention=0"], "only experts can be left out"),
