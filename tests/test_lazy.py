@@ -1,5 +1,6 @@
 """Tensors read one by one are those of the mapped file, and leave nothing mapped."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,8 @@ def test_they_are_the_mapped_ones(tiny_model: Callable[..., Path], tmp_path: Pat
 
 
 def test_nothing_stays_mapped(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    source = open_source(shutil.copytree(tiny_model("olmoe"), tmp_path / "own"))  # another test may have mapped the other
+    own = shutil.copytree(tiny_model("olmoe"), tmp_path / "own")  # another test may have mapped the other
+    source = open_source(own)
     close_files()
     made = [Lazy(source, key)[...] for key in source.shapes]
     assert made
