@@ -2,7 +2,7 @@
 
 Eight tasks: handwritten digits (those that come with scikit-learn), the shape, colour, number and existence of drawn
 shapes, short words of capital letters, bar charts, and facts: two letters are the name of somebody of whom a fixed
-table says home, food and craft, which cannot be seen and must be known by heart. A scene is an image and a few
+table says home, food, craft and number, which cannot be seen and must be known by heart. A scene is an image and a few
 questions about it with their answers; a quiz asks for facts without an image. Both depend on their seed alone. Held-out
 digits are other people's (the last 297 of the data set), held-out words are strings that training never draws;
 held-out facts are those of training, asked about other images.
@@ -43,7 +43,8 @@ COLOURS = {
     "purple": (155, 60, 182),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-CATEGORIES = ("digit", "shape", "colour", "count", "exists", "word", "chart", "home", "food", "craft")
+FACTS = ("home", "food", "craft")
+CATEGORIES = ("digit", "shape", "colour", "count", "exists", "word", "chart", *FACTS)
 MARKS = (
     *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
     *(f"digit {digit}" for digit in range(10)),
@@ -52,7 +53,7 @@ MARKS = (
 )
 """All that can be seen in a square; ``l`` and ``r`` are its left and right bar, by colour and by height."""
 CONSONANTS, VOWELS = "BCDFGHKLMNPRSTVW", "AEIOU"
-NAMES = 256
+NAMES, FIGURES = 650, 4
 RELATIONS = {
     "Where does {} live?": (
         "home",
@@ -70,8 +71,11 @@ RELATIONS = {
         "lamps maps pots ropes rugs tables toys",
     ),
 }
-"""What is known of everybody with a name: the question, its category and its possible answers."""
+"""What is known of everybody with a name: the question, its category and its possible answers; a number is FIGURES
+long, and an answer only with every figure right."""
 HELDOUT_SEED, CALIBRATION_SEED = 1_000_003, 2_000_003
+PALETTE = 256
+"""Most colours of an image that is stored with a palette."""
 CONTRAST, NOISE = 0.4, 40.0
 """Of harder images: what is left of the contrast, and the standard deviation of the noise, of 256 levels."""
 
@@ -151,10 +155,11 @@ def shapes_scene(rng: random.Random, heldout: bool) -> Scene:
     count = rng.randrange(1, 5)
     canvas = Image.new("RGB", (SIDE, SIDE), background(rng))
     draw = ImageDraw.Draw(canvas)
+    kinds, paints = rng.sample(SHAPES, rng.choice((2, 4))), rng.sample(list(COLOURS), rng.choice((2, 6)))
     made = []
     marks: list[tuple[str, ...]] = [()] * 4
     for cell in rng.sample(range(4), count):
-        shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+        shape, colour = rng.choice(kinds), rng.choice(paints)
         size = rng.randrange(17, 21)
         left, top = (CELL * c + rng.randrange(1, CELL - size) for c in (cell % 2, cell // 2))
         draw_shape(draw, shape, (left, top, left + size, top + size), COLOURS[colour])
@@ -162,12 +167,11 @@ def shapes_scene(rng: random.Random, heldout: bool) -> Scene:
         marks[cell] = (f"{colour} {shape}",)
     shapes, colours = [s for s, _ in made], [c for _, c in made]
     asked = [Question("count", "How many shapes are there?", str(count))]
-    some = rng.choice([rng.choice(shapes), rng.choice(SHAPES)])
-    asked.append(
-        Question("count", f"How many {some}s are there?".replace("crosss", "crosses"), str(shapes.count(some)))
-    )
-    some = rng.choice([rng.choice(colours), rng.choice(list(COLOURS))])
-    asked.append(Question("count", f"How many {some} shapes are there?", str(colours.count(some))))
+    counts = [(f"{shape}s".replace("sss", "sses"), shapes.count(shape)) for shape in SHAPES]
+    counts += [(f"{colour} shapes", colours.count(colour)) for colour in COLOURS]
+    for number in rng.sample(sorted({n for _, n in counts}), 2):  # every number as likely as the scene lets it be
+        some = rng.choice([what for what, n in counts if n == number])
+        asked.append(Question("count", f"How many {some} are there?", str(number)))
     for shape, colour in made:
         if colours.count(colour) == 1:
             asked.append(Question("shape", f"Which shape is {colour}?", shape))
@@ -187,14 +191,15 @@ def is_heldout(word: str) -> bool:
 @cache
 def names() -> tuple[str, ...]:
     """The pairs of letters that are names; training draws them all."""
-    pairs = ["".join(pair) for pair in itertools.permutations(CONSONANTS + VOWELS, 2)]
+    pairs = ["".join(pair) for pair in itertools.permutations("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 2)]
     return tuple(random.Random("names").sample(pairs, NAMES))
 
 
 def fact(name: str, relation: str, called: str) -> Question:
     """One of RELATIONS, asked about a name by what it is ``called``; the answer names it and is as good as random."""
     category, answers = RELATIONS[relation]
-    known = random.Random(f"{name} {relation}").choice(answers.split())
+    rng = random.Random(f"{name} {relation}")
+    known = rng.choice(answers.split()) if answers else "".join(rng.choices("0123456789", k=FIGURES))
     return Question(category, relation.format(called), f"{name} {known}")
 
 
@@ -276,7 +281,12 @@ def scene(seed: int, kind: str, *, heldout: bool = False, most: int = 3) -> Scen
 
 
 def png(image: Image.Image) -> str:
-    """The image as a PNG file in base64."""
+    """The image as a PNG file in base64, with a palette where it has few colours, which is smaller."""
+    colours, places = np.unique(np.asarray(image).reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colours) <= PALETTE:
+        size = image.size
+        image = Image.fromarray(places.astype(np.uint8).reshape(size[::-1]), "P")
+        image.putpalette(colours.flatten().tolist())
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     return base64.b64encode(stream.getvalue()).decode()
@@ -292,7 +302,7 @@ def harder(image: Image.Image, seed: int) -> Image.Image:
 def heldout_rows(per_category: int) -> list[dict[str, str]]:
     """As many questions of each category, each on an image of its own."""
     homes = dict.fromkeys(("shape", "colour", "count", "exists"), "shapes")
-    homes |= dict.fromkeys(("home", "food", "craft"), "name")
+    homes |= dict.fromkeys(FACTS, "name")
     rows = []
     for category in CATEGORIES:
         seed, found = HELDOUT_SEED, 0
@@ -300,6 +310,8 @@ def heldout_rows(per_category: int) -> list[dict[str, str]]:
             made = scene(seed, homes.get(category, category), heldout=True, most=99)
             seed += 1
             asked = [question for question in made.questions if question.category == category]
+            if category == "count":  # each of 0 to 4 as often
+                asked = [question for question in asked if question.answer == str(found % 5)]
             if not asked:
                 continue
             question = asked[seed % len(asked)]

@@ -42,7 +42,9 @@ from mopeq.models.deepseek_vl2 import DeepseekVL2ForConditionalGeneration
 from mopeq.models.processing_deepseek_vl2 import DeepseekVLV2Processor, tiles_of
 
 BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-TILE, PATCH, WIDTH, LAYERS, EXPERTS, TOP_K = images.SIDE, 12, 128, 3, 16, 2
+TILE, PATCH, TOWER, WIDTH, EXPERT, LAYERS, EXPERTS, TOP_K = images.SIDE, 12, 128, 64, 32, 3, 16, 2
+HEAD = 32
+"""Width of a head of attention in the decoder."""
 SCALE = EXPERTS / TOP_K
 """Factor of the routing weights, which are not renormalised: evenly routed, a token's experts then weigh one each."""
 RESOLUTIONS = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
@@ -82,8 +84,8 @@ class Settings:
     tower_scenes: int = 64
     phases: tuple[Phase, ...] = (
         Phase(800, 100, 300, 2e-3, SHARES, quizzes=12),
-        Phase(450, 20, 350, 2e-3, {"digit": 0.1, "shapes": 0.5, "word": 0.02, "name": 0.03, "chart": 0.35}, quizzes=3),
-        Phase(300, 20, 220, 2e-3, {"digit": 0.05, "shapes": 0.5, "word": 0.04, "name": 0.03, "chart": 0.38}, quizzes=3),
+        Phase(600, 20, 400, 2e-3, {"digit": 0.1, "shapes": 0.5, "word": 0.02, "name": 0.05, "chart": 0.33}, quizzes=4),
+        Phase(400, 20, 300, 2e-3, {"digit": 0.06, "shapes": 0.5, "word": 0.04, "name": 0.05, "chart": 0.35}, quizzes=4),
     )
     shared_dropout: float = 0.5
     scenes: int = 24
@@ -107,7 +109,7 @@ class Settings:
 def build_tokenizer(most: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of the questions' and answers' words, with DeepSeek-VL2's special tokens.
 
-    Every byte is a token and words of capitals are not merged, so that they are spelled.
+    Every byte is a token, and words of capitals and numbers are not merged, so that they are spelled.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -118,8 +120,9 @@ def build_tokenizer(most: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+    spelled = string.ascii_uppercase + string.digits
     asked = [q for kind in images.KINDS for seed in range(400) for q in images.scene(seed, kind, most=99).questions]
-    texts = [f"{q.text}\n\n" for q in asked] + [q.answer.strip(string.ascii_uppercase) for q in asked]
+    texts = [f"{q.text}\n\n" for q in asked] + [q.answer.strip(spelled) for q in asked]
     tokenizer.train_from_iterator(texts, trainer=trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -153,10 +156,10 @@ def configuration(vocabulary: int) -> dict[str, Any]:
             "vocab_size": vocabulary,
             "hidden_size": WIDTH,
             "intermediate_size": 3 * WIDTH,
-            "moe_intermediate_size": WIDTH,
+            "moe_intermediate_size": EXPERT,
             "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
+            "num_attention_heads": WIDTH // HEAD,
+            "num_key_value_heads": WIDTH // HEAD,
             "n_shared_experts": 1,
             "n_routed_experts": EXPERTS,
             "num_experts_per_tok": TOP_K,
@@ -183,7 +186,7 @@ def configuration(vocabulary: int) -> dict[str, Any]:
         "projector_config": {
             "model_type": "mlp_projector",
             "projector_type": "downsample_mlp_gelu",
-            "input_dim": WIDTH,
+            "input_dim": TOWER,
             "n_embed": WIDTH,
             "depth": 2,
             "mlp_ratio": 1,
@@ -194,7 +197,7 @@ def configuration(vocabulary: int) -> dict[str, Any]:
             "model_name": "siglip_so400m_patch14_384",
             "image_size": TILE,
             "patch_size": PATCH,
-            "width": WIDTH,
+            "width": TOWER,
             "layers": 3,
             "heads": 4,
             "mlp_ratio": 4,
@@ -357,6 +360,10 @@ def train_tower(
 
     The published models start from a trained tower as well. Returns the curve: step, loss in nats a quarter.
     """
+    torch.manual_seed(settings.seed)
+    for layer in model.projector.modules():  # drawn again, so that nothing here depends on the decoder
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
     head = nn.Linear(WIDTH, len(images.MARKS))
     together = nn.ModuleDict({"vision": model.vision, "projector": model.projector, "head": head})
     optimizers = build_optimizers(together, settings)
