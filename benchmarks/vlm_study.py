@@ -44,7 +44,7 @@ from mopeq.stats import Stats
 sys.path.insert(0, str(ROOT / "scripts"))
 import reference_images as drawn
 
-BITS, SIZE, CONVERSATIONS, WINDOW = (2, 3, 4), 128, 256, 128
+BITS, SIZE, CONVERSATIONS, WINDOW = (2, 3, 4), 32, 256, 128
 WEIGHT = 10.0
 """What a text token counts beside an image token, where they do not count alike."""
 QUIZ_SEED, DRAW_SEED = 4_000_037, 8_000_009
