@@ -170,8 +170,11 @@ def _loss(stats: Stats, size: int) -> dict[int, list[float]]:
     }
 
 
-def paper_maps(stats: Stats, seed: int, size: int) -> Iterator[Job]:
-    """The main study: uniform, k-means, knapsack at given bits and at the bytes of the others, and controls."""
+def paper_maps(stats: Stats, seed: int, size: int, budgets: tuple[float, float] = (2.5, 3.0)) -> Iterator[Job]:
+    """The main study: uniform, k-means, knapsack at given bits and at the bytes of the others, and controls.
+
+    budgets: bits a weight; controls are of the first. Rows that have no groups of 128 leave maps of such groups out.
+    """
     options, model = _options(size), stats.model
     made = {f"uniform {p.bits}": uniform_map(model, [p]) for p in options}
     for score in SCORES:
@@ -184,7 +187,7 @@ def paper_maps(stats: Stats, seed: int, size: int) -> Iterator[Job]:
         if name not in ("uniform 2", "uniform 4"):
             same = allocate(stats, budget=f"{model.total_bytes(made[name])}B", cost=COST, options=options)
             yield Job(f"knapsack = {name}", same, like=name)
-    for bits in (2.5, 3.0):
+    for bits in budgets:
         for cost, granularity in ((COST, "group"), (COST, "expert"), ("output_error", "group")):
             try:
                 found = allocate(stats, budget=f"{bits}bpw", cost=cost, granularity=granularity, options=options)
@@ -194,22 +197,23 @@ def paper_maps(stats: Stats, seed: int, size: int) -> Iterator[Job]:
             name += {"group": "", "expert": " whole experts"}[granularity] + ("" if cost == COST else f" {cost}")
             made[name] = found
             yield Job(name, found)
-    fine = [Precision(bits, 128) for bits in BITS]
-    for p in fine[:2] if size != 128 else ():
-        yield Job(f"uniform {p}", uniform_map(model, [p]))
-    yield Job("knapsack 2.25 g128", allocate(stats, budget="2.25bpw", cost=COST, options=fine))
-    yield from _controls(stats, made, seed, size)
+    if all(inp % 128 == 0 for layer in model.layers.values() for inp in (layer.hidden_size, layer.intermediate_size)):
+        fine = [Precision(bits, 128) for bits in BITS]
+        for p in fine[:2] if size != 128 else ():
+            yield Job(f"uniform {p}", uniform_map(model, [p]))
+        yield Job("knapsack 2.25 g128", allocate(stats, budget="2.25bpw", cost=COST, options=fine))
+    yield from _controls(stats, made, seed, size, budgets[0])
 
 
-def _controls(stats: Stats, made: Mapping[str, PrecisionMap], seed: int, size: int) -> Iterator[Job]:
+def _controls(stats: Stats, made: Mapping[str, PrecisionMap], seed: int, size: int, budget: float) -> Iterator[Job]:
     """Maps with the histogram of another one, hence its bytes, and less or opposite knowledge."""
-    model = stats.model
-    for name in ("knapsack 2.5", "k-means inverse_norm layer", "k-means frequency layer"):
+    model, best = stats.model, f"knapsack {budget}"
+    for name in (best, "k-means inverse_norm layer", "k-means frequency layer"):
         for draw in range(DRAWS if name in made else 0):
             number = DRAWS * seed + draw
             yield Job(f"random {number} = {name}", random_map(model, made[name], number), like=name)
-    if "knapsack 2.5" in made:
-        name, like = "knapsack 2.5", made["knapsack 2.5"]
+    if best in made:
+        name, like = best, made[best]
         yield Job(f"inverted = {name}", inverted_map(model, _loss(stats, size), like), like=name)
         yield Job(f"by frequency = {name}", ranked_map(model, stats.metric("frequency"), like), like=name)
         yield Job(f"by inverse_norm = {name}", ranked_map(model, stats.metric("inverse_norm"), like), like=name)

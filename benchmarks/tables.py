@@ -26,12 +26,11 @@ COMPARISONS = (
     ("knapsack = uniform 3", "uniform 3"),
     *((f"knapsack = k-means {score} {scope}", f"k-means {score} {scope}")
       for score in ("frequency", "inverse_norm", "hessian_trace") for scope in ("layer", "model")),
-    ("knapsack 2.5", "random = knapsack 2.5"),
-    ("knapsack 2.5", "by frequency = knapsack 2.5"),
-    ("knapsack 2.5", "by inverse_norm = knapsack 2.5"),
-    ("knapsack 2.5", "inverted = knapsack 2.5"),
-    ("by frequency = knapsack 2.5", "random = knapsack 2.5"),
-    ("by inverse_norm = knapsack 2.5", "random = knapsack 2.5"),
+    *((first, f"{control} = knapsack {bits}") for bits in (2.5, 2.8) for first, control in (
+        (f"knapsack {bits}", "random"), (f"knapsack {bits}", "by frequency"), (f"knapsack {bits}", "by inverse_norm"),
+        (f"knapsack {bits}", "inverted"), (f"by frequency = knapsack {bits}", "random"),
+        (f"by inverse_norm = knapsack {bits}", "random"),
+    )),
     ("k-means inverse_norm layer", "random = k-means inverse_norm layer"),
     ("k-means inverse_norm layer", "inverted = k-means inverse_norm layer"),
     ("k-means frequency layer", "random = k-means frequency layer"),

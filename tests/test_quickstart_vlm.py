@@ -29,8 +29,7 @@ def test_quickstart_vlm(tmp_path: Path) -> None:
         guess = max(answers.count(answer) for answer in set(answers)) / len(answers)
         assert share.low is not None
         said = f"{category} is answered by looking, not by the likeliest answer"
-        assert share.low > guess + 0.2, said
-        assert share.value > guess + 0.3, said
+        assert share.low > guess + 0.3, said
     assert original.accuracy.value > 0.8
     assert mixed.bytes <= uniform.bytes
     kl = {name: point.kl.value for name, point in points.items() if point.kl is not None}
