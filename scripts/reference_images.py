@@ -2,7 +2,7 @@
 
 Eight tasks: handwritten digits (those that come with scikit-learn), the shape, colour, number and existence of drawn
 shapes, short words of capital letters, bar charts, and facts: two letters are the name of somebody of whom a fixed
-table says home, food, craft and number, which cannot be seen and must be known by heart. A scene is an image and a few
+table says home, food and craft, which cannot be seen and must be known by heart. A scene is an image and a few
 questions about it with their answers; a quiz asks for facts without an image. Both depend on their seed alone. Held-out
 digits are other people's (the last 297 of the data set), held-out words are strings that training never draws;
 held-out facts are those of training, asked about other images.
@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import random
+import string
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ MARKS = (
 )
 """All that can be seen in a square; ``l`` and ``r`` are its left and right bar, by colour and by height."""
 CONSONANTS, VOWELS = "BCDFGHKLMNPRSTVW", "AEIOU"
-NAMES, FIGURES = 650, 4
+NAMES = 650
 RELATIONS = {
     "Where does {} live?": (
         "home",
@@ -71,8 +72,7 @@ RELATIONS = {
         "lamps maps pots ropes rugs tables toys",
     ),
 }
-"""What is known of everybody with a name: the question, its category and its possible answers; a number is FIGURES
-long, and an answer only with every figure right."""
+"""What is known of everybody with a name: the question, its category and its possible answers."""
 HELDOUT_SEED, CALIBRATION_SEED = 1_000_003, 2_000_003
 PALETTE = 256
 """Most colours of an image that is stored with a palette."""
@@ -191,15 +191,14 @@ def is_heldout(word: str) -> bool:
 @cache
 def names() -> tuple[str, ...]:
     """The pairs of letters that are names; training draws them all."""
-    pairs = ["".join(pair) for pair in itertools.permutations("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 2)]
+    pairs = ["".join(pair) for pair in itertools.permutations(string.ascii_uppercase, 2)]
     return tuple(random.Random("names").sample(pairs, NAMES))
 
 
 def fact(name: str, relation: str, called: str) -> Question:
     """One of RELATIONS, asked about a name by what it is ``called``; the answer names it and is as good as random."""
     category, answers = RELATIONS[relation]
-    rng = random.Random(f"{name} {relation}")
-    known = rng.choice(answers.split()) if answers else "".join(rng.choices("0123456789", k=FIGURES))
+    known = random.Random(f"{name} {relation}").choice(answers.split())
     return Question(category, relation.format(called), f"{name} {known}")
 
 
