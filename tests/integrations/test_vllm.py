@@ -53,13 +53,16 @@ KINDS = (FULL, *(Precision(bits, 32, bits % 2 == 0) for bits in (2, 3, 4, 5, 6, 
 
 
 def mixed(folder: Path, seed: int = 0) -> PrecisionMap:
-    """Every unit at a random precision, gate_up and down apart, each width at least once; the rest quantized too."""
+    """Every unit at a random precision that fits its rows, gate_up and down apart; the rest quantized too."""
     draw, source = random.Random(seed), open_source(folder)
     model = inventory_of(source, describe(source))
     experts = {}
     for group in GROUPS:
-        cells = list(KINDS)
-        experts[group] = {k: tuple(draw.choice(cells) for _ in range(n)) for k, n in model.experts.items()}
+        experts[group] = {}
+        for layer, shape in model.layers.items():
+            rows = shape.matrices(group)[0][1]
+            cells = [kind for kind in KINDS if kind.group_size == -1 or rows % kind.group_size == 0]
+            experts[group][layer] = tuple(draw.choice(cells) for _ in range(shape.experts))
     return PrecisionMap(experts, REST, {})
 
 
