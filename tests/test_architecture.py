@@ -14,7 +14,7 @@ LEVELS = [
     {"spec"},
     {"stats", "hadamard", "native"},
     {"qtensor"},
-    {"progress", "seam", "autoload", "journal", "foreign"},
+    {"progress", "seam", "autoload", "journal", "foreign", "safetensors_files"},
     {"models", "source"},
     {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead", "lazy"},
     {"analyze", "candidates", "runtime", "job"},

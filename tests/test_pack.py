@@ -145,6 +145,7 @@ def test_a_large_head_is_rounded_some_rows_at_a_time(
     precisions = PrecisionMap.uniform(opened.inventory.experts, Precision(4, 32), {"lm_head": Precision(4, 32)})
     pack_model(opened, precisions, tmp_path / "whole", method="rtn")
     monkeypatch.setattr(pack_module, "STEP_BYTES", 1000)
+    monkeypatch.setattr(pack_module, "ROWS_BYTES", 1000)
     calls: list[int] = []
     real = pack_module.QUANTIZERS["rtn-mse"]
     counted = lambda weight, *rest: (calls.append(weight.shape[1]), real(weight, *rest))[1]  # noqa: E731

@@ -11,16 +11,11 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
-from mopeq.errors import ModelError
+from mopeq.safetensors_files import TYPES, read_span
 from mopeq.source import Source, read_tensor
 
 __all__ = ["Blank", "Lazy"]
 
-TYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
 LINE = 64
 """Bytes of a cache line. A tensor lies as many bytes into one as in the file: the order in which a product is summed
 depends on that, and a model that is loaded whole, which is mapped, has the same sums."""
@@ -44,15 +39,7 @@ class Lazy:
             return torch.empty(source.shapes[key], dtype=dtype)
         ahead = begin % LINE if begin % dtype.itemsize == 0 else 0
         pages = mmap(-1, ahead + end - begin, flags=MAP_PRIVATE | MAP_ANONYMOUS)  # an allocator would keep them
-        left = memoryview(pages)[ahead:]
-        path = source.path / source.files[key]
-        with path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            while left:
-                got = file.readinto(left)
-                if not got:
-                    raise ModelError(f"{path} ends before {key!r} does; it was whole when opened; download it again")
-                left = left[got:]
+        read_span(source.path / source.files[key], key, begin, memoryview(pages)[ahead:])
         return torch.frombuffer(pages, dtype=dtype, offset=ahead).view(source.shapes[key])
 
 

@@ -29,6 +29,8 @@ PROCESS = 600 << 20
 """Bytes of the interpreter with torch and transformers."""
 SLABS = 5
 """Slab-sized buffers at a time: weights and moments, factors, work, options that are dequantized, codes."""
+SHARD = 1 << 29
+"""Bytes of the shard that is written while the next one is made."""
 LEAST = 1 << 26
 MOST = 1 << 28
 """Bytes of a slab: smaller ones only take longer to read, larger ones gain nothing."""
@@ -77,7 +79,7 @@ def footprint(
     largest = max(map(prod, rest), default=0)
     packed = 2 * experts * 3 * prod(shape)  # a layer's packed experts, at 16 bits at most
     if not tokens:
-        return Footprint(PROCESS + max(packed, 8 * largest), expert, run=False)
+        return Footprint(PROCESS + max(packed + min(packed, SHARD), 8 * largest), expert, run=False)
     expert += 4 * (shape[0] ** 2 + shape[1] ** 2)
     layers: dict[int | None, list[str]] = {}
     for key in source.shapes:

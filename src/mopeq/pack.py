@@ -58,6 +58,8 @@ JUDGED_ROWS = 64
 """Rows of a matrix by which progress tells the error: a few per cent of the time that quantizing it takes."""
 STEP_BYTES = 1 << 28
 """Bytes of the tensors outside the experts, as they are stored, that one step takes at most, or else one tensor."""
+ROWS_BYTES = 1 << 24
+"""Bytes in float32 of the rows outside the experts that are rounded at a time: small ones find their memory mapped."""
 
 LayerTensors = Callable[[MoELayer, list[str]], Iterable[Stored]]
 """Makes the packed matrices of one MoE layer and names the units that fell back."""
@@ -143,24 +145,28 @@ def write_packed(
     started = time.perf_counter()
     source, spec, inventory = opened.source, opened.spec, opened.inventory
     fallbacks: list[str] = []
-    ahead, following = Ahead(source), [*spec.layers[1:], None][: len(spec.layers)]  # a dense model has none
-    for layer, after in zip(track(spec.layers, f"quantize with {method}", len(spec.layers)), following, strict=True):
+    steps = list(_steps(opened, [*spec.linears, *spec.kept]))
+    keys = [*(sorted(_expert_keys(layer)) for layer in spec.layers), *([ref.key for ref in refs] for refs in steps), []]
+    following, ahead = iter(keys[1:]), Ahead(source)
+    writer.behind = method in DATA_FREE  # with others there may be no room for one more shard
+    for layer in track(spec.layers, f"quantize with {method}", len(spec.layers)):
+        after = next(following)
         if method in DATA_FREE:  # others have run the model up to this layer
-            ahead.begin([] if after is None else sorted(_expert_keys(after)))
+            ahead.begin(after)
         short: list[str] = []
         facts = writer.part(packed_step(layer), partial(tensors, layer, short), {"fallbacks": short})
         fallbacks += facts["fallbacks"]
         close_files()
-    ahead.end()
     if release is not None:
         release()
     trim()
     rest = partial(_rest, opened, linear_precisions(spec, precisions), linears or Linears())
-    steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     for number, refs in enumerate(track(steps, "everything else", len(steps)), 1):
+        ahead.begin(next(following))
         writer.part(f"pack the rest, {number} of {len(steps)}", partial(rest, refs), {})
         close_files()
         trim()
+    ahead.end()
     for pattern in COMPANIONS:
         for path in sorted(source.path.glob(pattern)):
             writer.copy_file(path)
@@ -219,11 +225,11 @@ def _rest(
 
 
 def _some_rows_at_a_time(weight: Tensor, precision: Precision, quantizer: Quantizer, moments: Tensor | None) -> Codes:
-    """Codes (out, in) of one matrix, whose rows do not depend on each other, with buffers of ``STEP_BYTES``."""
+    """Codes (out, in) of one matrix, whose rows do not depend on each other, with buffers of ``ROWS_BYTES``."""
     inputs = once(quantizer, moments)
     made = [
         quantizer(rows.float()[None], precision, inputs)[0]
-        for rows in torch.split(weight, max(1, STEP_BYTES // (4 * weight.shape[1])))
+        for rows in torch.split(weight, max(1, ROWS_BYTES // (4 * weight.shape[1])))
     ]
     zeros = [part.zeros for part in made if part.zeros is not None]
     codes, scales = torch.cat([part.codes for part in made]), torch.cat([part.scales for part in made])

@@ -85,7 +85,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     n = codes.shape[-1]
     if n % 8:
         raise ValueError(f"{n} codes in a row; expected a multiple of 8")
-    if codes.device.type == "cpu" and 1 < bits < 8 and not why_not():
+    if codes.device.type == "cpu" and 1 < bits < 8 and not torch.compiler.is_compiling() and not why_not():
         plain, made = (
             codes.to(torch.uint8).contiguous(),
             torch.empty(*codes.shape[:-1], n // 8 * bits, dtype=torch.uint8),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from math import prod
@@ -23,6 +23,7 @@ from torch import Tensor
 from mopeq.errors import ModelError
 from mopeq.foreign import METHODS, Packed, dequantized, find_packed, method_of
 from mopeq.precision import ProjectionGroup
+from mopeq.safetensors_files import DTYPE_BITS, TYPES, Header, read_header, read_span, unreadable
 from mopeq.spec import TOWERS, KeptRef, MoELayer, WeightRef
 
 __all__ = [
@@ -40,12 +41,6 @@ __all__ = [
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LARGEST_HEADER = 100_000_000
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "C64": 64, "F4": 4,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64,
-}  # fmt: skip
-"""Bits of an element of each safetensors dtype."""
 WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
 """Dtypes in which a matrix that will be quantized may be stored."""
 
@@ -123,7 +118,7 @@ def _stored(source: Source, key: str) -> Tensor:
     try:
         tensor: Tensor = handle.get_tensor(key)
     except (SafetensorError, OSError) as error:
-        raise ModelError(_unreadable(source.path / source.files[key], error)) from error
+        raise ModelError(unreadable(source.path / source.files[key], error)) from error
     return tensor
 
 
@@ -148,8 +143,7 @@ def read_matrix(source: Source, ref: WeightRef) -> Tensor:
     Raises :class:`ModelError` that names the tensor, and the expert where it is fused, if a weight is NaN or infinite.
     """
     matrix = _view(source, ref)
-    _check_finite(source, ref, matrix, matrix)
-    return matrix
+    return _finite(source, ref, matrix, matrix)
 
 
 def read_group(source: Source, layer: MoELayer, group: ProjectionGroup, experts: Sequence[int] | None = None) -> Tensor:
@@ -160,12 +154,13 @@ def read_group(source: Source, layer: MoELayer, group: ProjectionGroup, experts:
     shapes = layer.shapes(group)
     wanted = layer.experts if experts is None else [layer.experts[e] for e in experts]
     stacked = torch.empty(len(wanted), sum(out for out, _ in shapes), shapes[0][1])
+    spans = [_span(source, ref) for expert in wanted for ref in expert.refs(group)]
+    room = torch.empty(max((end - begin for begin, end in spans), default=0), dtype=torch.uint8)
     for into, expert in zip(stacked, wanted, strict=True):
         refs = expert.refs(group)
         for rows, ref in zip(into.split([ref.shape[0] for ref in refs]), refs, strict=True):
-            matrix = _view(source, ref)
-            rows.copy_(matrix)
-            _check_finite(source, ref, matrix, rows)
+            matrix = _read(source, ref, room)
+            _finite(source, ref, matrix, rows.copy_(matrix))
     return stacked
 
 
@@ -183,21 +178,43 @@ def close_files() -> None:
 def _view(source: Source, ref: WeightRef) -> Tensor:
     """``ref`` (out, in) as a view of the mapped file."""
     tensor = read_tensor(source, ref.key)
-    slab = tensor if ref.expert is None else tensor[ref.expert]
+    return _cut(tensor if ref.expert is None else tensor[ref.expert], ref)
+
+
+def _span(source: Source, ref: WeightRef) -> tuple[int, int]:
+    """Where in its file the tensor, or the expert's part of it, lies that ``ref`` is in."""
+    _check_known(source, ref.key)
+    begin, end = source.spans.get(ref.key, (0, 0))
+    if ref.expert is None:
+        return begin, end
+    size = (end - begin) // source.shapes[ref.key][0]
+    return begin + ref.expert * size, begin + (ref.expert + 1) * size
+
+
+def _read(source: Source, ref: WeightRef, room: Tensor) -> Tensor:
+    """``ref`` (out, in), read into ``room``: mapping pages takes several times as long as copying from them."""
+    kind = TYPES.get(source.dtypes[ref.key])
+    if ref.key in source.packed or ref.key not in source.spans or kind is None:
+        return _view(source, ref)
+    begin, end = _span(source, ref)
+    read_span(source.path / source.files[ref.key], ref.key, begin, room[: end - begin].numpy().data)
+    shape = source.shapes[ref.key]
+    return _cut(room[: end - begin].view(kind).view(shape if ref.expert is None else shape[1:]), ref)
+
+
+def _cut(slab: Tensor, ref: WeightRef) -> Tensor:
+    """``ref`` (out, in) of the tensor, or the expert's part of it, that it is in."""
     matrix = slab.T if ref.transposed else slab
     return matrix if ref.rows is None else matrix[slice(*ref.rows)]
 
 
-def _check_finite(source: Source, ref: WeightRef, matrix: Tensor, same: Tensor) -> None:
-    """Raise unless all is finite in ``same``, which is the matrix in some type."""
-    if not bool(torch.isfinite(same.sum())) and not bool(torch.isfinite(same).all()):  # the sum may overflow
-        raise ModelError(_not_finite(source, ref, matrix))
-
-
-def _not_finite(source: Source, ref: WeightRef, matrix: Tensor) -> str:
+def _finite(source: Source, ref: WeightRef, matrix: Tensor, same: Tensor) -> Tensor:
+    """``same``, which is the matrix in some type, if all of it is finite."""
+    if bool(torch.isfinite(same.sum())) or bool(torch.isfinite(same).all()):  # the sum may overflow
+        return same
     bad = int((~torch.isfinite(matrix.float())).sum())
     of = f", expert {ref.expert}" if ref.expert is not None else ""
-    return (
+    raise ModelError(
         f"{bad} of {matrix.numel()} weights of {ref.key}{of} in {source.files[ref.key]} are NaN or infinite; "
         f"expected finite weights; download this file again, or use a checkpoint without them"
     )
@@ -289,7 +306,7 @@ def _read_headers(path: Path) -> dict[str, Header]:
     present = sorted(p.name for p in path.glob("*.safetensors") if p.is_file())
     if not (path / INDEX).is_file():
         if SINGLE in present:
-            return {SINGLE: _read_header(path / SINGLE)}
+            return {SINGLE: read_header(path / SINGLE)}
         if present:
             raise ModelError(
                 f"{path} holds {len(present)} safetensors files ({', '.join(present[:3])}) and no {INDEX}; "
@@ -316,7 +333,7 @@ def _read_headers(path: Path) -> dict[str, Header]:
             f"{len(missing)} of {len(shards)} shards are missing from {path}: {', '.join(missing[:3])}"
             f"{' ...' if len(missing) > 3 else ''}; expected all that {INDEX} names; download them"
         )
-    headers = {shard: _read_header(path / shard) for shard in shards}
+    headers = {shard: read_header(path / shard) for shard in shards}
     listed: dict[str, set[str]] = {shard: set() for shard in shards}
     for key, shard in names.items():
         listed[shard].add(key)
@@ -363,81 +380,7 @@ def _read_json(file: Path) -> Any:
         raise ModelError(f"{file} is not readable JSON ({error}); expected a JSON object; download it again") from error
 
 
-# --- safetensors headers
-
-
-Header = dict[str, tuple[str, tuple[int, ...], int, int]]
-"""``{key: (dtype, shape, first byte in the file, byte after the last)}``"""
-
-
-def _read_header(file: Path) -> Header:
-    """The header of a safetensors file, whose size must agree with it."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise ModelError(
-                    f"{file} is truncated or not a safetensors file: its first eight bytes announce a header of "
-                    f"{length} bytes, it has {size} in all; download it again"
-                )
-            raw = stream.read(length)
-        header = json.loads(raw, object_pairs_hook=_unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(_unreadable(file, error)) from error
-    if not isinstance(header, dict):
-        raise ModelError(_unreadable(file, "its header is not a JSON object"))
-    header.pop("__metadata__", None)
-    entries = {key: _entry(file, key, entry) for key, entry in header.items()}
-    end = _covered(file, ((key, begin, stop) for key, (_, _, begin, stop) in entries.items()))
-    if end != size - 8 - length:
-        kind = "is truncated" if end > size - 8 - length else "has bytes after its last tensor"
-        raise ModelError(
-            f"{file} {kind}: {size} bytes where its header describes {8 + length + end}; download it again"
-        )
-    at = 8 + length
-    return {key: (dtype, shape, at + begin, at + stop) for key, (dtype, shape, begin, stop) in entries.items()}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"it names {next(key for key in names if names.count(key) > 1)!r} twice")
-    return made
-
-
-def _entry(file: Path, key: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, byte after the last) of one tensor of a header."""
-    match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
-            if not key.isprintable():  # names go into messages, which are one line
-                raise ModelError(_unreadable(file, f"the tensor name {key!r} has control characters"))
-            if dtype not in DTYPE_BITS:
-                raise ModelError(_unreadable(file, f"{key!r} has dtype {dtype!r}, unknown to this mopeq"))
-            numbers = (*shape, begin, end)
-            if all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-                bits = prod(shape) * DTYPE_BITS[dtype]
-                if bits % 8 or end - begin != bits // 8:
-                    raise ModelError(
-                        _unreadable(file, f"{key!r}, {dtype} {list(shape)}, is given bytes {begin} to {end}")
-                    )
-                return dtype, tuple(shape), begin, end
-    raise ModelError(_unreadable(file, f"its entry for {key!r} is not a dtype, a shape and two offsets"))
-
-
-def _covered(file: Path, spans: Iterable[tuple[str, int, int]]) -> int:
-    """Bytes that the tensors cover from 0 on, or an error where two overlap or leave a hole."""
-    end = 0
-    for key, begin, stop in sorted(spans, key=lambda span: span[1:]):
-        if begin != end:
-            raise ModelError(_unreadable(file, f"{key!r} begins at byte {begin} where the tensor before ends at {end}"))
-        end = stop
-    return end
-
-
-def _unreadable(file: Path, reason: object) -> str:
-    return f"{file} is not a readable safetensors file: {reason}; expected one that is complete; download it again"
+# --- files
 
 
 def _handle(file: Path) -> Any:
@@ -445,7 +388,7 @@ def _handle(file: Path) -> Any:
         status = file.stat()
         return _mapped(file, status.st_ino, status.st_size, status.st_mtime_ns)
     except (SafetensorError, OSError) as error:
-        raise ModelError(_unreadable(file, error)) from error
+        raise ModelError(unreadable(file, error)) from error
 
 
 @lru_cache(maxsize=32)

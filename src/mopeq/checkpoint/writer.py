@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +34,8 @@ SCRATCH = "scratch"
 
 Stored = tuple[str, QTensor | Tensor]
 """A packed matrix under its base name, or a tensor as it is."""
+Written = tuple[dict[str, Any], dict[str, Header]]
+"""Bytes and sha256 of a file, and the types and shapes in it."""
 
 
 class PackedWriter(Unfinished):
@@ -45,7 +50,9 @@ class PackedWriter(Unfinished):
             writer.finish(packed_config(...), {"precision.json": ..., "stats.json": ...})
 
     Leaving the block without :meth:`finish` leaves what :class:`Unfinished` says. Raises as that does, and where
-    ``out`` has something in it.
+    ``out`` has something in it. With ``behind`` set, a shard is hashed and written by a thread while the next one is
+    made: one more shard in memory, and a step is noted in the journal when its last shard is on the disk, with the next
+    step under way.
     """
 
     def __init__(
@@ -65,6 +72,10 @@ class PackedWriter(Unfinished):
         self._names: set[str] = set()
         self._total = 0
         self._hashes: dict[str, dict[str, Any]] = {}
+        self.behind = False
+        self._thread = ThreadPoolExecutor(1, "mopeq-write")
+        self._writing: tuple[str, int, Callable[[], Written]] | None = None
+        self._made: tuple[str, Mapping[str, Any], int] | None = None
 
     def __enter__(self) -> Self:
         with self.disk():
@@ -79,6 +90,9 @@ class PackedWriter(Unfinished):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pending = {}
+        with suppress(OutputError):  # what was made is kept, and the first error is the one to tell
+            self._settle()
+        self._thread.shutdown()
         super().__exit__(kind, error, trace)
 
     def part(self, step: str, tensors: Callable[[], Iterable[Stored]], facts: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -88,9 +102,10 @@ class PackedWriter(Unfinished):
         looked at when all tensors are there. Returns the facts that the run noted that made them.
         """
         self._flush()
-        first = len(self._shards)
+        first = len(self._shards) + (self._writing is not None)
         found = self.journal.done(step) if self.journal is not None else None
         if self.journal is not None and found is not None:
+            self._settle()
             for name in self.journal.files(step):
                 headers = read_headers([self.partial / name])
                 self._names.update(headers)
@@ -101,11 +116,11 @@ class PackedWriter(Unfinished):
         for name, tensor in tensors():
             self.add(name, tensor) if isinstance(tensor, QTensor) else self.add_tensor(name, tensor)
         self._flush()
-        if self.journal is not None:
-            with self.disk():
-                _sync(self.partial)
-                names = [_temporary(number) for number in range(first, len(self._shards))]
-                self.journal.record(step, facts, {name: self._hashes[name] for name in names})
+        if self._made is not None:  # this step has no shard
+            self._settle()
+        self._made = step, facts, first
+        if not self.behind:
+            self._settle()
         return facts
 
     def add(self, name: str, matrix: QTensor) -> None:
@@ -133,6 +148,7 @@ class PackedWriter(Unfinished):
     def finish(self, config: Mapping[str, Any], mopeq_files: Mapping[str, Mapping[str, Any]] | None = None) -> int:
         """Write what is left, check all against ``config``, rename into place; returns the safetensors files' bytes."""
         self._flush()
+        self._settle()
         shards = [f"model-{i + 1:05}-of-{len(self._shards):05}.safetensors" for i in range(len(self._shards))]
         headers = {name: header for shard in self._shards for name, header in shard.items()}
         manifest = Manifest.from_json(config.get("quantization_config"))
@@ -161,15 +177,32 @@ class PackedWriter(Unfinished):
         return sum(self._hashes[name]["bytes"] for name in shards)
 
     def _flush(self) -> None:
-        """Write the pending tensors as one shard."""
+        """Write the pending tensors as one shard, or begin to."""
         if not self._pending:
             return
+        self._settle()
         name = _temporary(len(self._shards))
-        with self.disk():
-            self._hashes[name], shard = write_tensors(self.partial / name, self._pending)
-        self._shards.append(shard)
-        self._total += sum(_bytes(tensor) for tensor in self._pending.values())
+        write = partial(write_tensors, self.partial / name, self._pending)
+        self._writing = name, self._pending_bytes, self._thread.submit(write).result if self.behind else write
         self._pending, self._pending_bytes = {}, 0
+        if not self.behind:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the shard that is being written, and note the step that it was the last one of."""
+        writing, made, self._writing, self._made = self._writing, self._made, None, None  # gone, if this fails
+        if writing is not None:
+            name, nbytes, write = writing
+            with self.disk():
+                self._hashes[name], shard = write()
+            self._shards.append(shard)
+            self._total += nbytes
+        if made is not None and self.journal is not None:
+            step, facts, first = made
+            names = [_temporary(number) for number in range(first, len(self._shards))]
+            with self.disk():
+                _sync(self.partial)
+                self.journal.record(step, facts, {name: self._hashes[name] for name in names})
 
     def _json(self, name: str, data: Mapping[str, Any]) -> None:
         write_json(self.partial / name, data)
@@ -181,7 +214,7 @@ class PackedWriter(Unfinished):
         self._hashes[name] = _write(self.partial / name, [content])
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Header]]:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
     """Write and sync a safetensors file, wide elements first, so that everything is aligned.
 
     Returns its bytes and sha256, and the types and shapes in it. Raises :class:`CheckpointError` for a type that a
