@@ -408,6 +408,11 @@ def economy(results: Mapping[str, Any]) -> dict[str, str]:
     return {"economy": table(["matrices", "apart, s", "shared, s", "times"], rows)}
 
 
+def rounding(results: Mapping[str, Any]) -> dict[str, str]:
+    where = list(next(iter(results.values())))
+    return {"rounding": table(["ns a weight", *where], [[name, *row.values()] for name, row in results.items()])}
+
+
 def rows(results: Mapping[str, Any]) -> dict[str, str]:
     names = list(next(iter(results["rows"].values())))
     cells = [[count, *(f"{row[name]:.0f}" for name in names)] for count, row in results["rows"].items()]
@@ -523,6 +528,7 @@ PRINTED = {
     "floor": floor,
     "ray": ray,
     "economy": economy,
+    "rounding": rounding,
     "fit": fit,
     "soak": soak,
     "serving": serving,

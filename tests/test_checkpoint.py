@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -170,6 +171,39 @@ def test_interruption_leaves_nothing(tmp_path: Path, error: type[BaseException])
     with pytest.raises(error):
         interrupted(tmp_path / "out", error)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_is_written_while_the_next_one_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is in the journal when its shard is on the disk; one whose shard fails never is, nor any after it."""
+    making, real, broken = threading.Event(), writing.write_tensors, tmp_path / "out.partial" / "shard-00002"
+
+    def late(path: Path, tensors: Any) -> Any:
+        assert making.wait(60), "the next one waits for this one"
+        if path == broken:
+            raise OSError(errno.ENOSPC, "full")
+        return real(path, tensors)
+
+    monkeypatch.setattr(writing, "write_tensors", late)
+    found: list[Any] = []
+
+    def step(writer: PackedWriter, name: str) -> list[tuple[str, Any]]:
+        found.append([step for step in "abcd" if writer.journal is not None and writer.journal.done(step)])
+        if name == "b":
+            making.set()
+        return [(name, torch.ones(8))]
+
+    def run() -> None:
+        with PackedWriter(tmp_path / "out", job={}) as writer:
+            writer.behind = True
+            for name in "abcd":
+                writer.part(name, lambda n=name: step(writer, n), {"of": name})
+
+    with pytest.raises(OutputError, match="the disk is full"):
+        run()
+    assert found == [[], [], ["a"], ["a", "b"]]
+    with PackedWriter(tmp_path / "out", job={}, resume=True) as writer:
+        assert writer.journal is not None
+        assert [writer.journal.done(name) for name in "abcd"] == [{"of": "a"}, {"of": "b"}, None, None]
 
 
 def test_empty_folder_may_be_used_and_parents_are_made(tmp_path: Path) -> None:

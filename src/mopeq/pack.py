@@ -147,6 +147,7 @@ def write_packed(
     fallbacks: list[str] = []
     steps = list(_steps(opened, [*spec.linears, *spec.kept]))
     keys = [*(sorted(_expert_keys(layer)) for layer in spec.layers), *([ref.key for ref in refs] for refs in steps), []]
+    keys[1] += keys[0]  # the first is read ahead of its own experts, too
     following, ahead = iter(keys[1:]), Ahead(source)
     writer.behind = method in DATA_FREE  # with others there may be no room for one more shard
     for layer in track(spec.layers, f"quantize with {method}", len(spec.layers)):
