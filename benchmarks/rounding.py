@@ -16,7 +16,8 @@ from common import arguments, store
 from mopeq import qtensor
 from mopeq.native import ISAS, library
 from mopeq.precision import Precision
-from mopeq.quantizers import compiled, gptq, rtn, rtn_mse
+from mopeq.quantizers import compiled, rtn, rtn_mse
+from mopeq.quantizers.gptq import FACTORS
 from mopeq.quantizers.grid import searched
 
 SIZE = 2048
@@ -29,12 +30,11 @@ def main() -> None:
     draw = torch.Generator().manual_seed(0)
     weight = (torch.randn(1, SIZE, SIZE, generator=draw) / 50).bfloat16().float()
     importance, codes = torch.rand(1, SIZE, generator=draw), torch.randint(0, 16, (SIZE, SIZE), dtype=torch.uint8)
-    factors = gptq.__globals__["FACTORS"]
     works: dict[str, Callable[[], Any]] = {
         "rtn, 4g128": lambda: rtn(weight, Precision(4, 128)),
         "rtn-mse, 8g128s": lambda: rtn_mse(weight, Precision(8, 128, True)),
         "rtn-mse, 4g128": lambda: rtn_mse(weight, Precision(4, 128)),
-        "grids of gptq, 4g128": lambda: searched(weight, Precision(4, 128), importance, factors=factors, refits=0),
+        "grids of gptq, 4g128": lambda: searched(weight, Precision(4, 128), importance, factors=FACTORS, refits=0),
         "bit strings, 4 bits": lambda: qtensor.pack_bits(codes, 4),
     }
     lib, rows = library(), {}
