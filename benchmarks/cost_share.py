@@ -40,7 +40,7 @@ from mopeq.trial import Trial
 
 OPTIONS = [Precision(bits, 128) for bits in (2, 3, 4, 5, 6)]
 COST, CHEAP = "fisher_error", "output_error"
-SHARES = {COST: (0.5, 0.25, 0.125), CHEAP: (0.25,)}
+SHARES = {COST: (0.25, 0.125), CHEAP: (0.25,)}
 BUDGETS = (2.25, 2.5, 3.0)
 BATCH = 4
 """Sequences of a batch, as ``mopeq quantize`` has them."""
@@ -72,7 +72,8 @@ def main() -> None:
             whole, _ = measure_streamed(
                 ready, (COST, CHEAP), options=OPTIONS, quantizer="gptq", seed=seed, dtype=torch.float32, journal=journal
             )
-            rows = [{"cost": COST, "share": 1.0, "seed": seed, "seconds": round(time.process_time() - before, 1)}]
+            print(time.strftime("%H:%M:%S"), seed, round(time.process_time() - before, 1), flush=True)
+            rows = []
             units = {
                 layer.index: Stock(journal, measured_step(layer), opened.source, layer).unit
                 for layer in opened.spec.layers
@@ -89,7 +90,8 @@ def main() -> None:
                             known[_key(made)] = judge(trial.take(made), "held-out text").divergence
                     row[str(budget)] = _beside(*maps, *(known[_key(made)] for made in maps))
                 rows.append(row)
-                print(time.strftime("%H:%M:%S"), row, flush=True)
+                print(time.strftime("%H:%M:%S"), row["cost"], row["share"], row["labels"], row["spearman"],
+                      [(row[str(b)]["kl"], row[str(b)]["difference"]) for b in BUDGETS], flush=True)  # fmt: skip
         results["rows"] += rows
         results["seeds"].append(seed)
         store(asked.out, results)
@@ -147,6 +149,8 @@ def _beside(made: PrecisionMap, than: PrecisionMap, found: Divergence, other: Di
         "kl": short(found.kl.value), "than": short(other.kl.value), "difference": short(gain.value),
         "low": short(gain.low), "high": short(gain.high),
         "other_precision": short(sum(a != b for a, b in pairs) / len(pairs)),
+        "window_difference": [short((a - b) / n) for a, b, n in
+                              zip(found.window_kl, other.window_kl, found.window_tokens, strict=True)],
     }  # fmt: skip
 
 
