@@ -319,8 +319,8 @@ def backward(
             if number < least_done:
                 found = tap.finish(*marks_of(batches))
                 if others:
-                    seen = Routed(*store.get(_seen(tap.layer)), found.weighs_input)
-                    found = woven(found, seen, whole, measured)
+                    hidden, index, weights = store.get(_seen(tap.layer))
+                    found = woven(found, Routed(hidden, index, weights, tap.weighs_input), whole, measured)
                 yield tap.layer, tap.module, found
             store.drop(_seen(tap.layer))
         shell.release(number)

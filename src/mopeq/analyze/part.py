@@ -95,9 +95,9 @@ def woven(own: Routed, others: Routed, batches: Sequence[Batch], measured: Colle
         made[marks], made[~marks] = first, other
         return made
 
-    pairs = {name: (getattr(own, name), getattr(others, name)) for name in ("hidden", "index", "weights")}
-    joined = {name: both(*pair) for name, pair in pairs.items()}
-    return replace(own, **joined, vision=vision, token_weight=weight, measured=marks)
+    hidden, index = both(own.hidden, others.hidden), both(own.index, others.index)
+    weights = both(own.weights, others.weights)
+    return Routed(hidden, index, weights, own.weighs_input, own.gradient, vision, weight, marks)
 
 
 def standing_for(seen: Routed, experts: int, least: int = LEAST) -> tuple[Routed, list[float]]:
@@ -116,7 +116,7 @@ def standing_for(seen: Routed, experts: int, least: int = LEAST) -> tuple[Routed
         if missing > 0:
             more.append(others[torch.arange(missing) * len(others) // missing])
     if more:
-        part = _joined(part, seen.at(torch.cat(more).unique()))
+        part = _joined(part, seen.at(torch.unique(torch.cat(more))))
     whole, own = _mass(seen, experts), _mass(part, experts)
     share = len(part.hidden) / len(seen.hidden)
     return part, torch.where(own > 0, whole / own.clamp_min(torch.finfo(own.dtype).tiny) * share, 1.0).tolist()
@@ -124,14 +124,14 @@ def standing_for(seen: Routed, experts: int, least: int = LEAST) -> tuple[Routed
 
 def _joined(part: Routed, more: Routed) -> Routed:
     """Both; the tokens of ``more`` have the mean squared gradients of the part."""
-    names = ("hidden", "index", "weights", "vision", "token_weight")
-    pairs = {name: (getattr(part, name), getattr(more, name)) for name in names}
-    both = {name: None if first is None else torch.cat([first, other]) for name, (first, other) in pairs.items()}
     gradient = part.gradient
     if gradient is not None:
         usual = gradient.float().square().mean(0).sqrt().to(gradient.dtype)
         gradient = torch.cat([gradient, usual.expand(len(more.hidden), -1)])
-    return replace(part, **both, gradient=gradient)
+    names = ("hidden", "index", "weights", "vision", "token_weight")
+    pairs = {name: (getattr(part, name), getattr(more, name)) for name in names}
+    both = {name: torch.cat(pair) for name, pair in pairs.items() if pair[0] is not None}
+    return replace(part, gradient=gradient, **both)  # type: ignore[arg-type]
 
 
 def _mass(seen: Routed, experts: int) -> Tensor:
