@@ -408,10 +408,14 @@ def floor(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def ray(results: Mapping[str, Any]) -> dict[str, str]:
-    rows = [[name, f"{r['seconds']:.0f}", f"{r['load_average']:.0f}", f"{r['waiting_seconds']:.1f}"]
-            for name, r in results["rows"].items()]  # fmt: skip
+    rows = [
+        [name, f"{r['seconds']:.1f}", f"{r['units_seconds']:.1f}" if "units_seconds" in r else "",
+         f"{r['load_average']:.1f}", f"{r['waiting_seconds']:.1f}"]
+        for name, r in results["rows"].items()
+    ]  # fmt: skip
     waiting = f"{results['waiting_units']} units that wait {results['wait']:g} s, s"
-    return {"ray": table(["", f"a layer of {results['experts']} experts, s", "load average", waiting], rows)}
+    head = ["", f"a layer of {results['experts']} experts, s", "of it in units", "load average", waiting]
+    return {"ray": table(head, rows)}
 
 
 def streaming(results: Mapping[str, Any]) -> dict[str, str]:
