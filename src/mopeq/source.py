@@ -190,14 +190,11 @@ def _view(source: Source, ref: WeightRef) -> Tensor:
 
 def _check_finite(source: Source, ref: WeightRef, matrix: Tensor, same: Tensor) -> None:
     """Raise unless all is finite in ``same``, which is the matrix in some type."""
-    if not bool(torch.isfinite(same.sum())) and not bool(torch.isfinite(same).all()):  # the sum may overflow
-        raise ModelError(_not_finite(source, ref, matrix))
-
-
-def _not_finite(source: Source, ref: WeightRef, matrix: Tensor) -> str:
+    if bool(torch.isfinite(same.sum())) or bool(torch.isfinite(same).all()):  # the sum may overflow
+        return
     bad = int((~torch.isfinite(matrix.float())).sum())
     of = f", expert {ref.expert}" if ref.expert is not None else ""
-    return (
+    raise ModelError(
         f"{bad} of {matrix.numel()} weights of {ref.key}{of} in {source.files[ref.key]} are NaN or infinite; "
         f"expected finite weights; download this file again, or use a checkpoint without them"
     )
