@@ -17,7 +17,7 @@ LEVELS = [
     {"progress", "seam", "autoload", "journal", "foreign", "safetensors_files"},
     {"models", "source"},
     {"adapters", "data", "allocate", "quantizers", "kernels", "checkpoint", "memory", "ahead", "lazy"},
-    {"analyze", "candidates", "runtime", "job"},
+    {"activations", "analyze", "candidates", "runtime", "job"},
     {"integrations", "learned"},
     {"load"},
     {"evaluate", "fit", "report", "stream"},

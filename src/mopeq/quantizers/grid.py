@@ -237,7 +237,7 @@ def summed(cells: Tensor) -> Tensor:
         total = rest if total is None else total + rest
         if not whole:
             return total.unsqueeze(2)
-        cells = _in_turn(cells[:, :, :whole].unflatten(2, (-1, RUN)), 3)
+        cells = _in_turn(cells[:, :, :whole].reshape(*cells.shape[:2], -1, RUN, *cells.shape[3:]), 3)
 
 
 def _in_turn(cells: Tensor, axis: int) -> Tensor:
