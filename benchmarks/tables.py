@@ -439,6 +439,38 @@ def economy(results: Mapping[str, Any]) -> dict[str, str]:
     return {"economy": table(["matrices", "apart, s", "shared, s", "times"], rows)}
 
 
+def estimate(results: Mapping[str, Any]) -> dict[str, str]:
+    cells, maps = [], []
+    for label, row in results.items():
+        for name in ("min-max", "searched", "searched, damped"):
+            for what in ("moments", "output"):
+                found = row[f"{name}, {what}"]
+                least = min(found["by option"])
+                ratios = ", ".join(f"{ratio:.2f}" for ratio in found["ratio"])
+                cells.append([label, name, what, f"{found['all pairs']:.4f}", f"{least:.4f}", ratios,
+                              f"{max(found['spread']):.2f}"])  # fmt: skip
+        made, spent, count = row["map"], row["spent"], len(row["options"])
+        solved = sum(seconds for name, seconds in spent.items() if name.startswith("solved"))
+        free = (spent["min-max grids"] + spent["min-max"]) / solved
+        sums = made["output error"]
+        maps.append([label, row["units"], f"{100 * solved / count / (spent['factors'] + solved / count):.0f}",
+                     f"{100 * free:.1f}", f"{100 * spent['inverse'] / (solved / count):.0f}",
+                     f"{made['same precision']} of {made['units']}",
+                     f"{100 * (sums['estimated'] / sums['measured'] - 1):+.2f}"])  # fmt: skip
+    heads = [
+        "",
+        "steps of",
+        "beside",
+        "rank correlation, all pairs",
+        "least of an option",
+        "ratio at each option",
+        "spread",
+    ]
+    costs = ["", "units", "an option's share of quantizing once, %", "its estimate, % of it", "inverse, %",
+             "same precision", "output error of the map, %"]  # fmt: skip
+    return {"estimate": table(heads, cells), "estimated maps": table(costs, maps)}
+
+
 def rounding(results: Mapping[str, Any]) -> dict[str, str]:
     where = list(next(iter(results.values())))
     return {"rounding": table(["ns a weight", *where], [[name, *row.values()] for name, row in results.items()])}
@@ -563,6 +595,7 @@ PRINTED = {
     "ray": ray,
     "economy": economy,
     "rounding": rounding,
+    "estimate": estimate,
     "fit": fit,
     "soak": soak,
     "serving": serving,
