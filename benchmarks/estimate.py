@@ -10,8 +10,8 @@ to compensate others are r R^-1. Both are compared with the errors of what GPTQ 
   option times the ratio of estimates, so that one option in all is rounded.
 
 Steps are those of min-max grids, or of the grids that GPTQ searches. ``map`` is what the knapsack makes of these costs
-at ``--bits``: the sum of its units' output errors as they are solved, beside that of the map from solved ones. Seconds are
-of the processor.
+at ``--bits``: the sum of its units' output errors as they are solved, beside that of the map from solved ones. Seconds
+are of the processor.
 """
 
 from __future__ import annotations

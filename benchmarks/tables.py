@@ -439,7 +439,7 @@ def economy(results: Mapping[str, Any]) -> dict[str, str]:
     return {"economy": table(["matrices", "apart, s", "shared, s", "times"], rows)}
 
 
-def estimate(results: Mapping[str, Any]) -> dict[str, str]:
+def estimates(results: Mapping[str, Any]) -> dict[str, str]:
     cells, maps = [], []
     for label, row in results.items():
         for name in ("min-max", "searched", "searched, damped"):
@@ -595,7 +595,7 @@ PRINTED = {
     "ray": ray,
     "economy": economy,
     "rounding": rounding,
-    "estimate": estimate,
+    "estimate": estimates,
     "fit": fit,
     "soak": soak,
     "serving": serving,
