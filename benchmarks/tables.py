@@ -468,7 +468,9 @@ def estimates(results: Mapping[str, Any]) -> dict[str, str]:
     ]
     costs = ["", "units", "an option's share of quantizing once, %", "its estimate, % of it", "inverse, %",
              "same precision", "output error of the map, %"]  # fmt: skip
-    return {"estimate": table(heads, cells), "estimated maps": table(costs, maps)}
+    commands = "\n".join(row["command"] for row in results.values())
+    return {"estimate": table(heads, cells), "estimated maps": table(costs, maps),
+            "estimate commands": f"```\n{commands}\n```\n"}  # fmt: skip
 
 
 def rounding(results: Mapping[str, Any]) -> dict[str, str]:
