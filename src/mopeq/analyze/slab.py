@@ -31,7 +31,9 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 Part = tuple[int, ...]
 OPEN = 16
-"""Experts that are read, one by one, before their file's pages are given back: opening it reads its whole header."""
+"""Experts that are read before their file is closed, where slabs are small: opening it reads its whole header."""
+SMALL = 1 << 25
+"""Bytes in float32 of the slabs of a layer that was not observed."""
 
 
 class Map(Protocol):
@@ -120,16 +122,14 @@ class Layer:
     def parts(self) -> tuple[list[Part], list[Part]]:
         """The experts of each slab, those with enough tokens and those with few.
 
-        Where nothing was observed an expert is a slab: its memory is that of the one before it, already mapped and in
-        part in the processor's cache, and rounding it takes less time than the system does to find other pages.
+        Where nothing was observed slabs are small: their memory is that of the one before, already mapped and in part
+        in the processor's cache, and rounding them takes less time than the system does to find other pages.
         """
         (up, hidden), width = self.layer.shapes("gate_up")[0], self.layer.shapes("down")[0][1]
         observed = self.seen is not None and self.module is not None
         each = 4 * (3 * up * hidden + (hidden**2 + width**2 if self.seen is not None else 0))
-        size = max(1, self.memory // each)
+        size = max(1, (self.memory if self.seen is not None else min(self.memory, SMALL)) // each)
         everyone = range(len(self.layer.experts))
-        if self.seen is None:
-            return [(expert,) for expert in everyone], []
         counts = self.counts() if observed else []
         few = [e for e in everyone if observed and counts[e] < max(self.enough.values())]
         return _parts([e for e in everyone if e not in few], size), _parts(few, size)
@@ -139,7 +139,8 @@ class Layer:
         if self.seen is not None:
             trim()
         found = {group: read_group(self.source, self.layer, group, part).to(device) for group in GROUPS}
-        if self.seen is not None or part[-1] % OPEN == OPEN - 1 or part[-1] == len(self.layer.experts) - 1:
+        after = part[-1] + 1
+        if self.seen is not None or after % OPEN < len(part) or after == len(self.layer.experts):
             close_files()
         return found
 
