@@ -15,7 +15,7 @@ from codebook_tables import codebooks, speed
 from common import RESULTS, estimate, interpolated, table
 from cpu_kernel import shares
 from frontier_tables import frontier
-from methods_tables import methods
+from methods_tables import fitted, methods, unseen
 from moqe_tables import moqe
 from served_tables import fit, loading, serving, soak
 from signround_tables import rotated, rotated_speed, signround
@@ -547,6 +547,8 @@ PRINTED = {
     "cost_share": cost_share,
     "few_bits": methods,
     "bundled_few_bits": methods,
+    "unseen": unseen,
+    "fitted_costs": fitted,
     "frontier": frontier,
     "bundled_frontier": frontier,
     "solver": solver,

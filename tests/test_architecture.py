@@ -12,7 +12,7 @@ LEVELS = [
     {"errors", "layers"},
     {"precision"},
     {"spec"},
-    {"stats", "hadamard"},
+    {"stats", "hadamard", "native"},
     {"qtensor"},
     {"progress", "seam", "autoload", "journal", "foreign"},
     {"models", "source"},
