@@ -65,7 +65,7 @@ def main() -> None:
     for seed in (s for s in asked.seeds if s not in {run["seed"] for run in runs}):
         study = studied(asked, opened, seed, True, load_source(opened.source, torch.float32))
         prepared = study.prepared
-        calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed + OTHER)
+        calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed + OTHER, cost_share=1.0)
         other = observed(opened, calibration, dtype=torch.float32)
         stats = study.stats.with_metrics({**again("other_tokens", prepared, other.routed, "gptq"),
                                           **again("rounding", prepared, prepared.routed, "rtn")})  # fmt: skip

@@ -4,7 +4,7 @@ Each way runs in this process, after one of four sequences that is not counted, 
 the model over the same calibration text, make moments and pack; with a budget every unit is quantized at every level
 and its cost measured, on a quarter of the text unless a way says otherwise, for ``fisher_error`` with a backward pass;
 what is packed is taken from there. ``measuring`` is what a way takes beyond quantizing once. Rows of other models stay
-in the results file.
+in the results file, and with ``--ways`` the other ways of this one: the command that a row names is the one without.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -41,14 +42,19 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="calibration text")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--ways", type=int, nargs="+", default=range(len(WAYS)), help="numbers of some, from 0 on")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     results: dict[str, Any] = json.loads(asked.out.read_text())["results"] if asked.out.exists() else {}
     common = [asked.model, "--data", asked.data, "--length", str(asked.length), "--no-eval"]
     _seconds([*common, "--samples", "4", *WAYS[ONCE]])
-    seconds = {way: _seconds([*common, "--samples", str(asked.samples), *flags]) for way, flags in WAYS.items()}
+    ways = {way: flags for number, (way, flags) in enumerate(WAYS.items()) if number in asked.ways}
+    found = {way: _seconds([*common, "--samples", str(asked.samples), *flags]) for way, flags in ways.items()}
+    found = (results.get(asked.label, {}).get("seconds", {}) if len(ways) < len(WAYS) else {}) | found
+    seconds = {way: found[way] for way in WAYS if way in found}
     row = {"tokens": asked.samples * asked.length, "seconds": seconds}
-    results[asked.label] = row | {k: START[k] for k in ("commit", "command", "started")}
+    command = re.sub(r" --ways( \d+)+", "", START["command"])
+    results[asked.label] = row | {"commit": START["commit"], "command": command, "started": START["started"]}
     print(json.dumps(row, indent=1))
     store(asked.out, results)
 

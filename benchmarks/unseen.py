@@ -63,7 +63,8 @@ def main() -> None:
             file = Path(temporary) / f"without-{apart}.jsonl"
             texts = [t for domain, found in text.parts["calibrate"].items() if domain != apart for t in found]
             file.write_text("\n".join(json.dumps({"text": t}) for t in texts), encoding="utf-8")
-            ready = calibrated(opened, Calibration(str(file), asked.samples, asked.length, 8, asked.seed))
+            calibration = Calibration(str(file), asked.samples, asked.length, 8, asked.seed, cost_share=1.0)
+            ready = calibrated(opened, calibration)
             windows, ends = [], {}
             for domain, found in text.parts["judge"].items():
                 made = text_windows(found, ready.tokenizer, asked.length, limit=asked.windows)
