@@ -32,6 +32,7 @@ __all__ = [
     "kept_bytes",
     "open_source",
     "read_group",
+    "read_headers",
     "read_kept",
     "read_matrix",
     "read_tensor",
@@ -78,7 +79,7 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
     """
     path = _folder(model, revision)
     config = _read_config(path)
-    headers = _read_headers(path)
+    headers = read_headers(path)
     made = Source(
         path=path,
         config=config,
@@ -280,7 +281,7 @@ def _refuse_quantized(path: Path, settings: object) -> None:
     )
 
 
-def _read_headers(path: Path) -> dict[str, Header]:
+def read_headers(path: Path) -> dict[str, Header]:
     """Headers of the safetensors files by name, checked against the index where there is one."""
     present = sorted(p.name for p in path.glob("*.safetensors") if p.is_file())
     if not (path / INDEX).is_file():
@@ -360,7 +361,6 @@ def _read_json(file: Path) -> Any:
 
 
 # --- safetensors headers
-
 
 Header = dict[str, tuple[str, tuple[int, ...], int, int]]
 """``{key: (dtype, shape, first byte in the file, byte after the last)}``"""

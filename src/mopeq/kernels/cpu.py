@@ -24,7 +24,7 @@ from mopeq.seam import Gate
 __all__ = ["COARSE", "DIGITS", "ISAS", "convert", "digits_of", "experts", "grouped_linear", "isa", "library", "why_not"]
 
 LIBRARY = Path(__file__).with_name("libmopeq_cpu.so")
-ABI = 7
+ABI = 8
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
@@ -42,6 +42,7 @@ FAULTS = {
     7: "a buffer is not aligned to its elements",
     8: "there is no memory for the activations",
     9: "the activations' type or number of digits is unknown",
+    10: "a file cannot be read, or ends early",
 }
 
 
@@ -94,6 +95,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     lib.mopeq_repack_codes.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64]
     lib.mopeq_repack_scales.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
     lib.mopeq_repack_zeros.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
+    lib.mopeq_fill.argtypes = [c_void_p, c_int64, c_int64]
     lib.mopeq_read.argtypes, lib.mopeq_read.restype = [c_void_p, c_int64, c_int64], ctypes.c_uint64
     lib.mopeq_set_parallel_for.argtypes = [c_void_p]
     lib.mopeq_set_parallel_for.restype = None
@@ -267,8 +269,8 @@ for _name, _schema, _call, _fake in (
      _shape_of_experts),
 ):  # fmt: skip
     _LIBRARY.define(f"{_name}({_schema}) -> Tensor")
-    # an operator is opaque in a graph, but Dynamo would still look into Python that runs inside one
-    _LIBRARY.impl(_name, torch.compiler.disable(_call), "CPU")  # type: ignore[no-untyped-call]
+    # without torch.compiler.disable, which imports Dynamo, 1.5 s: operators in a graph run with Dynamo off
+    _LIBRARY.impl(_name, _call, "CPU")
     torch.library.register_fake(f"mopeq::{_name}", _fake, lib=_LIBRARY)
 
 

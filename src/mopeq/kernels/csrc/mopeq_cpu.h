@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { MOPEQ_ABI = 7 };
+enum { MOPEQ_ABI = 8 };
 
 // Type of the activations.
 enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
@@ -29,6 +29,7 @@ enum {
   MOPEQ_ALIGN = 7,     // a pointer not aligned to its element
   MOPEQ_MEMORY = 8,    // no memory for the activations
   MOPEQ_TYPE = 9,      // an unknown type or number of digits
+  MOPEQ_FILE = 10,     // a file that cannot be read, or ends early
 };
 
 // How the codes of a matrix are meant: with zero points, without, or as points of the codebook, of 2 bits a weight; and
@@ -132,6 +133,20 @@ MOPEQ_API int mopeq_repack_codes(const uint8_t *from, uint8_t *to, int64_t rows,
 MOPEQ_API int mopeq_repack_scales(const uint16_t *from, uint16_t *to, int64_t rows, int64_t groups, int64_t to_panels);
 MOPEQ_API int mopeq_repack_zeros(const uint8_t *from, uint8_t *to, int64_t rows, int64_t groups, int64_t bits,
                                  int64_t to_panels);
+
+// What a tensor in a file is: bytes to be taken as they are, or the plain form of one of a matrix's parts.
+enum { MOPEQ_PLAIN = 0, MOPEQ_CODES = 1, MOPEQ_SCALES = 2, MOPEQ_POINTS = 3 };
+
+// `bytes` from `begin` on of an open file descriptor, to `to`, a matrix's parts in panels. columns: inputs of codes,
+// groups of scales and zero points (MOPEQ_POINTS); bits: of a code.
+typedef struct {
+  int64_t file, begin, bytes;
+  void *to;
+  int64_t part, rows, columns, bits;
+} mopeq_stored;
+
+// Fills all of them with at most `threads` threads of its own, beside which the caller's may go on.
+MOPEQ_API int mopeq_fill(const mopeq_stored *stored, int64_t count, int64_t threads);
 
 // The ceiling for benchmarks: reads `bytes` with `threads` threads and returns a checksum. 64-byte aligned.
 MOPEQ_API uint64_t mopeq_read(const void *data, int64_t bytes, int64_t threads);
