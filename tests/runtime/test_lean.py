@@ -18,7 +18,7 @@ import packing
 import tiny
 from mopeq.adapters import describe, inventory_of
 from mopeq.checkpoint import verify
-from mopeq.errors import ModelError
+from mopeq.errors import CheckpointError, ModelError
 from mopeq.kernels import selected, using
 from mopeq.kernels.fill import Stored
 from mopeq.load import load, load_tokenizer
@@ -131,12 +131,12 @@ def test_damage(olmoe: Path, tmp_path: Path) -> None:
     weights = next(olmoe.glob("*.safetensors"))
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-5])
-    with pytest.raises(ModelError, match="truncated"):
+    with pytest.raises(CheckpointError, match="truncated"):
         lean_of(olmoe)
     weights.write_bytes(whole.replace(b".up_proj.scales", b".up_proj.scalex", 1))
-    with pytest.raises(ModelError, match=r"lacks tensor .*up_proj\.scales"):
+    with pytest.raises(CheckpointError, match=r"lacks tensor .*up_proj\.scales"):
         lean_of(olmoe)
-    with pytest.raises(ModelError, match="gone cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match="gone cannot be read: No such file"):
         _filled([Stored(tmp_path / "gone", 0, 1, 1)], 1, {})
 
 
@@ -162,7 +162,7 @@ def test_laid_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert other.tensors
         assert "panels.safetensors is of other files, or of another type than torch.float16" in caplog.text
         (folder / PANELS).write_bytes((folder / PANELS).read_bytes()[:-1])
-        with pytest.raises(ModelError, match="is damaged"):
+        with pytest.raises(CheckpointError, match="is damaged"):
             lean_of(folder)
     finally:
         (folder / PANELS).unlink()

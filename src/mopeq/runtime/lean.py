@@ -138,10 +138,10 @@ class Lean:
         for held, states in zip(cache, (_rotated(k, *rotation), v), strict=True):
             held[:, :, :tokens] = states
         k, v = (held[:, :, :tokens] for held in cache)
-        grouped = {"enable_gqa": True} if self.shape.heads > self.shape.kv_heads else {}
         out = functional.scaled_dot_product_attention(
-            _rotated(q, *rotation), k, v, dropout_p=0.0, is_causal=tokens > 1, scale=own.scaling, **grouped
-        )
+            _rotated(q, *rotation), k, v, is_causal=tokens > 1, scale=own.scaling,
+            enable_gqa=self.shape.heads > self.shape.kv_heads,
+        )  # fmt: skip
         done: Tensor = own.o_proj(out.transpose(1, 2).reshape(1, tokens, -1).contiguous())
         return done
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mopeq.checkpoint import Manifest, check_packed, write_tensors
-from mopeq.errors import ModelError
+from mopeq.errors import CheckpointError, InputError, ModelError
 from mopeq.kernels import GroupLayout, PackedGroup, selected
 from mopeq.kernels.attention import PROJECTIONS
 from mopeq.kernels.cpu import TYPES
@@ -46,7 +46,7 @@ SAID = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_valu
 """What every configuration must say."""
 PLAIN = {"hidden_act": "silu", "tie_word_embeddings": False}
 """Settings that must be there and have these values."""
-ABSENT = {"attention_bias": False, "clip_qkv": None, "use_sliding_window": False, "mlp_only_layers": [],
+ABSENT: dict[str, Any] = {"attention_bias": False, "clip_qkv": None, "use_sliding_window": False, "mlp_only_layers": [],
           "decoder_sparse_step": 1}  # fmt: skip
 """Settings that must have these values where they are there; transformers' defaults are the same."""
 
@@ -84,8 +84,7 @@ def lean_of(
         mapped: take the file of :func:`lay_out` where there is one.
 
     Raises:
-        CheckpointError: packed tensors that are not what the map says.
-        ModelError: damaged files.
+        CheckpointError: damaged files, or packed tensors that are not what the map says.
     """
     folder = Path(path)
     config = _json(folder / "config.json")
@@ -100,7 +99,10 @@ def lean_of(
         return None
     plan = _Plan(Manifest.from_json(settings), kind, mapped=_mapped(folder, kind) if mapped else {})
     if not plan.mapped:
-        files = read_headers(folder)
+        try:
+            files = read_headers(folder)
+        except ModelError as error:
+            raise CheckpointError(str(error)) from error
         check_packed(plan.manifest, {key: entry[:2] for header in files.values() for key, entry in header.items()})
         plan.places = {key: (folder / name, *entry) for name, header in files.items() for key, entry in header.items()}
         if not _suits(plan, config, shape, family):
@@ -160,7 +162,7 @@ def _mapped(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         with safe_open(file, "pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is damaged: {error}; delete it, or run mopeq panels {folder} again") from error
+        raise CheckpointError(f"{file} is damaged: {error}; delete it, or run mopeq panels {folder} again") from error
     stamp, wanted = tensors.pop(STAMP, None), _stamp(folder, dtype)
     if stamp is None or wanted is None or not stamp.equal(wanted):
         logging.getLogger("mopeq").warning(
@@ -240,8 +242,8 @@ class _Plan:
         """Matrices under their base names, those of each expert, in panels; ``name`` is that of all of them."""
         keys = {part: f"{name}.{part}" for part in PARTS}
         if self.mapped:
-            return PackedGroup(layout, self.mapped[keys["qweight"]],
-                               *(self.mapped.get(keys[part]) for part in ("scales", "zeros")), "panels")  # fmt: skip
+            scales, zeros = (self.mapped.get(keys[part]) for part in ("scales", "zeros"))
+            return PackedGroup(layout, self.mapped[keys["qweight"]], scales, zeros, "panels")
         buffers = {part: in_large_pages(torch.empty(layout.size(part), dtype=dtype)) for part, dtype in PARTS.items()}
         for names, precision, rows in zip(bases, layout.precisions, layout.table.tolist(), strict=True):
             for base, (bits, group, _, out, inputs, *at) in zip(names, rows, strict=True):
@@ -323,7 +325,9 @@ def _filled(jobs: list[Stored], threads: int, kept: Mapping[str, Tensor]) -> Non
     try:
         fill(jobs, threads)
     except OSError as error:
-        raise ModelError(f"{error.filename} cannot be read: {error.strerror}; copy the checkpoint again") from error
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}; copy it again") from error
+    except InputError as error:
+        raise CheckpointError(f"the packed files changed while they were read ({error}); run again") from error
 
 
 def _layer(plan: _Plan, shape: Shape, family: Family, number: int) -> Layer:
