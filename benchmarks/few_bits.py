@@ -60,7 +60,8 @@ def main() -> None:
     results = _resumed(asked)
     rows, seconds = results["rows"], results["processor_seconds"]
     for seed in (s for s in asked.seeds if f"align, seed {s}" not in seconds):
-        ready = calibrated(opened, Calibration(asked.data, asked.samples, asked.length, 8, seed))
+        calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed, cost_share=1.0)
+        ready = calibrated(opened, calibration)
         each = asked.windows // len(asked.text)
         windows = [
             w for path in asked.text for w in text_windows(read_texts(path), ready.tokenizer, asked.length, limit=each)
@@ -72,15 +73,7 @@ def main() -> None:
             judging(original, windows, cache=folder, batch_size=8) as judge,
         ):
             before = time.process_time()
-            stats, _ = measure_streamed(
-                ready, ("output_peak", COST), options=(LEFT_OUT, TWO, CODEBOOK, *MORE), quantizer="gptq", seed=seed,
-                dtype=torch.float32, journal=journal,
-            )  # fmt: skip
-            units = {
-                layer.index: Stock(journal, measured_step(layer), opened.source, layer).unit
-                for layer in opened.spec.layers
-            }
-            trial = Trial(original, opened, units)
+            stats, trial = measured(ready, original, journal, seed)
 
             def judged(model: nn.Module, judge: Any = judge) -> Divergence:
                 return judge(model, "held-out text").divergence
@@ -92,7 +85,7 @@ def main() -> None:
                 rows.append(_row(study, name, seed, opened, made, found, than, facts))
                 print(time.strftime("%H:%M:%S"), rows[-1], flush=True)
 
-            maps = _few_bits(stats, opened, trial, judged, row)
+            maps = _few_bits(stats, opened, trial, judged, row, asked.budgets)
             seconds[f"few bits, seed {seed}"] = round(time.process_time() - before, 1)
             store(asked.out, results)
             before = time.process_time()
@@ -115,6 +108,16 @@ def main() -> None:
         store(asked.out, results)
 
 
+def measured(ready: Prepared, original: nn.Module, journal: Journal, seed: int) -> tuple[Stats, Trial]:
+    """Costs of every option, and the original with experts packed at any of them."""
+    stats, _ = measure_streamed(
+        ready, ("output_peak", COST), options=(LEFT_OUT, TWO, CODEBOOK, *MORE), quantizer="gptq", seed=seed,
+        dtype=torch.float32, journal=journal,
+    )  # fmt: skip
+    units = {layer.index: Stock(journal, measured_step(layer), ready.source, layer).unit for layer in ready.spec.layers}
+    return stats, Trial(original, ready, units)
+
+
 def _resumed(asked: argparse.Namespace) -> dict[str, Any]:
     """What the same command stored of seeds that it finished, or nothing yet."""
     found: dict[str, Any] = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {}
@@ -133,19 +136,21 @@ def _resumed(asked: argparse.Namespace) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = study_arguments(__doc__ or "", "few_bits")
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="bits per expert weight")
     parser.add_argument("--align", nargs="*", choices=OFFERED, default=[USUAL], help="maps to align")
     parser.add_argument("--rates", type=float, nargs="*", default=[3e-4], help="of tuning norms and routers")
     return parser
 
 
 def _few_bits(
-    stats: Stats, opened: Prepared, trial: Trial, judged: Callable[[nn.Module], Divergence], row: Callable[..., None]
-) -> dict[str, PrecisionMap]:
+    stats: Stats, opened: Prepared, trial: Trial, judged: Callable[[nn.Module], Divergence], row: Callable[..., None],
+    budgets: Sequence[float],
+) -> dict[str, PrecisionMap]:  # fmt: skip
     """Judge every set of options at every budget that it fits; the maps at ``AT``."""
     two, maps = uniform_map(opened.inventory, [TWO], rest=KEPT), {}
     uniform = judged(trial.take(two))
     row("few bits", "uniform 2", two, uniform, None)
-    for budget in BUDGETS:
+    for budget in budgets:
         than = uniform
         for name, options in OFFERED.items():
             if LEFT_OUT not in options and 8 * least_bytes(opened.inventory, options) > budget * _weights(opened):

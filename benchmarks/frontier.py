@@ -199,7 +199,7 @@ def _run(
         measured = left or not with_data | schemes | {f"ours-0 {bits}" for bits in asked.pruned} <= set(rows)
         if not (measured or (last and (_unasked(asked, run) or asked.draws > len(run.get("draws", ()))))):
             return
-        study = _studied(asked, opened, run["seed"], left, changed)
+        study = studied(asked, opened, run["seed"], left, changed)
         run["seconds"] = {**run.get("seconds", {}), **study.seconds}
         for job in (*_jobs(study, asked.bits, left), *_pruned(study, asked.pruned), *_schemes(study, rows)):
             if job.name not in rows:
@@ -261,10 +261,10 @@ def _size(opened: Prepared, bits: float) -> int:
     return model.total_bytes(uniform) - model.expert_bytes(uniform) + math.ceil(bits * model.expert_parameters / 8)
 
 
-def _studied(asked: argparse.Namespace, opened: Prepared, seed: int, compared: bool, changed: nn.Module) -> Study:
+def studied(asked: argparse.Namespace, opened: Prepared, seed: int, compared: bool, changed: nn.Module) -> Study:
     """Observe, quantize every unit at every precision, and measure mopeq's costs and, if asked, those of controls."""
     begun = time.process_time()
-    calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
+    calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed, cost_share=1.0)
     prepared = observed(opened, calibration, dtype=torch.float32)
     seconds = {"observe": time.process_time() - begun}
     options = _options()

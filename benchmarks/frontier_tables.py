@@ -203,6 +203,7 @@ def _ranks(results: Mapping[str, Any]) -> str:
             ],
             "random, 2.2 to 4.0 bits": drawn["many"],
             "random, 2.5 bits each": drawn["one"],
+            "random, both": [*drawn["many"], *drawn["one"]],
         }
         for what, part in parts.items():
             if len(part) > 2:

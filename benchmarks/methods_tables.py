@@ -1,12 +1,14 @@
-"""The tables of ``methods.py`` and ``few_bits.py``, from the results of their runs."""
+"""The tables of ``methods.py``, ``few_bits.py``, ``unseen.py`` and ``fitted_costs.py``, from their results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common import table
+from common import estimate, table
 
+MEASURED = ("other tokens", "plain rounding")
+"""Costs that are measured as those of the fitted tokens are, but for one thing."""
 HEAD = ["map", "seed", "MB of experts", "KL", "KL without", "difference, 95 %", "of it"]
 
 
@@ -44,3 +46,61 @@ def _fact(row: Mapping[str, Any]) -> str:
     if "same_experts" in row:
         return f"same experts: {100 * row['same_experts'][0]:.1f} to {100 * row['same_experts'][1]:.1f} %"
     return ""
+
+
+def unseen(results: Mapping[str, Any]) -> dict[str, str]:
+    """KL on a domain's text with and without text of its kind in the calibration."""
+    (run,) = results["runs"]
+    rows = {(row["apart"], row["name"]): row for row in run["rows"]}
+    names = list(dict.fromkeys(name for _, name in rows))
+    body = []
+    for apart in dict.fromkeys(domain for domain, _ in rows if domain):
+        for name in names:
+            own, without = (rows[which, name]["window_kl"][apart] for which in ("", apart))
+            gap = estimate([a - b for a, b in zip(without, own, strict=True)])
+            first, second = (estimate(values).value for values in (own, without))
+            body.append([
+                apart, name, rows[apart, name]["left_out"], f"{first:.4f}", f"{second:.4f}",
+                f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})", f"{second / first:.2f}",
+            ])  # fmt: skip
+    head = ["text", "map at 2.25 bits", "experts left out", "KL, calibrated on all", "KL, without this kind of text",
+            "difference, 95 %", "times"]  # fmt: skip
+    return {"unseen": table(head, body)}
+
+
+def fitted(results: Mapping[str, Any]) -> dict[str, str]:
+    """Maps by costs that differ in one thing, and those costs by the number of tokens of an expert."""
+    named: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
+    for run in results["runs"]:
+        for row in run["rows"]:
+            named.setdefault((row["granularity"], row["bits"], row["cost"]), []).append(row)
+    body = []
+    for (granularity, bits, cost), rows in sorted(named.items(), key=lambda item: item[0][:2]):
+        first = named[granularity, bits, "fitted tokens"]
+        means = [
+            [sum(v) / len(v) for v in zip(*(row["window_kl"] for row in part), strict=True)] for part in (rows, first)
+        ]
+        gap = estimate([a - b for a, b in zip(*means, strict=True)])
+        won = sum(a["kl"] < b["kl"] for a, b in zip(rows, first, strict=True))
+        beside = [f"{gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f})", f"{won} of {len(rows)}"]
+        which = "whole experts" if granularity == "expert" else "gate and up apart from down"
+        kl = estimate(means[0]).value
+        body.append([bits, which, cost, f"{kl:.5f}", *(beside if rows is not first else ["", ""])])
+    head = ["bits", "what has one precision", "cost", "KL", "above that of the fitted tokens, 95 %", "seeds won"]
+    return {"fitted costs": table(head, body), "fitted costs by tokens": _by_tokens(results)}
+
+
+def _by_tokens(results: Mapping[str, Any]) -> str:
+    """Sums over seeds, as multiples of what is measured on the fitted tokens."""
+    runs = [run["experts"] for run in results["runs"]]
+    body = []
+    for rows in zip(*runs, strict=True):
+        cells = [_times(rows, way, bits) for bits in ("2", "4") for way in MEASURED]
+        body.append([rows[0]["least"], sum(row["experts"] for row in rows), *cells])
+    ways = [f"{way}, {bits} bits" for bits in (2, 4) for way in MEASURED]
+    return table(["tokens of an expert, at least", "experts, all seeds", *ways], body)
+
+
+def _times(rows: Sequence[Mapping[str, Any]], way: str, bits: str) -> str:
+    first, second = (sum(row[which][bits] for row in rows) for which in ("fitted tokens", way))
+    return f"{second / first:.2f}" if first else ""

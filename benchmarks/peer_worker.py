@@ -104,7 +104,9 @@ def auto_scheme(asked: argparse.Namespace, ids: list[list[int]], iters: int) -> 
 
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
-    text = asked.out.removesuffix(".safetensors") + ".text.json"  # it takes the name of a file and no tokens here
+    # it takes the name of a file and no tokens here, and takes blanks out of that name
+    out = Path(asked.out)
+    text = str(out.with_name(out.stem.replace(" ", "-") + ".text.json"))
     Path(text).write_text(json.dumps([{"text": tokenizer.decode(row)} for row in ids]), encoding="utf-8")
     options = [
         QuantizationScheme.from_dict(

@@ -30,7 +30,7 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         "scores": ["scores.py", *named],
         "codebooks": ["codebooks.py", *named, "--text", *text],
         "methods": ["methods.py", *named, "--text", *text],
-        "few_bits": ["few_bits.py", *named, "--text", *text],
+        "few_bits": ["few_bits.py", *named, "--text", *text, "--budgets", "2.0", "2.25", "2.5", "2.75", "3.0"],
         "bundled_few_bits": [
             "few_bits.py",
             *bundled,
@@ -39,6 +39,8 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
             "-o",
             "benchmarks/results/bundled_few_bits.json",
         ],
+        "unseen": ["unseen.py", "--model", model, "--label", label, "--text", *text, "--apart", "c", "prose", "wiki"],
+        "fitted_costs": ["fitted_costs.py", *named, "--text", *text],
         "measuring_cost": ["measuring_cost.py", *named],
         "bundled_recipes": ["recipes.py", *bundled, "-o", "benchmarks/results/bundled_recipes.json"],
         "bundled_methods": [

@@ -14,7 +14,7 @@ from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
-from mopeq.kernels.cpu import check, library
+from mopeq.native import check, library
 
 __all__ = ["CODES", "PLAIN", "POINTS", "SCALES", "Stored", "fill"]
 

@@ -1,0 +1,136 @@
+"""Why another cost of whole experts is better near 4 bits: costs that differ from mopeq's in one thing at a time.
+
+mopeq measures what GPTQ's codes change on the tokens that GPTQ fitted them to. Beside it, of the same form: the change
+on other sequences of the same text; the change that plain rounding makes on the same tokens; and GEMQ's, which is plain
+rounding's too, with the data's next tokens in the place of drawn labels. Every cost deals out the bits of whole experts
+and, but for GEMQ's, of gate and up apart from down; all maps are judged with the same GPTQ codes.
+
+``experts`` sums the costs up by the number of tokens that an expert saw: what is fitted is low where tokens are few.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import START, store, study_arguments
+from fidelity import short, windows_of
+from frontier import COST, KEPT, LEVELS, studied
+from mopeq.allocate import allocate
+from mopeq.analyze import Routed, expert_tokens, layer_costs, moments
+from mopeq.analyze.forward import experts_module
+from mopeq.evaluate.divergence import judging
+from mopeq.load import load_source
+from mopeq.measure import Calibration, Prepared, observed, open_model
+from mopeq.precision import GROUPS, Precision
+from mopeq.quantizers import QUANTIZERS
+from mopeq.source import read_group
+from mopeq.stats import Stats, cost_metric
+
+OPTIONS = [Precision(bits, 128) for bits in LEVELS]
+OTHER = 100
+"""Added to a seed: the sequences on which the codes of that seed are measured again."""
+WAYS = {
+    "fitted tokens": (COST, "group", "expert"),
+    "other tokens": ("other_tokens", "group", "expert"),
+    "plain rounding": ("rounding", "group", "expert"),
+    "GEMQ": ("gemq", "expert"),
+}
+"""Costs, and whether they are of gate and up apart from down."""
+EDGES = (0, 1, 64, 256, 1024)
+"""Least numbers of tokens of the experts whose costs are summed up."""
+
+
+def main() -> None:
+    parser = study_arguments(__doc__ or "", "fitted_costs")
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 3.5, 4.0], help="sizes of the maps")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    opened = open_model(asked.model)
+    settings: dict[str, Any] = {
+        "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
+        "samples": asked.samples,
+    }  # fmt: skip
+    results: dict[str, Any] = {**settings, "runs": []}
+    if asked.out.exists():
+        stored = json.loads(asked.out.read_text(encoding="utf-8"))["results"]
+        results["runs"] = stored["runs"] if {key: stored[key] for key in settings} == settings else []
+    runs = results["runs"]
+    for seed in (s for s in asked.seeds if s not in {run["seed"] for run in runs}):
+        study = studied(asked, opened, seed, True, load_source(opened.source, torch.float32))
+        prepared = study.prepared
+        calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed + OTHER)
+        other = observed(opened, calibration, dtype=torch.float32)
+        stats = study.stats.with_metrics({**again("other_tokens", prepared, other.routed, "gptq"),
+                                          **again("rounding", prepared, prepared.routed, "rtn")})  # fmt: skip
+        run = {"seed": seed, "commit": START["commit"], "experts": by_tokens(stats, prepared), "rows": []}
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            judging(prepared.model, windows_of(asked, prepared), cache=folder, batch_size=8) as judge,
+        ):
+            for bits in asked.bits:
+                for way, (cost, *granularities) in WAYS.items():
+                    for granularity in granularities:
+                        made = allocate(
+                            stats, budget=f"{bits}bpw", cost=cost, options=OPTIONS, granularity=granularity, rest=KEPT
+                        )
+                        found = judge(study.take(made), way).divergence
+                        tokens = found.window_tokens
+                        run["rows"].append({
+                            "bits": bits, "cost": way, "granularity": granularity, "kl": short(found.kl.value),
+                            "bytes": opened.inventory.total_bytes(made),
+                            "window_kl": [short(v / n) for v, n in zip(found.window_kl, tokens, strict=True)],
+                        })  # fmt: skip
+                        print(
+                            time.strftime("%H:%M:%S"), seed, bits, way, granularity, short(found.kl.value), flush=True
+                        )
+        runs.append(run)
+        store(asked.out, results)
+
+
+def again(name: str, fitted: Prepared, seen: Mapping[int, Routed], quantizer: str) -> dict[str, dict[int, list[float]]]:
+    """Fisher costs on the tokens ``seen`` of codes that were made with the moments of others, as metrics of a name."""
+    made: dict[str, dict[int, list[float]]] = {}
+    for layer in fitted.spec.layers:
+        module = experts_module(fitted.model, layer)
+        weights = {group: read_group(fitted.source, layer, group) for group in GROUPS}
+        inputs = moments(fitted.routed[layer.index], module, weights["gate_up"]) if quantizer == "gptq" else None
+        found = layer_costs(
+            seen[layer.index], module, weights, inputs, OPTIONS, QUANTIZERS[quantizer], costs=[COST]
+        )  # fmt: skip
+        for group in GROUPS:
+            for p in OPTIONS:
+                made.setdefault(cost_metric(name, group, p), {})[layer.index] = found[cost_metric(COST, group, p)]
+    return made
+
+
+def by_tokens(stats: Stats, prepared: Prepared) -> list[dict[str, Any]]:
+    """Sums of each cost at 2 and at 4 bits over the experts with so many tokens."""
+    tokens = {k: expert_tokens(seen, stats.model.experts[k]) for k, seen in prepared.routed.items()}
+    rows = []
+    for low, high in zip(EDGES, (*EDGES[1:], float("inf")), strict=True):
+        chosen = [(k, e) for k, row in tokens.items() for e, n in enumerate(row) if low <= n < high]
+        row: dict[str, Any] = {
+            "least": low,
+            "experts": len(chosen),
+            "tokens": sum(int(tokens[k][e]) for k, e in chosen),
+        }
+        for way, (cost, *_) in WAYS.items():
+            row[way] = {str(p.bits): _summed(stats, cost, p, chosen) for p in (OPTIONS[0], OPTIONS[2])}
+        rows.append(row)
+    return rows
+
+
+def _summed(stats: Stats, cost: str, precision: Precision, experts: Sequence[tuple[int, int]]) -> float:
+    columns = [stats.metric(cost_metric(cost, group, precision)) for group in GROUPS]
+    return short(sum(float(column[k][e]) for column in columns for k, e in experts))
+
+
+if __name__ == "__main__":
+    main()
