@@ -56,7 +56,7 @@ sanitize: $(STAMP)  ## the kernel's tests under AddressSanitizer and UndefinedBe
 	  $(BIN)/python -m pytest tests/kernels -k "not environment and not fork and not shapes_without"; \
 	  status=$$?; $(BIN)/python hatch_build.py && exit $$status
 
-WITHOUT_POOL = import sys, pytest; from mopeq.kernels import cpu; cpu._torch_pool = lambda: None; sys.exit(pytest.main(sys.argv[1:]))
+WITHOUT_POOL = import sys, pytest; from mopeq import native; native._torch_pool = lambda: None; sys.exit(pytest.main(sys.argv[1:]))
 
 sanitize-threads: $(STAMP)  ## the kernel's tests of threads under ThreadSanitizer (gcc), on threads of its own, as torch's pool is not instrumented
 	CXX=g++ CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=thread" $(BIN)/python hatch_build.py

@@ -55,7 +55,10 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
 
 def decoded(model: Any, prompt: torch.Tensor, *, native: bool) -> tuple[float, float]:
     """A token of decode, the prompt left out."""
-    with mock.patch.object(decoding, "step_of", decoding.step_of if native else lambda *args: None):
+    step_of = decoding.step_of if native else lambda *args: None
+    with mock.patch.object(decoding, "step_of", step_of), mock.patch.dict(model.__dict__):
+        if not native:
+            model.__dict__.pop("forward", None)  # which takes steps too
         tokens = decoding.decode(model, prompt, NEW + 1, frozenset(), decoding.Sampling())
         next(tokens)
         passed, used = timed(lambda: list(tokens))

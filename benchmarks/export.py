@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help="windows of held-out text")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    calibration = Calibration(samples=64, length=256, batch_size=8)
+    calibration = Calibration(samples=64, length=256, batch_size=8, cost_share=1.0)
     prepared = observed(open_model(bundled_model()), calibration, dtype=torch.float32)
     stats = measure_prepared(prepared, (COST,), options=prepared.inventory.precisions((2, 3, 4, 5, 6)))
     texts = [bundled_text(name).read_text(encoding="utf-8") for name in ("heldout_code.txt", "heldout_docs.txt")]

@@ -60,7 +60,8 @@ def main() -> None:
     results = _resumed(asked)
     rows, seconds = results["rows"], results["processor_seconds"]
     for seed in (s for s in asked.seeds if f"align, seed {s}" not in seconds):
-        ready = calibrated(opened, Calibration(asked.data, asked.samples, asked.length, 8, seed))
+        calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed, cost_share=1.0)
+        ready = calibrated(opened, calibration)
         each = asked.windows // len(asked.text)
         windows = [
             w for path in asked.text for w in text_windows(read_texts(path), ready.tokenizer, asked.length, limit=each)

@@ -81,7 +81,7 @@ def main() -> None:
     hessian: dict[str, Mapping[int, Sequence[float]]] = {}
     for number, seed in enumerate(asked.seeds):
         started = time.perf_counter()
-        calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
+        calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed, cost_share=1.0)
         prepared = observed(opened, calibration, dtype=torch.float32)
         studies = asked.studies if number == 0 else [s for s in asked.studies if s == "maps"]
         stats, seconds = _measured(prepared, studies, seed, asked.group_size)

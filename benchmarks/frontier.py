@@ -265,7 +265,7 @@ def _size(opened: Prepared, bits: float) -> int:
 def studied(asked: argparse.Namespace, opened: Prepared, seed: int, compared: bool, changed: nn.Module) -> Study:
     """Observe, quantize every unit at every precision, and measure mopeq's costs and, if asked, those of controls."""
     begun = time.process_time()
-    calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
+    calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed, cost_share=1.0)
     prepared = observed(opened, calibration, dtype=torch.float32)
     seconds = {"observe": time.process_time() - begun}
     options = _options()

@@ -2,8 +2,9 @@
 
 Each way runs in this process, after one of four sequences that is not counted, without guard and comparison. Both run
 the model over the same calibration text, make moments and pack; with a budget every unit is quantized at every level
-and its cost measured, for ``fisher_error`` with a backward pass, and what is packed is taken from there. ``measuring``
-is what a way takes beyond quantizing once. Rows of other models stay in the results file.
+and its cost measured, on a quarter of the text unless a way says otherwise, for ``fisher_error`` with a backward pass;
+what is packed is taken from there. ``measuring`` is what a way takes beyond quantizing once. Rows of other models stay
+in the results file.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ WAYS = {
     "levels 2,3,4, output_error": ["--budget", "3bpw", "--levels", "2,3,4", "--cost", "output_error"],
     "levels 2,3,4": ["--budget", "3bpw", "--levels", "2,3,4"],
     "levels 2,3,4,5,6": ["--budget", "3bpw", "--levels", "2,3,4,5,6"],
+    "levels 2,3,4, all of the text": ["--budget", "3bpw", "--levels", "2,3,4", "--cost-share", "1"],
 }
 
 

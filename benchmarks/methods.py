@@ -127,7 +127,7 @@ def main() -> None:
         "calibration": {"samples": asked.samples, "length": asked.length}, "rows": [],
     }  # fmt: skip
     for number, seed in enumerate(asked.seeds):
-        calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
+        calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed, cost_share=1.0)
         prepared = observed(opened, calibration, gradients=number == 0, dtype=torch.float32)
         windows = [
             window

@@ -81,7 +81,7 @@ class Text:
 
 
 def calibration(text: Text, domain: str | None = None) -> Calibration:
-    return Calibration(str(text.file("calibrate", domain)), samples=32, length=256, batch_size=8)
+    return Calibration(str(text.file("calibrate", domain)), samples=32, length=256, batch_size=8, cost_share=1.0)
 
 
 def general(asked: Any, text: Text, work: Path) -> Any:

@@ -250,7 +250,7 @@ def _quantize_budget(original: Path, out: Path, data: Path) -> dict[str, Any]:
     before = _settled()["total"]
     _reset_peak()
     started = time.perf_counter()
-    calibration = Calibration(str(data), 32, 256, 8, 0)
+    calibration = Calibration(str(data), 32, 256, 8, 0, cost_share=1.0)
     made = quantize(original, out, budget="2.5bpw", calibration=calibration, evaluated=False)
     return {
         "method": "gptq",

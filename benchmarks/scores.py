@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the calibration")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    calibration = Calibration(asked.data, asked.samples, asked.length, 8, asked.seed)
+    calibration = Calibration(asked.data, asked.samples, asked.length, 8, asked.seed, cost_share=1.0)
     prepared = observed(open_model(asked.model), calibration, dtype=torch.float32)
     stats = measure_prepared(prepared, (*SCORES, *COSTS), options=[WORST], seed=asked.seed)
     columns = {name: stats.metric(name) for name in SCORES} | {cost: _loss(stats, cost) for cost in COSTS}

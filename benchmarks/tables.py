@@ -306,6 +306,33 @@ def measuring_cost(results: Mapping[str, Any]) -> dict[str, str]:
     return {"measuring cost": table(head, body), "measuring cost commands": "```\n" + "\n".join(commands) + "\n```\n"}
 
 
+def cost_share(results: Mapping[str, Any]) -> dict[str, str]:
+    """Costs measured on a part of the text, beside those of all of it; the mean over seeds."""
+    body = []
+    settings = dict.fromkeys((r["cost"], r["share"], r["labels"] == r["seed"]) for r in results["rows"])
+    for cost, share, same in settings:
+        rows = [r for r in results["rows"] if (r["cost"], r["share"], r["labels"] == r["seed"]) == (cost, share, same)]
+        ranks = f"{min(r['spearman_least'] for r in rows):.4f}"
+        cells = []
+        for bits in (name for name in rows[0] if re.fullmatch(r"\d\.\d+", name)):
+            found = [row[bits] for row in rows]
+            than = sum(one["than"] for one in found) / len(found)
+            windows = zip(*(one["window_difference"] for one in found), strict=True)
+            gain = estimate([sum(values) / len(values) for values in windows])
+            percent = "{:+.1f} ({:+.1f} to {:+.1f})".format(
+                *(100 * v / than for v in (gain.value, gain.low, gain.high))
+            )
+            cells.append(f"{than:.5f}, {percent} %")
+        what = f"{share:g} of the text" if same else "all of it, other labels"
+        body.append([f"`{cost}`, {what}", ranks, *cells])
+    head = [
+        "costs",
+        "least rank correlation",
+        *(f"KL at {bits} bits of all, and the part" for bits in ("2.25", "2.5", "3.0")),
+    ]
+    return {"cost share": table(head, body)}
+
+
 def levels(results: Mapping[str, Any]) -> dict[str, str]:
     """Offered bits at equal bits per weight."""
     rows = {row["name"]: row for run in results["runs"] for row in run["rows"]}
@@ -381,10 +408,14 @@ def floor(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def ray(results: Mapping[str, Any]) -> dict[str, str]:
-    rows = [[name, f"{r['seconds']:.0f}", f"{r['load_average']:.0f}", f"{r['waiting_seconds']:.1f}"]
-            for name, r in results["rows"].items()]  # fmt: skip
+    rows = [
+        [name, f"{r['seconds']:.1f}", f"{r['units_seconds']:.1f}" if "units_seconds" in r else "",
+         f"{r['load_average']:.1f}", f"{r['waiting_seconds']:.1f}"]
+        for name, r in results["rows"].items()
+    ]  # fmt: skip
     waiting = f"{results['waiting_units']} units that wait {results['wait']:g} s, s"
-    return {"ray": table(["", f"a layer of {results['experts']} experts, s", "load average", waiting], rows)}
+    head = ["", f"a layer of {results['experts']} experts, s", "of it in units", "load average", waiting]
+    return {"ray": table(head, rows)}
 
 
 def streaming(results: Mapping[str, Any]) -> dict[str, str]:
@@ -513,6 +544,7 @@ PRINTED = {
     "recipes": recipes,
     "bundled_recipes": recipes,
     "measuring_cost": measuring_cost,
+    "cost_share": cost_share,
     "few_bits": methods,
     "bundled_few_bits": methods,
     "unseen": unseen,

@@ -149,15 +149,15 @@ def _arms(seed: int, folder: Path) -> Iterator[tuple[str, Calibration]]:
     lines = [json.dumps(line) + "\n" for line in drawn.calibration_lines(CONVERSATIONS, DRAW_SEED + 1000 * seed)]
     conversations = folder / "conversations.jsonl"
     conversations.write_text("".join(lines), encoding="utf-8")
-    images = Calibration(str(conversations), CONVERSATIONS, batch_size=16, seed=seed)
+    images = Calibration(str(conversations), CONVERSATIONS, batch_size=16, seed=seed, cost_share=1.0)
     yield "images", images
     quizzes = folder / "quizzes.jsonl"
     first = QUIZ_SEED + 2 * CONVERSATIONS * seed
     asked = (drawn.quiz(first + number, 6) for number in range(2 * CONVERSATIONS))
     lines = [json.dumps({"text": "\n\n".join(_turn(q) for q in questions)}) + "\n" for questions in asked]
     quizzes.write_text("".join(lines), encoding="utf-8")
-    yield "quizzes", Calibration(str(quizzes), CONVERSATIONS // 2, WINDOW, 16, seed)
-    yield "text", Calibration(None, CONVERSATIONS // 2, WINDOW, 16, seed)
+    yield "quizzes", Calibration(str(quizzes), CONVERSATIONS // 2, WINDOW, 16, seed, cost_share=1.0)
+    yield "text", Calibration(None, CONVERSATIONS // 2, WINDOW, 16, seed, cost_share=1.0)
     yield f"images, text tokens count {WEIGHT:g}", replace(images, modality_weight=WEIGHT)
 
 

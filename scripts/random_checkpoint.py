@@ -6,10 +6,11 @@ in memory at a time.
     python scripts/random_checkpoint.py olmoe-1b-7b build/olmoe
     python scripts/random_checkpoint.py qwen3-30b-a3b build/qwen3 --layers 4
     python scripts/random_checkpoint.py deepseek-vl2 build/vl2 --headers && mopeq describe build/vl2
+    python scripts/random_checkpoint.py olmoe-1b-7b build/layer --layers 1 --set num_experts=8 num_experts_per_tok=1
 
-``--layers`` writes the first layers only, and says so in ``config.json``. ``--headers`` writes no weights: the files
-are holes of the right size, which take no room on the disk. Tokenizers are those of the bundled models, whose ids every
-vocabulary here has; image processors are the published ones.
+``--layers`` writes the first layers only, and says so in ``config.json``, where ``--set`` puts other sizes.
+``--headers`` writes no weights: the files are holes of the right size, which take no room on the disk. Tokenizers are
+those of the bundled models, whose ids every vocabulary here has; image processors are the published ones.
 """
 
 from __future__ import annotations
@@ -112,16 +113,27 @@ def write_words(name: str, out: Path) -> None:
         (out / file).write_text(json.dumps(settings, indent=1))
 
 
+def _size(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    return name, int(number)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", choices=CONFIGS)
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--layers", type=int, help="write the first layers only")
+    parser.add_argument(
+        "--set", type=_size, nargs="+", default=[], metavar="NAME=NUMBER", help="other sizes in the configuration"
+    )
     parser.add_argument("--headers", action="store_true", help="names, shapes and types without weights")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     config = CONFIGS[asked.model] if asked.layers is None else cut(CONFIGS[asked.model], asked.layers)
+    if unknown := [name for name, _ in asked.set if name not in config]:
+        parser.error(f"--set {unknown[0]}: {asked.model} has no such size; expected a name in its config.json")
+    config = {**config, **dict(asked.set)}
     dtype = torch.float32 if asked.model in FLOAT32 else torch.bfloat16
     started = time.perf_counter()
     total = write(asked.out, config, dtype, seed=None if asked.headers else asked.seed)

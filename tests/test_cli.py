@@ -382,6 +382,9 @@ def test_run_and_eval_refuse(folder: Path, packed: Path, tiny_model: Make, capsy
         (("allocate", "stats.json", "--budget", "3", "--score", "fisher"), "belongs to --method kmeans"),
         (("quantize", other, "-o", "x", "--uniform", "4", "--cost", "output_error"), "belongs to --budget"),
         (("quantize", other, "-o", "x", "--map", "p.json", "--group-size", "64"), "belongs to --budget"),
+        (("quantize", other, "-o", "x", "--uniform", "4", "--cost-share", "1"), "belongs to --budget"),
+        (("quantize", other, "-o", "x", "--budget", "3bpw", "--cost-share", "2"), "cost share 2.0; expected a share"),
+        (("align", packed, "--against", other, "--cost-share", "1"), "belongs to mopeq analyze"),
         (("quantize", other, "-o", "x", "--budget", "3bpw", "--context", "64"), "belongs to --fit"),
     ):
         code, said = fails(capsys, *arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mopeq.adapters import describe
-from mopeq.analyze import Batch, Routed, observe
+from mopeq.analyze import Batch, Routed, observe, observed_in_part
 from mopeq.errors import DataError, ModelError
 from mopeq.journal import Journal
 from mopeq.load import load_original
@@ -41,7 +42,7 @@ def seen(sweep: Any) -> dict[int, Routed]:
 
 
 def equal(found: Routed, wanted: Routed) -> bool:
-    names = ("hidden", "index", "weights", "gradient")
+    names = ("hidden", "index", "weights", "gradient", "measured")
     pairs = [(getattr(found, name), getattr(wanted, name)) for name in names]
     return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
@@ -146,6 +147,55 @@ def test_a_sweep_goes_on_from_what_is_stored(direction: Any, lost: str, tiny_mod
     assert all(equal(found[layer], whole[layer]) for layer in found)
     if not lost:
         assert ran == ([1, 2, 3] if direction is forward else [2, 1, 0])
+
+
+@pytest.mark.parametrize("family", ["olmoe", "llama4_text", "mixtral"])
+def test_gradients_of_some_batches(family: str, tiny_model: Make) -> None:
+    """The others are seen alike; the gradients are those of the measured batches alone."""
+    folder, data, measured = tiny_model(family), [*batches(), *batches(99)], (1, 2)
+    shell, model = opened(folder), load_original(folder)
+    found = seen(backward(shell, data, Store(), measured=measured, seed=3))
+    wanted = observed_in_part(model, shell.spec, data, measured, gradients=True, seed=3)
+    plain = observe(model, shell.spec, data)
+    alone = observe(model, shell.spec, data[1:3], gradients=True, seed=3)
+    assert found.keys() == plain.keys()
+    for layer, routed in found.items():
+        assert equal(routed, wanted[layer])
+        assert routed.measured is not None
+        assert equal(routed.part(), alone[layer])
+        for name in ("hidden", "index", "weights"):
+            assert torch.equal(getattr(routed, name), getattr(plain[layer], name))
+
+
+@pytest.mark.parametrize("at", ["others 0", "seen 0", "others 2", "seen 2", "hidden 3", "gradient 3", "gradient 0"])
+@pytest.mark.parametrize("lost", ["", "seen 1"])
+def test_a_sweep_of_some_batches_goes_on(
+    at: str, lost: str, tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before something is stored, and begun again, with a file lost or without."""
+    folder = tiny_model("qwen3_moe", num_hidden_layers=4)
+    whole = seen(backward(opened(folder), batches(), Store(), measured=(1,)))
+    given: dict[int, Routed] = {}
+    with Journal(tmp_path, {}) as journal, monkeypatch.context() as patch:
+        put = Store.put
+
+        def killed(store: Store, name: str, tensors: Any) -> None:
+            if name == at:
+                raise KeyboardInterrupt
+            put(store, name, tensors)
+
+        patch.setattr(Store, "put", killed)
+        with suppress(KeyboardInterrupt):
+            for layer, _, routed in backward(opened(folder), batches(), Store(journal), measured=(1,)):
+                given[layer.index] = routed
+    assert len(given) == (3 if at == "gradient 0" else 0)
+    with Journal(tmp_path, {}) as journal:
+        if lost in journal.steps:
+            (tmp_path / next(iter(journal.files(lost)))).unlink()
+        until = min(given) if given else None
+        found = given | seen(backward(opened(folder), batches(), Store(journal), measured=(1,), until=until))
+    assert found.keys() == whole.keys()
+    assert all(equal(found[layer], whole[layer]) for layer in whole)
 
 
 def test_what_is_wrong_is_said(tiny_model: Make, tmp_path: Path) -> None:

@@ -29,11 +29,13 @@ from mopeq.analyze import (
     data_facts,
     here,
     layer_metrics,
-    observe,
+    measured_batches,
+    observed_in_part,
+    token_marks,
 )
 from mopeq.balance import POOL, balanced
 from mopeq.candidates import Candidates, packed_codes
-from mopeq.data.conversations import conversation_batches, has_images, read_conversations
+from mopeq.data.conversations import conversation_batches, has_images, read_conversations, token_weights
 from mopeq.data.mixture import SELF, read_data
 from mopeq.data.mixture import written as written_by
 from mopeq.data.samples import bundled_text
@@ -82,6 +84,8 @@ class Calibration:
     modality_weight: what a text token counts in moments and costs where an image token counts 1; scaled so that tokens
     count 1 on average. ``gradient_norm`` measures how much more the loss depends on one kind.
     balance: above 0, sequences are chosen so that each expert gets this times an even share (:mod:`mopeq.balance`).
+    cost_share: of the text on which costs are measured, at least 4,096 tokens (:mod:`mopeq.analyze.part`); 1 for all.
+    Moments, and so what a quantizer does, are of all of it.
     """
 
     data: str | None = None
@@ -91,6 +95,7 @@ class Calibration:
     seed: int = 0
     modality_weight: float = 1.0
     balance: float = 0.0
+    cost_share: float = 0.25
 
 
 def has_pictures(calibration: Calibration) -> bool:
@@ -100,7 +105,7 @@ def has_pictures(calibration: Calibration) -> bool:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An opened model and, where it was run, what it saw."""
+    """An opened model and, where it was run, what it saw. ``cost_share`` is that of its calibration."""
 
     source: Source
     spec: MoESpec
@@ -110,6 +115,7 @@ class Prepared:
     batches: Sequence[Mapping[str, Tensor]] = ()
     routed: Mapping[int, Routed] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    cost_share: float = 1.0
 
 
 def open_model(model: str | Path) -> Prepared:
@@ -131,7 +137,7 @@ def calibrated(
     """
     path = opened.source.path
     sizes = {"samples": calibration.samples, "batch_size": calibration.batch_size, "seed": calibration.seed}
-    check_balance(calibration)
+    check_shares(calibration)
     if has_pictures(calibration):
         processor = load_processor(path)
         tokenizer = processor.tokenizer
@@ -157,38 +163,19 @@ def calibrated(
     if calibration.modality_weight != 1:
         batches = token_weights(batches, calibration.modality_weight)
         info["modality_weight"] = calibration.modality_weight
-    return replace(opened, tokenizer=tokenizer, batches=batches, info=info)
+    return replace(opened, tokenizer=tokenizer, batches=batches, info=info, cost_share=calibration.cost_share)
 
 
-def check_balance(calibration: Calibration) -> None:
-    """Raise :class:`DataError` for a balance that is no share, or that is asked of conversations with images."""
+def check_shares(calibration: Calibration) -> None:
+    """Raise :class:`DataError` for shares that are none, and for a balance asked of conversations with images."""
+    if not 0 < calibration.cost_share <= 1:
+        raise DataError(
+            f"cost share {calibration.cost_share}; expected a share of the calibration text above 0, or 1 for all of it"
+        )
     if not 0 <= calibration.balance < math.inf:
         raise DataError(f"balance {calibration.balance}; expected a share of an even share such as 0.5, or 0 for none")
     if calibration.balance and has_pictures(calibration):
         raise DataError("balance chooses among windows of text, and these are conversations with images; leave it out")
-
-
-def token_weights(batches: Sequence[Mapping[str, Tensor]], text: float) -> list[dict[str, Tensor]]:
-    """The batches with ``token_weight`` (sequences, length): ``text`` to 1 between text and image tokens, 1 on average.
-
-    Raises :class:`DataError` for a weight that is not above zero, and where tokens of one kind are missing.
-    """
-    if not 0 < text < math.inf:
-        raise DataError(
-            f"modality weight {text}; expected a number above 0: what a text token counts, an image token 1"
-        )
-    kept = [torch.stack([batch.get("modality", torch.zeros_like(batch["input_ids"])), batch["attention_mask"]])
-            for batch in batches]  # fmt: skip
-    total = sum(int(mask.sum()) for _, mask in kept)
-    images = sum(int((image * mask).sum()) for image, mask in kept)
-    if not 0 < images < total:
-        raise DataError(
-            f"a modality weight weighs text against image tokens, and {images} of the {total} calibration tokens are "
-            "image tokens; give conversations with images as data, or leave it out"
-        )
-    mean = (images + text * (total - images)) / total
-    return [{**batch, "token_weight": torch.where(image.bool(), 1 / mean, text / mean)}
-            for batch, (image, _) in zip(batches, kept, strict=True)]  # fmt: skip
 
 
 def observed(
@@ -206,15 +193,19 @@ def observed(
         opened: from :func:`open_model`.
         calibration: which text.
         texts: documents, or conversations where it has images, to take instead of reading ``calibration.data``.
-        gradients: record the gradients that ``fisher_error`` needs.
+        gradients: record the gradients that ``fisher_error`` needs, of the part that costs are measured on.
         dtype: compute type of the model; None takes the checkpoint's.
         track: progress.
     """
     ready = calibrated(opened, calibration, texts=texts, track=track)
     loaded = load_source(opened.source, dtype)
     started = time.perf_counter()
-    routed = observe(loaded, opened.spec, ready.batches, gradients=gradients, seed=calibration.seed, track=track)
-    info = {**ready.info, "observe_seconds": round(time.perf_counter() - started, 2)}
+    measured = measured_batches(ready.batches, ready.cost_share)
+    routed = observed_in_part(
+        loaded, opened.spec, ready.batches, measured, gradients=gradients, seed=calibration.seed, track=track
+    )
+    seconds = round(time.perf_counter() - started, 2)
+    info = {**ready.info, **_facts(token_marks(ready.batches, measured)), "observe_seconds": seconds}
     return replace(ready, model=loaded, routed=routed, info=info)
 
 
@@ -337,17 +328,22 @@ def measure_streamed(
         facts = None if journal is None else journal.done(measured_step(layer))
         if facts is not None:
             found[layer.index] = facts
+    measured = measured_batches(ready.batches, ready.cost_share) if {*COSTS, *GRADIENTS} & set(metrics) else None
+    marks = token_marks(ready.batches, measured)
     left = [layer.decoder for layer in spec.layers if layer.index not in found]
     if left:
         shell, store = Shell(source, spec, dtype), Store(journal)
         if set(GRADIENTS) & set(names):
-            sweep = backward(shell, ready.batches, store, seed=seed, until=max(left) + 1, track=track)
+            sweep = backward(
+                shell, ready.batches, store, measured=measured, seed=seed, until=max(left) + 1, track=track
+            )
         else:
             sweep = forward(shell, ready.batches, store, until=min(left), track=track)
         for layer, module, seen in sweep:
             if layer.index in found:
                 continue
             kept = Candidates(journal.folder, store.scratch, layer) if journal is not None and keep else None
+            seen = replace(seen, measured=marks)
             rows, short = layer_metrics(
                 source, layer, seen, module, names, options=options, quantizer=quantizer, memory=memory,
                 keep=None if kept is None else packed_codes, take=kept, across=across, track=track,
@@ -363,11 +359,16 @@ def measure_streamed(
         name: {index: facts["metrics"][name] for index, facts in ordered.items()}
         for name in next(iter(ordered.values()))["metrics"]
     }
-    info = {**ready.info, "seed": seed, **data_facts(ready.batches, by_name["tokens"], spec)}
+    info = {**ready.info, **_facts(marks), "seed": seed, **data_facts(ready.batches, by_name["tokens"], spec)}
     if set(metrics) & set(COSTS):
         info |= {"quantizer": quantizer, "options": [str(p) for p in options]}
     fallbacks = tuple(unit for facts in ordered.values() for unit in facts["fallbacks"])
     return Stats(ready.inventory, {}, info).with_metrics(by_name), fallbacks
+
+
+def _facts(marks: Tensor | None) -> dict[str, int]:
+    """On how many tokens costs are measured, where these are not all."""
+    return {} if marks is None else {"cost_tokens": int(marks.sum())}
 
 
 def measured_step(layer: MoELayer) -> str:

@@ -99,10 +99,13 @@ def footprint(
 
 
 def spilled_bytes(spec: MoESpec, batches: Sequence[Mapping[str, Any]], *, gradients: bool) -> int:
-    """Bytes of activations that lie on the disk at most: of two layers, or of all of them and two with gradients."""
+    """Bytes of activations that lie on the disk at most: of two layers, or, with gradients, of all of them and two, and
+    the experts that tokens chose.
+    """
     layers = 1 + max(layer.decoder for layer in spec.layers)
     tokens: int = sum(batch["input_ids"].numel() for batch in batches)
-    return 4 * tokens * max(layer.hidden_size for layer in spec.layers) * (layers + 3 if gradients else 2)
+    chosen = 12 * sum(layer.top_k for layer in spec.layers) if gradients else 0
+    return tokens * (4 * max(layer.hidden_size for layer in spec.layers) * (layers + 3 if gradients else 2) + chosen)
 
 
 def slab_bytes(limit: int | None, need: Footprint) -> int:

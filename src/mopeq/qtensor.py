@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mopeq.hadamard import restored
+from mopeq.native import check, library, why_not
 from mopeq.precision import FULL, Precision
 
 __all__ = [
@@ -75,12 +76,23 @@ class QTensor:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes (..., n) to bytes (..., n*bits/8), little-endian; n*bits must be a multiple of 8."""
+    """uint8 codes (..., n) to bytes (..., n*bits/8), little-endian; n*bits must be a multiple of 8.
+
+    On the CPU the compiled library does this, where it is; the rest of this function defines correct.
+    """
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
     n = codes.shape[-1]
     if n % 8:
         raise ValueError(f"{n} codes in a row; expected a multiple of 8")
+    if codes.device.type == "cpu" and 1 < bits < 8 and not why_not():
+        plain, made = (
+            codes.to(torch.uint8).contiguous(),
+            torch.empty(*codes.shape[:-1], n // 8 * bits, dtype=torch.uint8),
+        )
+        count, threads = plain.numel(), torch.get_num_threads()
+        check(library().mopeq_pack_bits(plain.data_ptr(), made.data_ptr(), count, bits, threads) if count else 0)
+        return made
     eight = codes.to(torch.uint8).reshape(*codes.shape[:-1], n // 8, 8).movedim(-1, 0)
     packed = torch.empty(*eight.shape[1:], bits, dtype=torch.uint8, device=codes.device)
     for j in range(bits):

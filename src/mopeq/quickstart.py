@@ -27,7 +27,7 @@ from mopeq.stats import Stats, write_json
 __all__ = ["Point", "Quickstart", "fresh_folder", "quickstart"]
 
 MARK = "mopeq-quickstart.json"
-CALIBRATION = Calibration(samples=64, length=256, batch_size=8)
+CALIBRATION = Calibration(samples=64, length=256, batch_size=8, cost_share=1.0)
 WINDOWS = 64
 BITS = (2, 3, 4)
 WIDE = (2, 3, 4, 5, 6)

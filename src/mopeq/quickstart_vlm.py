@@ -75,7 +75,9 @@ def quickstart_vlm(
     :func:`mopeq.quickstart.quickstart`.
     """
     folder = fresh_folder(Path(out))
-    calibration = Calibration(str(bundled_images("calibration.jsonl")), samples=CONVERSATIONS, batch_size=BATCH)
+    calibration = Calibration(
+        str(bundled_images("calibration.jsonl")), samples=CONVERSATIONS, batch_size=BATCH, cost_share=1.0
+    )
     prepared = observed(open_model(bundled_vlm()), calibration, dtype=torch.float32, track=track)
     inventory = prepared.inventory
     narrow, wide = inventory.precisions(BITS), inventory.precisions(WIDE)

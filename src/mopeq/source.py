@@ -148,8 +148,7 @@ def read_matrix(source: Source, ref: WeightRef) -> Tensor:
     Raises :class:`ModelError` that names the tensor, and the expert where it is fused, if a weight is NaN or infinite.
     """
     matrix = _view(source, ref)
-    if not bool(torch.isfinite(matrix).all()):
-        raise ModelError(_not_finite(source, ref, matrix))
+    _check_finite(source, ref, matrix, matrix)
     return matrix
 
 
@@ -166,8 +165,7 @@ def read_group(source: Source, layer: MoELayer, group: ProjectionGroup, experts:
         for rows, ref in zip(into.split([ref.shape[0] for ref in refs]), refs, strict=True):
             matrix = _view(source, ref)
             rows.copy_(matrix)
-            if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):  # the sum may overflow
-                raise ModelError(_not_finite(source, ref, matrix))
+            _check_finite(source, ref, matrix, rows)
     return stacked
 
 
@@ -190,10 +188,13 @@ def _view(source: Source, ref: WeightRef) -> Tensor:
     return matrix if ref.rows is None else matrix[slice(*ref.rows)]
 
 
-def _not_finite(source: Source, ref: WeightRef, matrix: Tensor) -> str:
+def _check_finite(source: Source, ref: WeightRef, matrix: Tensor, same: Tensor) -> None:
+    """Raise unless all is finite in ``same``, which is the matrix in some type."""
+    if bool(torch.isfinite(same.sum())) or bool(torch.isfinite(same).all()):  # the sum may overflow
+        return
     bad = int((~torch.isfinite(matrix.float())).sum())
     of = f", expert {ref.expert}" if ref.expert is not None else ""
-    return (
+    raise ModelError(
         f"{bad} of {matrix.numel()} weights of {ref.key}{of} in {source.files[ref.key]} are NaN or infinite; "
         f"expected finite weights; download this file again, or use a checkpoint without them"
     )

@@ -14,21 +14,19 @@ output. The sums are those of one pass through the whole model, in the same orde
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mopeq.activations import Store
 from mopeq.ahead import Ahead
 from mopeq.analyze.forward import Batch, check_batches, experts_module, inputs_of, logits_of, sampled_loss, token_mask
 from mopeq.analyze.observe import Routed, Tap, check_logits, marks_of
-from mopeq.checkpoint import write_tensors
+from mopeq.analyze.part import parted, woven
 from mopeq.errors import ModelError
-from mopeq.journal import Journal
 from mopeq.lazy import Blank, Lazy
 from mopeq.load import auto_class, model_config
 from mopeq.memory import trim
@@ -41,51 +39,6 @@ __all__ = ["Shell", "Store", "backward", "forward", "stored_dtype"]
 
 ENTERING = -1
 """The turn before that of the first layer."""
-
-
-class Store:
-    """Activations by name, one tensor for each batch: in memory, or in the folder of a journal, which then has them."""
-
-    def __init__(self, journal: Journal | None = None, scratch: str = "scratch") -> None:
-        self.journal, self.scratch = journal, scratch
-        self._held: dict[str, list[Tensor]] = {}
-        if journal is not None:
-            (journal.folder / scratch).mkdir(exist_ok=True)
-
-    def put(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Keep them."""
-        if self.journal is None:
-            self._held[name] = list(tensors)
-            return
-        path = self._path(name)
-        written, _ = write_tensors(path, {f"{i:06}": tensor.detach() for i, tensor in enumerate(tensors)})
-        self.journal.record(name, files={str(path.relative_to(self.journal.folder)): written})
-
-    def has(self, name: str) -> bool:
-        """Whether they are there, whole."""
-        return name in self._held if self.journal is None else self.journal.done(name) is not None
-
-    def get(self, name: str) -> list[Tensor]:
-        """What was put."""
-        if self.journal is None:
-            return self._held[name]
-        return [tensor for _, tensor in sorted(load_file(self._path(name)).items())]
-
-    def drop(self, name: str) -> None:
-        """Let go of them, if they are there."""
-        self._held.pop(name, None)
-        if self.journal is not None:
-            self.journal.drop(name)
-
-    def clear(self) -> None:
-        """Let go of everything."""
-        kept = self._held if self.journal is None else self.journal.steps
-        for name in [name for name in kept if name.startswith(("hidden ", "gradient "))]:
-            self.drop(name)
-
-    def _path(self, name: str) -> Path:
-        assert self.journal is not None
-        return self.journal.folder / self.scratch / f"{name.replace(' ', '-')}.safetensors"
 
 
 class Reached(Exception):  # noqa: N818  (no error: how a pass ends early)
@@ -279,33 +232,39 @@ class Shell:
 
 
 def forward(
-    shell: Shell, batches: Sequence[Batch], store: Store, *, until: int | None = None, track: Track = silent
+    shell: Shell,
+    batches: Sequence[Batch],
+    store: Store,
+    *,
+    until: int | None = None,
+    name: str = "hidden",
+    track: Track = silent,
 ) -> Iterator[tuple[MoELayer, nn.Module, Routed]]:
     """Every MoE layer in order with what it saw, its weights resident; those before layer ``until`` are passed over.
 
-    Goes on from what is stored. The output of a layer is stored before the layer is given away, and its input is
-    dropped when the next one is asked for.
+    Goes on from what is stored by ``name``. The output of a layer is stored before the layer is given away, and its
+    input is dropped when the next one is asked for.
     """
     check_batches(shell.model, batches)
     moe = shell.spec.by_decoder()
     last = max(moe)
     start = until if until is not None else 0
-    begin = next((k for k in range(start, -1, -1) if store.has(f"hidden {k}")), None)
+    begin = next((k for k in range(start, -1, -1) if store.has(f"{name} {k}")), None)
     if begin is None or shell.sees:
-        begin = _enter(shell, batches, store, begin, track)
+        begin = _enter(shell, batches, store, begin, track, name)
     for number in track(range(begin, last + 1), "calibration data through the model", last + 1 - begin):
         wanted = moe.get(number, []) if number >= start else []
         taps = [Tap(layer, experts_module(shell.model, layer), False, None) for layer in wanted]
         with torch.no_grad():
-            outputs = _layer(shell, number, batches, store, taps, track=track)
-        store.put(f"hidden {number + 1}", outputs)
+            outputs = _layer(shell, number, batches, store.get(f"{name} {number}"), taps, track=track)
+        store.put(f"{name} {number + 1}", outputs)
         del outputs
         for tap in taps:
             shell.release_experts(tap.module)
             yield tap.layer, tap.module, tap.finish(*marks_of(batches))
         shell.release(number)
-        store.drop(f"hidden {number}")
-    store.drop(f"hidden {last + 1}")
+        store.drop(f"{name} {number}")
+    store.drop(f"{name} {last + 1}")
 
 
 def backward(
@@ -313,6 +272,7 @@ def backward(
     batches: Sequence[Batch],
     store: Store,
     *,
+    measured: Collection[int] | None = None,
     seed: int = 0,
     until: int | None = None,
     track: Track = silent,
@@ -320,12 +280,19 @@ def backward(
     """Every MoE layer from the last to the first with what it saw and its gradients, its weights resident.
 
     The loss is that of :func:`~mopeq.analyze.observe`: labels drawn from the model, with the same seed the same ones.
+    Batches that are not ``measured`` run forward once, and what MoE layers saw of them waits in the store.
     Goes on from what is stored; layers from ``until`` on need not be given away again.
     """
     check_batches(shell.model, batches)
+    whole, (batches, others) = batches, parted(batches, measured)
     moe = shell.spec.by_decoder()
     count, least = len(shell.layers), min(moe)
     least_done = count if until is None else until
+    unseen = [layer for layer in shell.spec.layers if layer.decoder < least_done and not store.has(_seen(layer))]
+    if others and unseen:
+        start = min(layer.decoder for layer in unseen)
+        for layer, _, seen in forward(shell, others, store, until=start, name="others", track=track):
+            store.put(_seen(layer), [seen.hidden, seen.index, seen.weights])
     top = next((k for k in range(least_done, count + 1) if store.has(f"gradient {k}")), None)
     needed = [*range(1, top or count), *([] if top else [count])]
     if shell.sees or not store.has("hidden 0"):
@@ -333,32 +300,46 @@ def backward(
     if lost := [k for k in needed if not store.has(f"hidden {k}")]:
         begin = next(k for k in range(lost[0] - 1, -1, -1) if store.has(f"hidden {k}"))
         for number in track(range(begin, lost[-1]), "calibration data forward", lost[-1] - begin):
+            given = store.get(f"hidden {number}")
             with torch.no_grad():
-                store.put(f"hidden {number + 1}", _layer(shell, number, batches, store, [], track=track))
+                store.put(f"hidden {number + 1}", _layer(shell, number, batches, given, [], track=track))
             shell.release(number)
     if top is None:
         top = count
         store.put(f"gradient {count}", _loss_gradients(shell, batches, store.get(f"hidden {count}"), seed))
     for number in track(range(top - 1, least - 1, -1), "and back", top - least):
         taps = [Tap(layer, experts_module(shell.model, layer), True, None) for layer in moe.get(number, [])]
+        given, gradients = store.get(f"hidden {number}"), store.get(f"gradient {number + 1}")
         with torch.enable_grad():
-            gradients = _layer(shell, number, batches, store, taps, store.get(f"gradient {number + 1}"), track)
+            gradients = _layer(shell, number, batches, given, taps, gradients, track)
         store.put(f"gradient {number}", gradients)
-        del gradients
+        del given, gradients
         for tap in taps:
             shell.release_experts(tap.module)
-            if until is None or number < until:
-                yield tap.layer, tap.module, tap.finish(*marks_of(batches))
+            if number < least_done:
+                found = tap.finish(*marks_of(batches))
+                if others:
+                    hidden, index, weights = store.get(_seen(tap.layer))
+                    found = woven(found, Routed(hidden, index, weights, tap.weighs_input), whole, measured)
+                yield tap.layer, tap.module, found
+            store.drop(_seen(tap.layer))
         shell.release(number)
         store.drop(f"hidden {number + 1}")
         store.drop(f"gradient {number + 1}")
 
 
-def _enter(shell: Shell, batches: Sequence[Batch], store: Store, begin: int | None, track: Track) -> int:
+def _seen(layer: MoELayer) -> str:
+    """The name of what a layer saw of the batches that are not measured."""
+    return f"seen {layer.index}"
+
+
+def _enter(
+    shell: Shell, batches: Sequence[Batch], store: Store, begin: int | None, track: Track, name: str = "hidden"
+) -> int:
     """Store what enters the first layer where nothing of it is stored; the layer to begin with. Towers run anyway."""
     entered = shell.enter(batches, track)
     if begin is None:
-        store.put("hidden 0", entered)
+        store.put(f"{name} 0", entered)
     return begin or 0
 
 
@@ -366,14 +347,13 @@ def _layer(
     shell: Shell,
     number: int,
     batches: Sequence[Batch],
-    store: Store,
+    inputs: Sequence[Tensor],
     taps: Sequence[Tap],
     gradients: Sequence[Tensor] | None = None,
     track: Track = silent,
 ) -> list[Tensor]:
     """Run one layer over all batches: its outputs, or, given the gradients at them, the gradients at its inputs."""
     shell.layer(number, number + (1 if gradients is None else -1))
-    inputs = store.get(f"hidden {number}")
     handles = [handle for tap in taps for handle in tap.attach(shell.model)]
     made: list[Tensor] = []
     tokens = 0

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from test_naive import CODEBOOKS, error, flat, random_matrix
 from torch import Tensor
 
+from mopeq import native
 from mopeq.errors import InputError
 from mopeq.kernels import GroupLayout, PackedGroup, convert, cpu, grouped_linear, linear, naive, select, selected, using
 from mopeq.precision import FULL, Precision
@@ -396,8 +397,8 @@ def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("MOPEQ_KERNEL", raising=False)
-    monkeypatch.setattr(cpu, "_open", cpu._open.__wrapped__)  # not the remembered one
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "libmopeq_cpu.so")
+    monkeypatch.setattr(native, "_open", native._open.__wrapped__)  # not the remembered one
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libmopeq_cpu.so")
     select._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "mopeq"):
         assert (selected().name, selected().isa) == ("naive", None)
@@ -471,7 +472,7 @@ def test_own_threads_where_torch_offers_none() -> None:
         assert cpu.grouped_linear(x, packed, offsets).equal(want)
     finally:
         torch.set_num_threads(threads)
-        lib.mopeq_set_parallel_for(cpu._torch_pool())
+        lib.mopeq_set_parallel_for(native._torch_pool())
 
 
 @needs_library

@@ -296,3 +296,9 @@ def test_the_report_needs_no_torch(folder: Path) -> None:
         "assert not {'torch', 'transformers', 'mopeq.evaluate'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=60)
+
+
+def test_starved_layers_come_by_number() -> None:
+    from mopeq.report.page import _by_number
+
+    assert sorted(["2.vision", "10", "3", "other"], key=_by_number) == ["3", "10", "other", "2.vision"]

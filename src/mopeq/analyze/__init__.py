@@ -22,6 +22,7 @@ from mopeq.analyze.hessian import hessian_trace
 from mopeq.analyze.left_out import left_out_costs, outputs
 from mopeq.analyze.moments import Moments, moment_traces, moments
 from mopeq.analyze.observe import Routed, expert_rows, observe
+from mopeq.analyze.part import measured_batches, observed_in_part, standing_for, token_marks
 from mopeq.analyze.peak import output_peaks
 from mopeq.analyze.slab import Layer, Map, Slab, here, mapped, on, slabs
 from mopeq.analyze.weight_norm import hutchinson_norm_trace, inverse_norm, norm_trace
@@ -60,10 +61,13 @@ __all__ = [
     "inverse_norm",
     "layer_costs",
     "layer_metrics",
+    "measured_batches",
     "moments",
     "norm_trace",
     "observe",
+    "observed_in_part",
     "slabs",
+    "token_marks",
 ]
 
 T = TypeVar("T")
@@ -226,7 +230,7 @@ def layer_metrics(
     Args:
         source: the checkpoint, from which weights are read.
         layer: which.
-        seen: what it saw.
+        seen: what it saw; costs are measured on the tokens that it marks (:mod:`~mopeq.analyze.part`).
         module: its experts module, asked for the gate function.
         metrics: of ``tokens``, ``frequency``, ``gate_mass``, ``gradient_norm``, ``moment_trace``, ``output_peak``,
             ``output_error`` and ``fisher_error``; others are left to :func:`analyze`.
@@ -254,14 +258,17 @@ def layer_metrics(
     done = 0
     given = None if quantizer in WITHOUT_MOMENTS or not costs else seen
     together = None
+    part, factors = standing_for(seen, count) if costs else (seen, [1.0] * count)
     if costs and LEFT_OUT in options:
         parts_of = mapped(
-            across, Layer(source, layer, None, None, memory=memory), partial(outputs, seen=seen, module=module)
+            across, Layer(source, layer, None, None, memory=memory), partial(outputs, seen=part, module=module)
         )
         together = sum(parts_of, torch.zeros(()))
     slab_costs = partial(
         _slab_costs,
         seen=seen,
+        part=part,
+        factors=factors,
         module=module,
         options=[p for p in options if p != LEFT_OUT],
         whole=together,
@@ -293,6 +300,8 @@ def _slab_costs(
     slab: Slab,
     *,
     seen: Routed,
+    part: Routed,
+    factors: Sequence[float],
     module: nn.Module,
     options: Sequence[Precision],
     whole: torch.Tensor | None,
@@ -307,7 +316,7 @@ def _slab_costs(
     values: dict[str, list[float]] = {}
     if costs:
         values = layer_costs(
-            seen,
+            part,
             module,
             slab.weights,
             slab.moments,
@@ -320,13 +329,15 @@ def _slab_costs(
             keep=None if keep is None else lambda *unit: made.append(keep(*unit)),
         )
     if whole is not None:
-        values |= left_out_costs(slab, whole, seen=seen, module=module, costs=costs)
+        values |= left_out_costs(slab, whole, seen=part, module=module, costs=costs)
+    for name, row in values.items():
+        values[name] = [factors[expert] * value for expert, value in zip(slab.experts, row, strict=True)]
     if "output_peak" in wanted:
         values["output_peak"] = output_peaks(seen, module, slab.weights["gate_up"], slab.weights["down"], slab.experts)
     if "moment_trace" in wanted:
         kinds = {kind: replace(seen.only(rows), token_weight=None) for kind, rows in seen.kinds().items()}
-        for kind, part in {"": seen, **kinds}.items():
-            traces = moment_traces(part, module, slab.weights["gate_up"], slab.experts)
+        for kind, tokens in {"": seen, **kinds}.items():
+            traces = moment_traces(tokens, module, slab.weights["gate_up"], slab.experts)
             values |= {name + kind: row for name, row in traces.items()}
     return slab.experts, slab.short, values, made
 

@@ -36,19 +36,20 @@ def gate_mass(routed: Routed, experts: int, rows: Tensor | None = None) -> Tenso
 
 
 def gradient_norm(routed: Routed, experts: int, rows: Tensor | None = None) -> Tensor:
-    """Mean length of the loss gradient at the layer's output over each expert's tokens, float64 (experts,).
+    """Mean length of the loss gradient at the layer's output over each expert's measured tokens, float64 (experts,).
 
     The loss is that of :func:`~mopeq.analyze.observe.observe`. 0 for an expert without tokens. Between text and image
     tokens its ratio is VEQ's modality weight (arXiv 2602.01037).
     """
     if routed.gradient is None:
         raise DataError("gradient_norm needs gradients; this layer was observed without; use observe(gradients=True)")
-    index = routed.index if rows is None else routed.index[rows]
+    part, rows = routed.part(), rows if rows is None or routed.measured is None else rows[routed.measured]
+    index = part.index if rows is None else part.index[rows]
     length = routed.gradient if rows is None else routed.gradient[rows]
     norms = length.float().norm(dim=-1).double()[:, None].expand(index.shape)
     chosen = index >= 0
     total = torch.bincount(index[chosen], norms[chosen], minlength=experts)
-    return total / expert_tokens(routed, experts, rows).clamp_min(1)
+    return total / expert_tokens(part, experts, rows).clamp_min(1)
 
 
 def usage(

@@ -111,7 +111,8 @@ def layer_costs(
     kinds = routed.kinds()
     counts = torch.ones(len(routed.hidden)) if routed.token_weight is None else routed.token_weight
     share = torch.stack([counts, *kinds.values()]).double()  # (kinds, tokens)
-    shape = len(GROUPS), len(options), len(COSTS), len(share), len(which)
+    costs = [cost for cost in COSTS if cost in costs]
+    shape = len(GROUPS), len(options), len(costs), len(share), len(which)
     sums = torch.zeros(shape, dtype=torch.float64, device=device)
     rows = expert_rows(routed, which)
     used = [i for i in range(len(which)) if keep is not None or len(rows[i][0])]
@@ -134,16 +135,16 @@ def layer_costs(
                 one = {group: [weight[i] for weight in changed[group]] for group in GROUPS}
                 for r, x, c in expert_inputs(routed, *rows[at], device, chunk):
                     g2 = None if routed.gradient is None else routed.gradient[r].to(device).float().square()
-                    add = _adder(sums[..., at], share[:, r].to(device), c, g2)
+                    each_by = [g2 if cost == "fisher_error" else None for cost in costs]
+                    add = _adder(sums[..., at], share[:, r].to(device), c, each_by)
                     _expert(module, which[at], x, gate_up[at], down[at], one, add)
     sums /= max(1, len(routed.hidden))
     return {
         cost_metric(cost + kind, group, precision): sums[i, j, k, m].tolist()
         for i, group in enumerate(GROUPS)
         for j, precision in enumerate(options)
-        for k, cost in enumerate(COSTS)
+        for k, cost in enumerate(costs)
         for m, kind in enumerate(("", *kinds))
-        if cost in costs
     }
 
 
@@ -167,17 +168,18 @@ def _expert(
         add(1, j, h @ (weight - down).T)
 
 
-def _adder(sums: Tensor, share: Tensor, c: Tensor, g2: Tensor | None) -> Add:
+def _adder(sums: Tensor, share: Tensor, c: Tensor, by: Sequence[Tensor | None]) -> Add:
     """Adds the costs of an output change to ``sums`` (groups, options, costs, kinds).
 
-    share: (kinds, n), what each token counts for each kind; c (n, 1), g2 (n, H).
+    share: (kinds, n), what each token counts for each kind; c (n, 1); by: of each cost, what squared changes are
+    weighted by, (n, H), or None.
     """
 
     def add(group: int, option: int, change: Tensor) -> None:
         square = (change * c).square_()
-        sums[group, option, 0] += share @ square.sum(-1, dtype=torch.float64)
-        if g2 is not None:
-            sums[group, option, 1] += share @ (square * g2).sum(-1, dtype=torch.float64)
+        for k, weight in enumerate(by):
+            weighted = square if weight is None else square * weight
+            sums[group, option, k] += share @ weighted.sum(-1, dtype=torch.float64)
 
     return add
 

@@ -44,7 +44,8 @@ class Routed:
 
     hidden: (tokens, H), the experts' input. index: int64 (tokens, k), the chosen experts, -1 where a slot chose none.
     weights: float32 (tokens, k), the routing weights; with ``weighs_input`` they scale the input, otherwise the output.
-    gradient: (tokens, H), dL/d(experts' output) of L = sum of -log p(y|x) over all tokens, y drawn from p; or None.
+    gradient: (measured tokens, H), dL/d(experts' output) of L = sum of -log p(y|x) over the tokens of a sequence, y
+    drawn from p; or None. measured: bool (tokens,), those that costs are measured on; None for all.
     vision: bool (tokens,), the image tokens; None for text alone.
     token_weight: float32 (tokens,), what each counts in moments and costs; None for 1 each.
     """
@@ -56,6 +57,7 @@ class Routed:
     gradient: Tensor | None = None
     vision: Tensor | None = None
     token_weight: Tensor | None = None
+    measured: Tensor | None = None
 
     def kinds(self) -> dict[str, Tensor]:
         """Where there are images, which tokens are of which kind, bool (tokens,), by the suffix of their metrics."""
@@ -64,6 +66,18 @@ class Routed:
     def only(self, rows: Tensor) -> Routed:
         """As if no expert had seen the tokens outside ``rows`` (bool), which still count as calibration tokens."""
         return replace(self, index=torch.where(rows[:, None], self.index, -1))
+
+    def at(self, rows: Tensor) -> Routed:
+        """Some tokens alone, without gradients."""
+        vision, weight = (None if mark is None else mark[rows] for mark in (self.vision, self.token_weight))
+        return Routed(
+            self.hidden[rows], self.index[rows], self.weights[rows], self.weighs_input,
+            vision=vision, token_weight=weight,
+        )  # fmt: skip
+
+    def part(self) -> Routed:
+        """The measured tokens alone, with their gradients."""
+        return self if self.measured is None else replace(self.at(self.measured), gradient=self.gradient)
 
 
 def expert_rows(routed: Routed, experts: int | Sequence[int]) -> list[tuple[Tensor, Tensor]]:

@@ -30,6 +30,8 @@ __all__ = ["Layer", "Map", "Slab", "here", "mapped", "on", "over", "slabs"]
 T = TypeVar("T")
 Item = TypeVar("Item")
 Part = tuple[int, ...]
+OPEN = 16
+"""Experts that are read, one by one, before their file's pages are given back: opening it reads its whole header."""
 
 
 class Map(Protocol):
@@ -116,21 +118,29 @@ class Layer:
         return [len(rows) for rows, _ in expert_rows(self.seen, range(len(self.layer.experts)))]
 
     def parts(self) -> tuple[list[Part], list[Part]]:
-        """The experts of each slab, those with enough tokens and those with few."""
+        """The experts of each slab, those with enough tokens and those with few.
+
+        Where nothing was observed an expert is a slab: its memory is that of the one before it, already mapped and in
+        part in the processor's cache, and rounding it takes less time than the system does to find other pages.
+        """
         (up, hidden), width = self.layer.shapes("gate_up")[0], self.layer.shapes("down")[0][1]
         observed = self.seen is not None and self.module is not None
         each = 4 * (3 * up * hidden + (hidden**2 + width**2 if self.seen is not None else 0))
         size = max(1, self.memory // each)
         everyone = range(len(self.layer.experts))
+        if self.seen is None:
+            return [(expert,) for expert in everyone], []
         counts = self.counts() if observed else []
         few = [e for e in everyone if observed and counts[e] < max(self.enough.values())]
         return _parts([e for e in everyone if e not in few], size), _parts(few, size)
 
     def read(self, part: Part, device: torch.device) -> dict[ProjectionGroup, Tensor]:
-        """Weights of some experts; what those before them took is given back first."""
-        trim()
+        """Weights of some experts; what those before them took is given back first, unless it is of use for them."""
+        if self.seen is not None:
+            trim()
         found = {group: read_group(self.source, self.layer, group, part).to(device) for group in GROUPS}
-        close_files()
+        if self.seen is not None or part[-1] % OPEN == OPEN - 1 or part[-1] == len(self.layer.experts) - 1:
+            close_files()
         return found
 
 

@@ -50,6 +50,7 @@ def do_align(options: argparse.Namespace) -> None:
     """Align the routers of a packed folder."""
     from mopeq.align import Alignment, align
 
+    refuse(options, ("cost_share",), "mopeq analyze, quantize and moqe build")
     with drawn() as track:
         found = align(
             options.folder,

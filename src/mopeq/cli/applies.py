@@ -33,7 +33,7 @@ def check_quantize(options: argparse.Namespace) -> None:
     if not options.fit:
         refuse(options, ("context", "batch"), "--fit")
     if options.map or options.uniform:
-        of_a_budget = ("levels", "cost", "granularity", "guard", "uniform_layers", "no_protect")
+        of_a_budget = ("levels", "cost", "granularity", "guard", "uniform_layers", "no_protect", "cost_share")
         refuse(options, of_a_budget, "--budget and --fit")
     if options.map:
         refuse(options, ("group_size", "symmetric", "hadamard"), "--budget, --fit and --uniform")

@@ -170,6 +170,10 @@ def _calibration(p: argparse.ArgumentParser) -> None:
         "--balance", type=float, default=0.0, metavar="R",
         help="choose sequences so that each expert gets R times an even share of tokens where it can (default: 0, no)",
     )  # fmt: skip
+    p.add_argument(
+        "--cost-share", type=float, default=0.25, metavar="S",
+        help="share of the calibration text that costs are measured on; 1: all (default: %(default)s)",
+    )  # fmt: skip
     _seed(p)
 
 

@@ -106,7 +106,7 @@ def calibration_of(options: argparse.Namespace) -> Any:
     if options.data == "":
         raise InputError("--data is empty; expected a text or JSONL file; leave it out for the bundled text")
     return Calibration(options.data, options.samples, options.length, options.batch_size, options.seed,
-                       options.modality_weight, options.balance)  # fmt: skip
+                       options.modality_weight, options.balance, options.cost_share)  # fmt: skip
 
 
 def dtype_of(options: argparse.Namespace) -> Any:

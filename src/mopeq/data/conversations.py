@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import csv
 import io
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ __all__ = [
     "question_batches",
     "read_conversations",
     "read_questions",
+    "token_weights",
 ]
 
 IMAGE = "<image>"
@@ -176,6 +178,29 @@ def _batch(processor: Any, conversations: Sequence[Conversation]) -> dict[str, T
     if answers is not None and bool(answers.any()):
         batch["labels"] = torch.where(answers.bool(), batch["input_ids"], -100)
     return batch
+
+
+def token_weights(batches: Sequence[Mapping[str, Tensor]], text: float) -> list[dict[str, Tensor]]:
+    """The batches with ``token_weight`` (sequences, length): ``text`` to 1 between text and image tokens, 1 on average.
+
+    Raises :class:`DataError` for a weight that is not above zero, and where tokens of one kind are missing.
+    """
+    if not 0 < text < math.inf:
+        raise DataError(
+            f"modality weight {text}; expected a number above 0: what a text token counts, an image token 1"
+        )
+    kept = [torch.stack([batch.get("modality", torch.zeros_like(batch["input_ids"])), batch["attention_mask"]])
+            for batch in batches]  # fmt: skip
+    total = sum(int(mask.sum()) for _, mask in kept)
+    images = sum(int((image * mask).sum()) for image, mask in kept)
+    if not 0 < images < total:
+        raise DataError(
+            f"a modality weight weighs text against image tokens, and {images} of the {total} calibration tokens are "
+            "image tokens; give conversations with images as data, or leave it out"
+        )
+    mean = (images + text * (total - images)) / total
+    return [{**batch, "token_weight": torch.where(image.bool(), 1 / mean, text / mean)}
+            for batch, (image, _) in zip(batches, kept, strict=True)]  # fmt: skip
 
 
 def read_questions(path: str | Path) -> list[Question]:

@@ -54,7 +54,7 @@ class Cluster:
         for item in items:
             if len(waiting) >= 2 * max(1, self.slots()):
                 yield self._result(waiting.popleft())
-            waiting.append(self._task.remote(sent, item, device, self.threads))
+            waiting.append(self._task.remote([sent], item, device, self.threads))  # in a list: Ray leaves it to _run
         while waiting:
             yield self._result(waiting.popleft())
 
@@ -87,10 +87,20 @@ class Cluster:
         return "a GPU" if self.kind == "GPU" else f"{self.threads} processors"
 
 
-def _run(sent: tuple[Callable[[Any, Item, torch.device], T], Any], item: Item, device: str, threads: int) -> T:
+_held: dict[str, Any] = {}
+"""What the items of the last call share, in a process of a node: it would be unpacked anew for each of them."""
+
+
+def _run(sent: list[Any], item: Any, device: str, threads: int) -> Any:
     """One item, in a process of a node."""
+    import ray
+
     torch.set_num_threads(threads)
-    work, shared = sent
+    name = sent[0].hex()
+    if name not in _held:
+        _held.clear()
+        _held[name] = ray.get(sent[0])
+    work, shared = _held[name]
     return work(shared, item, torch.device(device))
 
 

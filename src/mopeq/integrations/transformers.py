@@ -29,6 +29,7 @@ from mopeq.precision import GROUPS, ProjectionGroup
 from mopeq.runtime.experts import MixedExperts
 from mopeq.runtime.install import install, packed_modules
 from mopeq.runtime.packed import prepare
+from mopeq.runtime.stepping import take_steps
 
 __all__ = ["FlatConcat", "FlatSplit", "MopeqConfig", "MopeqHfQuantizer"]
 
@@ -104,6 +105,7 @@ class MopeqHfQuantizer(HfQuantizer):
         self._settle(model)
         self._release_files(model)
         prepare(model)
+        take_steps(model)
         return model
 
     def _check_rest(self, model: Any) -> None:

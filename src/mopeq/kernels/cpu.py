@@ -9,9 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,30 +18,18 @@ from torch import Tensor
 
 from mopeq.errors import InputError
 from mopeq.kernels.layout import Form, PackedGroup
+from mopeq.native import ISAS, TYPES, check, isa, library, why_not
 from mopeq.seam import Gate
 
-__all__ = ["COARSE", "DIGITS", "ISAS", "convert", "digits_of", "experts", "grouped_linear", "isa", "library", "why_not"]
+__all__ = [
+    "COARSE", "DIGITS", "ISAS", "TYPES", "check", "convert", "digits_of", "experts", "grouped_linear", "isa",
+    "library", "why_not",
+]  # fmt: skip
 
-LIBRARY = Path(__file__).with_name("libmopeq_cpu.so")
-ABI = 7
-ISAS = ("portable", "avx2", "avx512")
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 """int8 digits of an activation, to the base 128: 22 bits for float32, 15 for the 16-bit types."""
 COARSE = 2
 """With two digits, matrices of up to so many bits use the first alone; ``MOPEQ_COARSE`` says otherwise, 0 to 8."""
-
-FAULTS = {
-    1: "a buffer is missing",
-    2: "rows, inputs or outputs do not fit together",
-    3: "a width is not 2, 3, 4, 5, 6, 8 or 16 bits, or a codebook is not of 2",
-    4: "a group size is no multiple of 32 or does not divide the inputs",
-    5: "a matrix lies outside its buffer",
-    6: "offsets decrease or exceed the rows",
-    7: "a buffer is not aligned to its elements",
-    8: "there is no memory for the activations",
-    9: "the activations' type or number of digits is unknown",
-}
 
 
 class Group(ctypes.Structure):
@@ -78,62 +65,6 @@ class ExpertsJob(ctypes.Structure):
 
 
 @cache
-def _open() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and why there is none. ``MOPEQ_CPU_ISA`` forces one of :data:`ISAS`."""
-    if not LIBRARY.exists():
-        return None, f"{LIBRARY.name} was not built when mopeq was installed; install it with a C++ compiler at hand"
-    try:
-        lib = ctypes.CDLL(str(LIBRARY))
-        abi = lib.mopeq_abi()
-    except (OSError, AttributeError) as error:
-        return None, f"{LIBRARY.name} does not load: {error}"
-    if abi != ABI:
-        return None, f"{LIBRARY.name} has interface {abi}, this mopeq expects {ABI}; install mopeq again"
-    lib.mopeq_grouped_linear.argtypes = [ctypes.POINTER(_Job)]
-    lib.mopeq_experts.argtypes = [ctypes.POINTER(ExpertsJob)]
-    lib.mopeq_repack_codes.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64]
-    lib.mopeq_repack_scales.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
-    lib.mopeq_repack_zeros.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
-    lib.mopeq_read.argtypes, lib.mopeq_read.restype = [c_void_p, c_int64, c_int64], ctypes.c_uint64
-    lib.mopeq_set_parallel_for.argtypes = [c_void_p]
-    lib.mopeq_set_parallel_for.restype = None
-    lib.mopeq_set_parallel_for(_torch_pool())
-    forced = os.environ.get("MOPEQ_CPU_ISA")
-    if forced and (forced not in ISAS or lib.mopeq_use_isa(c_int(ISAS.index(forced)))):
-        best = ISAS[: lib.mopeq_best_isa() + 1]
-        raise InputError(f"MOPEQ_CPU_ISA is {forced}; expected one of {', '.join(best)} on this machine")
-    return lib, ""
-
-
-def _torch_pool() -> int | None:
-    """Address of ``torch_parallel_for``, by which the library works on torch's threads; None where torch has none."""
-    folder = Path(torch.__file__).with_name("lib")
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        if (folder / name).exists():
-            found = getattr(ctypes.CDLL(str(folder / name)), "torch_parallel_for", None)
-            return None if found is None else ctypes.cast(found, c_void_p).value
-    return None
-
-
-def library() -> ctypes.CDLL:
-    """The library; :class:`InputError` where there is none."""
-    lib, reason = _open()
-    if lib is None:
-        raise InputError(f"mopeq has no compiled CPU kernel: {reason}")
-    return lib
-
-
-def why_not() -> str:
-    """Why there is no compiled kernel; empty where there is one."""
-    return _open()[1]
-
-
-def isa() -> str:
-    """The instruction set in use."""
-    return ISAS[library().mopeq_isa()]
-
-
-@cache
 def _coarse() -> int:
     asked = os.environ.get("MOPEQ_COARSE") or str(COARSE)
     if asked not in map(str, range(9)):
@@ -151,11 +82,6 @@ def digits_of(dtype: torch.dtype, digits: int | None = None) -> tuple[int, int]:
         digits = DIGITS.get(dtype, 0)
         return digits, _coarse() if digits == 2 else 0
     return digits, 0
-
-
-def check(code: int) -> None:
-    if code:
-        raise InputError(f"the CPU kernel refuses its arguments: {FAULTS.get(code, f'fault {code}')}")
 
 
 def _parts(name: str, tensor: Tensor | None, dtype: torch.dtype) -> tuple[int | None, int]:

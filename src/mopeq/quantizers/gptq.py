@@ -117,9 +117,10 @@ def gptq(
                 pairs.compensated(part, precision, f.importance, f.order, f.upper * f.pivots.sqrt().unsqueeze(1))
             )
             continue
-        grid = minmax(part, precision)
         if factors:
             grid = searched(part, precision, f.importance, factors=factors, refits=0)
+        else:
+            grid = minmax(part, precision)
         made.append(grid.codes(_round(part, grid, f)))
     zeros = [c.zeros for c in made if c.zeros is not None]
     return Codes(

@@ -4,6 +4,9 @@ A group of weights w gets ``w = k * s`` with integers k in [-z, levels - 1 - z];
 rounded to fp16 before any code is computed, so codes are the best ones for the scale that is stored. A scale is never
 zero and never infinite: the smallest is 2**-24, the smallest positive fp16; weights too large for the largest are a
 ModelError.
+
+On the CPU the compiled library does this (compiled.py) where it is. What is here on torch defines correct: the library
+does the same operations in the same order, and gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from torch import Tensor
 from mopeq.errors import InputError, ModelError
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
+from mopeq.quantizers import compiled
 
-__all__ = ["Grid", "fp16", "minmax", "nearest", "searched"]
+__all__ = ["Grid", "fp16", "minmax", "nearest", "rounded", "searched"]
 
 TINY = 2.0**-24
 """Smallest positive fp16."""
@@ -29,6 +33,8 @@ FACTORS = tuple(1.2 - 0.9 * i / 24 for i in range(25))
 SHIFTS = (0, -1, 1)
 """Offsets from the min-max zero point that the search tries."""
 REFITS = 2
+RUN = 16
+"""Numbers that a sum adds up in turn."""
 CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}
 """Weights searched at a time: on a CPU they stay in its cache."""
 
@@ -63,6 +69,8 @@ def minmax(weight: Tensor, precision: Precision) -> Grid:
     Raises :class:`ModelError` where a group's magnitude needs a scale above 65504, or is not finite.
     """
     grouped = _grouped(weight, precision)
+    if compiled.takes(weight) and (made := compiled.grids(weight, precision)) is not None:
+        return Grid(*made[:2], precision)
     levels = precision.levels
     low, high = grouped.amin(-1), grouped.amax(-1)
     constant = low == high
@@ -94,6 +102,11 @@ def searched(
     ``sum(h w k) / sum(h k k)``. The error of a group never exceeds that of :func:`minmax`; groups whose importance is
     all zero keep the min-max grid.
     """
+    _grouped(weight, precision)
+    if compiled.takes(weight, importance):
+        made = compiled.grids(weight, precision, importance, factors, refits)
+        if made is not None:
+            return Grid(*made[:2], precision)
     start = minmax(weight, precision)
     experts, out, inp = weight.shape
     scale, zero = columns(start.scale).unsqueeze(2), columns(start.zero).unsqueeze(2)
@@ -104,6 +117,30 @@ def searched(
         at = (some, groups, slice(None), rows)
         _search(cells[at], None if h is None else h[some, groups], scale[at], zero[at], precision, factors, refits)
     return Grid(columns(scale.squeeze(2)), columns(zero.squeeze(2)), precision)
+
+
+def rounded(
+    weight: Tensor,
+    precision: Precision,
+    importance: Tensor | None = None,
+    *,
+    factors: Sequence[float] = (),
+    refits: int = 0,
+) -> Codes:
+    """Codes of the nearest points on the grids of :func:`searched`, without factors on those of :func:`minmax`.
+
+    Arguments are theirs; where there is the library, weights pass through the processor once.
+    """
+    _grouped(weight, precision)
+    if compiled.takes(weight, importance):
+        made = compiled.grids(weight, precision, importance, factors, refits, codes=True)
+        if made is not None:
+            scale, zero, codes = made
+            assert codes is not None
+            return Grid(scale, zero, precision).codes(codes)
+    if not factors:
+        return nearest(weight, minmax(weight, precision))
+    return nearest(weight, searched(weight, precision, importance, factors=factors, refits=refits))
 
 
 def columns(batch: Tensor) -> Tensor:
@@ -120,6 +157,8 @@ def nearest(weight: Tensor, grid: Grid) -> Codes:
     weight: float32 (experts, out, in).
     """
     rows = _grouped(weight, grid.precision)
+    if compiled.takes(weight):
+        return grid.codes(compiled.codes_on(weight, grid.precision, grid.scale, grid.zero))
     scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=weight.device)
     count, out, groups, size = rows.shape
@@ -161,7 +200,7 @@ def _search(
         """Weighted squared error (experts, groups, 1, rows) of rounding."""
         k = steps(cells, s, *bounds(z, levels), out=work)
         torch.addcmul(minus, k, s, out=k).square_()
-        return (k if h is None else k.mul_(h)).sum(2, keepdim=True)
+        return summed(k if h is None else k.mul_(h))
 
     best = error(first_scale, first_zero)
 
@@ -181,8 +220,31 @@ def _search(
     for _ in range(refits):
         k = steps(cells, scale, *bounds(zero, levels), out=work)
         hk = k if h is None else k * h
-        fit = (hk * cells).sum(2, keepdim=True) / (hk * k).sum(2, keepdim=True)
+        fit = summed(hk * cells) / summed(hk * k)
         offer(fp16(torch.where(fit > 0, fit, scale)), zero)
+
+
+def summed(cells: Tensor) -> Tensor:
+    """Sums (experts, groups, 1, rows) over cells (experts, groups, size, rows), in an order that is the same anywhere.
+
+    Runs of 16 are added up in turn, and so are their sums, in runs of 16 again; what is left over of each level comes
+    first, lower levels before higher ones. ``Tensor.sum`` has other orders for other processors, threads and places.
+    """
+    total = None
+    while True:
+        whole = cells.shape[2] // RUN * RUN
+        rest = _in_turn(cells[:, :, whole:], 2)
+        total = rest if total is None else total + rest
+        if not whole:
+            return total.unsqueeze(2)
+        cells = _in_turn(cells[:, :, :whole].reshape(*cells.shape[:2], -1, RUN, *cells.shape[3:]), 3)
+
+
+def _in_turn(cells: Tensor, axis: int) -> Tensor:
+    total = cells.select(axis, 0).clone() if cells.shape[axis] else cells.sum(axis)
+    for part in cells.unbind(axis)[1:]:
+        total.add_(part)
+    return total
 
 
 def _grouped(weight: Tensor, precision: Precision) -> Tensor:

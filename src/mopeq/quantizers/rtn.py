@@ -7,7 +7,7 @@ from torch import Tensor
 from mopeq.precision import Precision
 from mopeq.qtensor import Codes
 from mopeq.quantizers import pairs
-from mopeq.quantizers.grid import minmax, nearest, searched
+from mopeq.quantizers.grid import FACTORS, REFITS, rounded
 from mopeq.quantizers.turned import for_rotated
 
 __all__ = ["rtn", "rtn_mse"]
@@ -16,7 +16,7 @@ __all__ = ["rtn", "rtn_mse"]
 @for_rotated
 def rtn(weight: Tensor, precision: Precision, moments: Tensor | None = None) -> Codes:
     """Nearest codes on min-max grids. weight: float32 (experts, out, in); ``moments`` is not used."""
-    return nearest(weight, minmax(weight, precision))
+    return rounded(weight, precision)
 
 
 @for_rotated
@@ -30,7 +30,7 @@ def rtn_mse(weight: Tensor, precision: Precision, moments: Tensor | None = None)
     return (
         pairs.nearest(weight, precision, heavy)
         if precision.codebook
-        else nearest(weight, searched(weight, precision, heavy))
+        else rounded(weight, precision, heavy, factors=FACTORS, refits=REFITS)
     )
 
 

@@ -254,8 +254,13 @@ def _starved(stats: Stats | None) -> Starved | None:
     for name, tokens in found.items():
         text = f"{tokens:,}" if isinstance(tokens, int) else str(tokens)
         layers.setdefault(str(name).rpartition(".")[0], []).append((str(name), text))
-    ordered = sorted(layers, key=lambda k: (int(k) if k.isdigit() else 1 << 30, k))
-    return Starved(len(found), tuple((layer, tuple(layers[layer])) for layer in ordered))
+    return Starved(len(found), tuple((layer, tuple(layers[layer])) for layer in sorted(layers, key=_by_number)))
+
+
+def _by_number(layer: str) -> tuple[bool, int, str]:
+    """3 before 10 before 2.vision, whatever else there is last."""
+    number, _, kind = layer.partition(".")
+    return bool(kind), int(number) if number.isdecimal() else 1 << 30, layer
 
 
 def _seconds(inputs: Inputs) -> list[tuple[str, str]]:

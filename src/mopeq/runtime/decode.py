@@ -7,7 +7,6 @@ sequence does not need: beams, padding, the copying of the whole cache for every
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,33 +101,8 @@ def _cache(model: Any, room: int) -> Any:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
+    from mopeq.runtime.cache import Roomy
+
     cache = DynamicCache(config=model.config.get_text_config())
-    cache.layers = [_roomy()(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [Roomy(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-@functools.cache
-def _roomy() -> Any:
-    from transformers.cache_utils import DynamicLayer
-
-    class Roomy(DynamicLayer):
-        """A layer that writes into its place what others append to a copy."""
-
-        def __init__(self, room: int) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
-            self.room, self.held = room, list[Tensor]()
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            """Keys and values (1, heads, tokens, size) behind those before; all of them."""
-            new = (key_states, value_states)
-            if not self.is_initialized:
-                self.lazy_initialization(*new)
-                self.held = [t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in new]
-            begin = self.get_seq_length()
-            end = begin + key_states.shape[2]
-            for held, states in zip(self.held, new, strict=True):
-                held[:, :, begin:end] = states
-            self.keys, self.values = (held[:, :, :end] for held in self.held)
-            return self.keys, self.values
-
-    return Roomy

@@ -91,7 +91,8 @@ def _plain(layer: Any) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    replaced = "forward" in module.__dict__ and not hasattr(module.forward, "mopeq_steps")
+    return bool(module._forward_hooks or module._forward_pre_hooks or replaced)
 
 
 def _group(linear: nn.Module) -> PackedGroup | None:

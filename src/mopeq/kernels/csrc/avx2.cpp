@@ -10,6 +10,7 @@ namespace {
 
 #include "avx2.inc"
 #include "loops.inc"
+#include "grids.inc"
 #include "panel.inc"
 
 void read(const void *data, int64_t bytes, uint64_t *sum) {

@@ -11,6 +11,7 @@ namespace {
 
 #include "avx2.inc"
 #include "loops.inc"
+#include "grids.inc"
 #include "panel.inc"
 #include "tile.inc"
 

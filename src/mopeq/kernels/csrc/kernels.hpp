@@ -90,6 +90,29 @@ using UnpackKernel = void (*)(const Panel &, int64_t first, int64_t count, Unpac
 using TileKernel = void (*)(const Unpacked *panels, int64_t first, int64_t count, int64_t blocks, const Activations &,
                             const int64_t *rows, float *out, int64_t stride);
 
+// One group of some rows whose grids are improved: the scale of least squared error among the multiples `factors` of the
+// one that is there, with the zero points beside it, refitted to the codes `refits` times.
+struct Search {
+  const float *w;  // (rows, size), `stride` apart
+  int64_t rows, stride, size;
+  const float *h;        // (size), weights of the squares, none negative, or null
+  const float *factors;  // (factor_count)
+  int64_t factor_count, refits;
+  int levels;
+  bool symmetric;
+  float *scale, *zero;  // of row r at r * groups
+  int64_t groups;
+  float *room;  // (16, size), from an address that 64 divides
+};
+
+// Grids and codes (grids.inc).
+struct Grids {
+  // False where a weight is not finite, or the scale too large for fp16.
+  bool (*minmax)(const float *w, int64_t size, int levels, bool symmetric, float *scale, float *zero);
+  void (*nearest)(const float *w, int64_t size, float scale, float zero, int levels, uint8_t *codes);
+  void (*search)(const Search &job);
+};
+
 struct Kernels {
   PanelKernel panel[7][4][3][2];           // width 2 3 4 5 6 8, codebook; DIGITS; tile of 1, 2, 4 tokens; height 8, 16
   DenseKernel dense[3];                    // tile of 1, 2, 4 tokens
@@ -98,6 +121,7 @@ struct Kernels {
   TileKernel tile[2][3][2];                // 2 digits, or the first of them; tile of 1, 2, 4 tokens; 1 or 2 panels
   void (*read)(const void *data, int64_t bytes, uint64_t *sum);
   Loops loops;
+  Grids grids;
 };
 
 const Kernels &portable_kernels();

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { MOPEQ_ABI = 7 };
+enum { MOPEQ_ABI = 8 };
 
 // Type of the activations.
 enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
@@ -29,6 +29,7 @@ enum {
   MOPEQ_ALIGN = 7,     // a pointer not aligned to its element
   MOPEQ_MEMORY = 8,    // no memory for the activations
   MOPEQ_TYPE = 9,      // an unknown type or number of digits
+  MOPEQ_VALUE = 10,    // a number that is not finite, or too large
 };
 
 // How the codes of a matrix are meant: with zero points, without, or as points of the codebook, of 2 bits a weight; and
@@ -111,6 +112,20 @@ typedef struct {
   int64_t room, position, digits, coarse, threads;
 } mopeq_attention_job;
 
+// Groups of weights, their grids and their codes. A group of w gets w = k * scale, its codes are k + zero; scales are
+// fp16 numbers, zero points whole ones.
+typedef struct {
+  const void *weight;  // (experts, rows, inputs) contiguous, of type `type`
+  int64_t type, experts, rows, inputs, groups, bits, symmetric;  // groups of a row
+  const float *importance;  // (experts, inputs), weights of the squared errors, none negative, or null: 1
+  const float *factors;     // (factor_count) multiples of the scale to try; with none and no refits, min-max grids
+  int64_t factor_count, refits;
+  float *scale, *zero;  // (experts, rows, groups)
+  int64_t given;        // 1: the grids are there, 0: they are made
+  uint8_t *codes;       // (experts, rows, inputs), or null
+  int64_t threads;
+} mopeq_grids_job;
+
 MOPEQ_API int mopeq_abi(void);
 // 0 portable, 1 AVX2, 2 AVX-512 VNNI: the best this machine has.
 MOPEQ_API int mopeq_best_isa(void);
@@ -132,6 +147,12 @@ MOPEQ_API int mopeq_repack_codes(const uint8_t *from, uint8_t *to, int64_t rows,
 MOPEQ_API int mopeq_repack_scales(const uint16_t *from, uint16_t *to, int64_t rows, int64_t groups, int64_t to_panels);
 MOPEQ_API int mopeq_repack_zeros(const uint8_t *from, uint8_t *to, int64_t rows, int64_t groups, int64_t bits,
                                  int64_t to_panels);
+
+// Grids and codes of every group. MOPEQ_VALUE where weights are not finite or too large for fp16 scales;
+// the buffers then hold anything.
+MOPEQ_API int mopeq_grids(const mopeq_grids_job *job);
+// Codes, one a byte, to a bit string of 2 to 8 bits each; `count` a multiple of 8.
+MOPEQ_API int mopeq_pack_bits(const uint8_t *codes, uint8_t *to, int64_t count, int64_t bits, int64_t threads);
 
 // The ceiling for benchmarks: reads `bytes` with `threads` threads and returns a checksum. 64-byte aligned.
 MOPEQ_API uint64_t mopeq_read(const void *data, int64_t bytes, int64_t threads);

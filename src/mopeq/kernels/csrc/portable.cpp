@@ -106,6 +106,7 @@ struct Portable {
 };
 
 #include "loops.inc"
+#include "grids.inc"
 #include "panel.inc"
 
 void read(const void *data, int64_t bytes, uint64_t *sum) {
