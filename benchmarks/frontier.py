@@ -201,7 +201,9 @@ def _run(
             return
         study = studied(asked, opened, run["seed"], left, changed)
         run["seconds"] = {**run.get("seconds", {}), **study.seconds}
-        for job in (*_jobs(study, asked.bits, left), *_pruned(study, asked.pruned), *_schemes(study, rows)):
+        if last:
+            _drawn(study, asked.draws, run, judge, save)
+        for job in (*_jobs(study, asked.bits, left), *_schemes(study, rows), *_pruned(study, asked.pruned)):
             if job.name not in rows:
                 row = _described(study, job)
                 if job.like is not None and row["bytes"] > rows[job.like]["bytes"]:
@@ -212,7 +214,6 @@ def _run(
                 if name in rows and name not in run.setdefault("packed", {}):
                     run["packed"][name] = _packed(study, name, rows[name], judge, folder)
                     save()
-            _drawn(study, asked.draws, run, judge, save)
         for name in [n for n in methods if n not in rows]:
             study.clear()
             add(name, *_by_method(study.prepared, changed, judge, *methods[name]))

@@ -42,9 +42,10 @@ def fit(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def loading(results: Mapping[str, Any]) -> dict[str, str]:
-    steps = results["median"]
-    rows = [[step, *(f"{value:.2f}" for value in row.values())] for step, row in steps.items()]
-    return {"loading": table(["until", *next(iter(steps.values()))], rows)}
+    ways = results["median"]
+    rows = [[way, step, *(f"{value:.2f}" for value in row.values())]
+            for way, steps in ways.items() for step, row in steps.items()]  # fmt: skip
+    return {"loading": table(["way", "until", *next(iter(next(iter(ways.values())).values()))], rows)}
 
 
 def serving(results: Mapping[str, Any]) -> dict[str, str]:

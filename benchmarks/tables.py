@@ -588,6 +588,7 @@ PRINTED = {
     "bundled_few_bits": methods,
     "unseen": unseen,
     "fitted_costs": fitted,
+    "bundled_fitted_costs": fitted,
     "frontier": frontier,
     "bundled_frontier": frontier,
     "solver": solver,

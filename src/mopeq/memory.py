@@ -22,7 +22,8 @@ from mopeq.spec import Inventory, MoESpec, outside_layers
 
 __all__ = [
     "Footprint", "available_bytes", "both_in_memory", "footprint", "give_back_freed", "in_large_pages", "slab_bytes",
-    "spilled_bytes", "trim",
+    "spilled_bytes", "touched",
+    "trim",
 ]  # fmt: skip
 
 PROCESS = 600 << 20
@@ -159,6 +160,19 @@ def in_large_pages(tensor: Any) -> Any:
     if tensor.device.type == "cpu" and begin < end and sys.platform == "linux":
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 14)  # MADV_HUGEPAGE
     return tensor
+
+
+def touched(tensors: Iterable[Any]) -> None:
+    """Have the pages of mapped tensors read and in this process's tables, all at once instead of one after the other
+    when they are used; a system that cannot (Linux before 5.14), or has too little memory, is left alone.
+    """
+    tensors = list(tensors)
+    if sys.platform != "linux" or sum(tensor.nbytes for tensor in tensors) > available_bytes():
+        return
+    page, advise = os.sysconf("SC_PAGE_SIZE"), ctypes.CDLL(None).madvise
+    for tensor in tensors:
+        begin = tensor.data_ptr() // page * page
+        advise(ctypes.c_void_p(begin), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - begin), 22)  # POPULATE_READ
 
 
 def give_back_freed() -> bool:

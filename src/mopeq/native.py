@@ -18,7 +18,7 @@ from mopeq.errors import InputError
 __all__ = ["ABI", "ISAS", "LIBRARY", "TYPES", "VALUE", "check", "isa", "library", "why_not"]
 
 LIBRARY = Path(__file__).parent / "kernels" / "libmopeq_cpu.so"
-ABI = 8
+ABI = 9
 ISAS = ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types that it takes."""
@@ -35,6 +35,7 @@ FAULTS = {
     8: "there is no memory for the activations",
     9: "the activations' type or number of digits is unknown",
     VALUE: "a number is not finite, or too large",
+    11: "a file cannot be read, or ends early",
 }
 
 
@@ -50,6 +51,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{LIBRARY.name} does not load: {error}"
     if abi != ABI:
         return None, f"{LIBRARY.name} has interface {abi}, this mopeq expects {ABI}; install mopeq again"
+    lib.mopeq_fill.argtypes = [c_void_p, c_int64, c_int64]
     lib.mopeq_pack_bits.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
     lib.mopeq_repack_codes.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64]
     lib.mopeq_repack_scales.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]

@@ -33,6 +33,7 @@ __all__ = [
     "kept_bytes",
     "open_source",
     "read_group",
+    "read_headers",
     "read_kept",
     "read_matrix",
     "read_tensor",
@@ -73,7 +74,7 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
     """
     path = _folder(model, revision)
     config = _read_config(path)
-    headers = _read_headers(path)
+    headers = read_headers(path)
     made = Source(
         path=path,
         config=config,
@@ -301,7 +302,7 @@ def _refuse_quantized(path: Path, settings: object) -> None:
     )
 
 
-def _read_headers(path: Path) -> dict[str, Header]:
+def read_headers(path: Path) -> dict[str, Header]:
     """Headers of the safetensors files by name, checked against the index where there is one."""
     present = sorted(p.name for p in path.glob("*.safetensors") if p.is_file())
     if not (path / INDEX).is_file():

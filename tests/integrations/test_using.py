@@ -29,7 +29,8 @@ from mopeq.errors import CheckpointError, InputError
 from mopeq.integrations.transformers import MopeqHfQuantizer
 from mopeq.kernels import selected
 from mopeq.precision import FULL, Precision, PrecisionMap
-from mopeq.runtime import install, packed_modules
+from mopeq.runtime import packed_modules
+from mopeq.runtime.install import install
 
 IDS = torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(1))
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tiny.PAD, "eos_token_id": None}

@@ -82,9 +82,9 @@ def test_every_precision(precision: Precision) -> None:
     ids=str,
 )
 def test_many_tokens_give_the_bits_of_few(precision: Precision, coarse: int) -> None:
-    """Panels that are unpacked for 16 tokens and more: in pairs, one left over and half a one; more than one chunk."""
+    """Panels that are unpacked for 96 tokens and more: in pairs, one left over and half a one; more than one chunk."""
     packed = experts((precision,), ((56, 1152),))
-    x = inputs(16 + 7, 1152).bfloat16()  # tiles of 4, 2 and 1 tokens
+    x = inputs(96 + 7, 1152).bfloat16()  # tiles of 4, 2 and 1 tokens
     table = packed.layout.table
 
     def product(rows: Tensor) -> Tensor:

@@ -153,9 +153,10 @@ def test_more_tokens_than_are_held_at_a_time() -> None:
     held = (1 << 24) // (3 * (2 * INNER + HIDDEN))
     groups = layer()
     x, index, weights = routed(held + 5)
-    got = experts(x, index, weights, *groups, SILU)
+    rest = (*groups, SILU, biases_of(groups))
+    got = experts(x, index, weights, *rest)
     for t in (0, held - 1, held, held + 4):
-        assert experts(x[t : t + 1], index[t : t + 1], weights[t : t + 1], *groups, SILU)[0].equal(got[t])
+        assert experts(x[t : t + 1], index[t : t + 1], weights[t : t + 1], *rest)[0].equal(got[t])
 
 
 @pytest.mark.usefixtures("every_isa")

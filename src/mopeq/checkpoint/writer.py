@@ -214,8 +214,8 @@ class PackedWriter(Unfinished):
         self._hashes[name] = _write(self.partial / name, [content])
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
-    """Write and sync a safetensors file, wide elements first, so that everything is aligned.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], align: int = 8) -> Written:
+    """Write and sync a safetensors file, wide elements first, so that everything is aligned; data begin at ``align``.
 
     Returns its bytes and sha256, and the types and shapes in it. Raises :class:`CheckpointError` for a type that a
     packed checkpoint may not hold, and OSError.
@@ -231,7 +231,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
         shard[key] = (DTYPES[tensor.dtype], tuple(tensor.shape))
         header[key] = {"dtype": shard[key][0], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % align)
     pieces = (t.contiguous().reshape(-1).view(torch.uint8).numpy().data for _, t in ordered if t.numel())
     return _write(path, [len(text).to_bytes(8, "little"), text], pieces), shard
 

@@ -12,6 +12,7 @@ from mopeq.cli.evaluate import add_eval, do_eval
 from mopeq.cli.export import add_export, do_export
 from mopeq.cli.fit import add_fit, add_fit_to_allocate
 from mopeq.cli.moqe import add_moqe
+from mopeq.cli.panels import add_panels, do_panels
 from mopeq.cli.recipes import add_recipe
 from mopeq.cli.serve import add_serve, do_serve
 from mopeq.cli.spread import add_spread
@@ -113,6 +114,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add_align_to_quantize(p)
     _bounded(p)
+
+    add_panels(
+        verb("panels", do_panels, "lay out a packed model for this processor, so that run and chat start at once")
+    )
 
     p = verb("align", do_align, "fit the routers of a packed model to the original's")
     add_align(p)

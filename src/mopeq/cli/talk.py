@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mopeq.cli import show
-from mopeq.cli.given import load_any, sampling_of
+from mopeq.cli.given import device_of, dtype_of, load_any, sampling_of
 from mopeq.cli.images import reader_of, with_images
 
 __all__ = ["converse", "do_chat", "do_run"]
@@ -18,12 +18,12 @@ def do_run(options: argparse.Namespace) -> None:
     """Generate text from a prompt."""
     from mopeq.runtime.generate import generate
 
-    reader = reader_of(options)
+    model, reader = _opened(options)
     prompt = (
         [{"role": "user", "content": with_images(options.prompt, options.image)}] if options.image else options.prompt
     )
     stream = None if options.json else show.write
-    made = generate(load_any(options.model, options), reader, prompt, **sampling_of(options), stream=stream)
+    made = generate(model, reader, prompt, **sampling_of(options), stream=stream)
     if options.json:
         return show.print_json({"text": made.text, "tokens": len(made.tokens), "seconds": made.seconds})
     print(flush=True)
@@ -35,13 +35,22 @@ def do_chat(options: argparse.Namespace) -> None:
     """Talk to a model."""
     from mopeq.runtime.generate import generate
 
-    reader = reader_of(options)
-    model = load_any(options.model, options)
+    model, reader = _opened(options)
 
     def answer(messages: list[dict[str, Any]]) -> str:
         return generate(model, reader, messages, **sampling_of(options), stream=show.write).text
 
     converse(reader, answer, options.image)
+
+
+def _opened(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and reader; where mopeq runs the model by itself, its files are read while the reader is imported."""
+    from mopeq.runtime.lean_load import lean_of
+
+    plain = not options.image and device_of(options) in (None, "cpu")
+    model = lean_of(options.model, dtype_of(options)) if plain else None
+    reader = reader_of(options)
+    return (load_any(options.model, options) if model is None else model), reader
 
 
 def converse(reader: Any, answer: Callable[[list[dict[str, Any]]], str], images: Sequence[str] = ()) -> None:

@@ -2,11 +2,12 @@
 
 The tokens are those of transformers' ``generate`` with the same settings and random state. What is left out is what one
 sequence does not need: beams, padding, the copying of the whole cache for every token. A step is native where
-``step.py`` knows the family, else the model's own pass.
+``step.py`` knows the family, else the model's own pass; the prompt of a :class:`Lean` is its own too.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopeq.runtime.lean import Lean
 from mopeq.runtime.step import step_of
 
 __all__ = ["Sampling", "decode"]
@@ -47,26 +49,35 @@ def decode(
     Random numbers are torch's own: seed them before the first token is asked for. Run it without gradients.
     """
     choose, count = _chooser(sampling), prompt.shape[1]
-    cache = _cache(model, count + most)
-    _forget(model)
-    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    kept = 1 if heard is None else 0  # 0: all
-    logits = model(input_ids=prompt, **options | {"logits_to_keep": kept}, **(images or {})).logits
+    begin = model.begin if isinstance(model, Lean) else functools.partial(_begin, model, images=images or {})
+    logits, step = begin(prompt, count + most, heard is not None)
     if heard is not None:
         heard(logits[0])
     logits = logits[:, -1].clone()  # the others of the prompt may go
-    step = step_of(model, cache)
     for number in range(most):
-        token = choose(prompt, logits.float())
+        token = choose(logits.float())
         yield (value := int(token))
         if value in stops or number + 1 == most:
             return
-        if step is not None:
-            logits = step(token.view(1, 1), count + number)
-        else:
-            logits = model(input_ids=token.view(1, 1), **options).logits[:, -1]
+        logits = step(token.view(1, 1), count + number)
         if heard is not None:
             heard(logits)
+
+
+def _begin(
+    model: Any, prompt: Tensor, room: int, whole: bool, images: Mapping[str, Tensor]
+) -> tuple[Tensor, Callable[[Tensor, int], Tensor]]:  # fmt: skip
+    """:meth:`Lean.begin` of a model of transformers."""
+    cache = _cache(model, room)
+    _forget(model)
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 0 if whole else 1}  # 0: all
+    logits = model(input_ids=prompt, **options, **images).logits
+
+    def own(token: Tensor, position: int) -> Tensor:
+        done: Tensor = model(input_ids=token, **options).logits[:, -1]
+        return done
+
+    return logits, step_of(model, cache) or own
 
 
 def _forget(model: Any) -> None:
@@ -76,21 +87,21 @@ def _forget(model: Any) -> None:
             module.rope_deltas = None
 
 
-def _chooser(sampling: Sampling) -> Any:
-    """(tokens so far, logits (1, vocabulary)) to a token (1,), by the steps of transformers, in its order."""
+def _chooser(sampling: Sampling) -> Callable[[Tensor], Tensor]:
+    """Logits (1, vocabulary) to a token (1,), by the steps of transformers, in its order."""
     if sampling.temperature == 0:
-        return lambda seen, logits: logits.argmax(-1)
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+        return lambda logits: logits.argmax(-1)
 
-    steps: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
-    if sampling.top_k:
-        steps.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        steps.append(TopPLogitsWarper(sampling.top_p))
-
-    def choose(seen: Tensor, logits: Tensor) -> Tensor:
-        for step in steps:
-            logits = step(seen, logits)
+    def choose(logits: Tensor) -> Tensor:
+        logits = logits / sampling.temperature
+        if sampling.top_k:
+            least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        if sampling.top_p < 1:
+            rising, order = logits.sort(descending=False)
+            gone = rising.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+            gone[:, -1] = False
+            logits = logits.masked_fill(gone.scatter(1, order, gone), float("-inf"))
         return torch.multinomial(torch.softmax(logits, -1), 1).squeeze(1)
 
     return choose

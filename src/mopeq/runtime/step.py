@@ -8,7 +8,7 @@ through the layers stays in float32, where the model rounds it to its own type a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from mopeq.kernels.attention import PROJECTIONS, Attention, Shape, Stream
 from mopeq.kernels.cpu import TYPES
 from mopeq.kernels.routing import Moe, Router
 from mopeq.precision import FULL
-from mopeq.runtime.experts import MixedExperts
 from mopeq.runtime.linear import QLinear
 from mopeq.seam import gate_of
 
@@ -35,13 +34,16 @@ ROUTED = tuple(f"{name}SparseMoeBlock" for name in ("Olmoe", "Mixtral", "Qwen2Mo
 class Step:
     """Token after token of the sequence whose keys and values ``caches`` hold, each (1, heads, room, size)."""
 
-    def __init__(self, model: Any, caches: list[tuple[Tensor, Tensor]]) -> None:
-        base = model.model
+    def __init__(
+        self, base: Any, head: Any, caches: Sequence[Sequence[Tensor]],
+        mlp_of: Callable[[Any, Stream], Callable[[Tensor], Tensor]],
+    ) -> None:  # fmt: skip
+        """``base``: the model below its ``head``; ``mlp_of``: what ``h`` (1, 1, hidden) goes through in a layer."""
         first, dtype = base.layers[0], base.embed_tokens.weight.dtype
-        self.embed, self.rotary, self.norm, self.head = base.embed_tokens, base.rotary_emb, base.norm, model.lm_head
+        self.embed, self.rotary, self.norm, self.head = base.embed_tokens, base.rotary_emb, base.norm, head
         rotated = self.rotary(torch.zeros(1, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1]
         self.stream = Stream(first.input_layernorm.weight.shape[0], rotated, dtype)
-        self.layers = [(_attention(layer, self.stream, *held), _mlp(layer.mlp, self.stream))
+        self.layers = [(_attention(layer, self.stream, *held), mlp_of(layer, self.stream))
                        for layer, held in zip(base.layers, caches, strict=True)]  # fmt: skip
 
     def __call__(self, token: Tensor, position: int) -> Tensor:
@@ -64,7 +66,7 @@ def step_of(model: Any, cache: Any) -> Step | None:
     caches: list[Any] = [getattr(layer, "held", None) for layer in cache.layers]
     if selected().name != "cpu" or not all(caches) or not _suits(model):
         return None
-    return Step(model, [tuple(held) for held in caches])
+    return Step(model.model, model.lm_head, caches, lambda layer, stream: _mlp(layer.mlp, stream))
 
 
 def _suits(model: Any) -> bool:
@@ -126,11 +128,15 @@ def _attention(layer: Any, stream: Stream, keys: Tensor, values: Tensor) -> Atte
 
 def _mlp(block: Any, stream: Stream) -> Callable[[Tensor], Tensor]:
     """What a layer does after its attention: from ``h`` (1, 1, hidden) to what is added."""
+    from mopeq.runtime.experts import MixedExperts  # which imports Dynamo
+
     name = type(block).__name__
     if name not in ROUTED or any(map(_hooked, (block, block.gate, block.experts))):
         return block  # type: ignore[no-any-return]
     gate, experts = gate_of(block.experts), block.experts
-    if not isinstance(experts, MixedExperts) or experts.mopeq_form != "panels" or gate is None or _left_out(experts):
+    if not isinstance(experts, MixedExperts) or experts.mopeq_form != "panels" or gate is None:
+        return block  # type: ignore[no-any-return]
+    if experts.mopeq_layouts["down"].left_out is not None:  # the module deals out their share
         return block  # type: ignore[no-any-return]
     mixtral = name.startswith("Mixtral")
     router = Router(block.gate.weight, block.gate.top_k, mixtral or block.gate.norm_topk_prob, not mixtral)
@@ -139,8 +145,3 @@ def _mlp(block: Any, stream: Stream) -> Callable[[Tensor], Tensor]:
     if shared is None:
         return lambda h: moe()
     return lambda h: moe() + functional.sigmoid(block.shared_expert_gate(h)) * shared(h)
-
-
-def _left_out(experts: MixedExperts) -> bool:
-    """Whether some are not there: then the module deals out their share."""
-    return experts.mopeq_layouts["down"].left_out is not None

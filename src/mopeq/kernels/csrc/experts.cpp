@@ -13,6 +13,7 @@ namespace mopeq {
 namespace {
 
 constexpr int64_t FLOATS = int64_t(1) << 24;  // of experts' outputs held at a time; tokens beyond wait
+constexpr int64_t MIDDLE = int64_t(1) << 20;  // of gate's and up's, of a few experts that go through down before the next
 constexpr int64_t FEW = 1 << 14;              // numbers that are not worth waking threads
 
 int check_job(const mopeq_experts_job &job, int64_t inner) {
@@ -37,7 +38,8 @@ struct Batch {
   const mopeq_experts_job *job;
   int64_t first, tokens, inner;
   std::vector<int64_t> offsets, place, token, expert;  // (experts + 1); row of each (token, slot), or -1; of each row
-  const float *middle = nullptr;                       // (rows, 2 * inner)
+  int64_t begin = 0;                                   // the first row of `middle`
+  const float *middle = nullptr;                       // (rows of a few experts, 2 * inner)
   const float *rows = nullptr;                         // (rows, hidden)
 
   Batch(const mopeq_experts_job &of, int64_t first, int64_t tokens, int64_t inner)
@@ -75,7 +77,7 @@ void gated_row(int64_t row, float *to, const void *context) {
   const float *gate = b.middle + row * 2 * n;
   if (!job.gate_up_bias) return loops().gated(gate, gate + n, n, job.alpha, job.limit, job.shift, to);
   std::vector<float> sum(size_t(2 * n)), bias(size_t(2 * n));
-  bias_row(job.gate_up_bias, job.bias_type, b.expert[size_t(row)], 2 * n, bias.data());
+  bias_row(job.gate_up_bias, job.bias_type, b.expert[size_t(b.begin + row)], 2 * n, bias.data());
   const int64_t step = job.interleaved ? 2 : 1, up = job.interleaved ? 1 : n;
   for (int64_t i = 0; i < n; i++) {
     sum[size_t(i)] = gate[i] + bias[size_t(i * step)];
@@ -106,25 +108,45 @@ void combine(int64_t begin, int64_t end, void *context) {
   }
 }
 
+// Rows `begin` to `end` through their experts. middle: (end - begin, 2 * inner), what lies between; out: (rows, hidden).
+int some_experts(Batch &b, const Product &filled, int64_t begin, int64_t end, float *middle, float *out) {
+  const mopeq_experts_job &job = *b.job;
+  std::vector<int64_t> offsets(b.offsets), order(size_t(end - begin), 0);
+  for (int64_t &offset : offsets) offset = std::clamp(offset, begin, end) - begin;
+  std::iota(order.begin(), order.end(), 0);
+  Product gate_up(job.gate_up), down(job.down);
+  if (const int wrong = gate_up.plan(offsets.data(), job.hidden, 2 * b.inner)) return wrong;
+  if (const int wrong = down.plan(offsets.data(), b.inner, job.hidden)) return wrong;
+  gate_up.x = filled.x, gate_up.rotated = filled.rotated;
+  gate_up.rows = b.token.data() + begin, gate_up.out = middle;
+  run(&gate_up, 1, job.threads);
+  b.begin = begin, b.middle = middle;
+  const Filled h(down, end - begin, b.inner, {job.digits, job.coarse}, job.threads, gated_row, &b);
+  down.rows = order.data(), down.out = out + begin * job.hidden;
+  run(&down, 1, job.threads);
+  return MOPEQ_OK;
+}
+
 int batch(const mopeq_experts_job &job, int64_t first, int64_t tokens, int64_t inner) {
   Batch b(job, first, tokens, inner);
-  const int64_t rows = b.offsets.back();
-  const Digits digits{job.digits, job.coarse};
-  Product gate_up(job.gate_up), down(job.down);
-  if (const int wrong = gate_up.plan(b.offsets.data(), job.hidden, 2 * inner)) return wrong;
-  if (const int wrong = down.plan(b.offsets.data(), inner, job.hidden)) return wrong;
-  const std::unique_ptr<float[]> middle(new float[size_t(rows * 2 * inner)]), out(new float[size_t(rows * job.hidden)]);
+  const int64_t rows = b.offsets.back(), most = std::max<int64_t>(1, MIDDLE / (2 * inner));
+  Product all(job.gate_up);
+  if (const int wrong = all.plan(b.offsets.data(), job.hidden, 2 * inner)) return wrong;
+  const std::unique_ptr<float[]> out(new float[size_t(rows * job.hidden)]);
   {
-    const Filled x(gate_up, tokens, job.hidden, digits, job.threads, token_row, &b);
-    gate_up.rows = b.token.data(), gate_up.out = middle.get();
-    run(&gate_up, 1, job.threads);
+    const Filled x(all, tokens, job.hidden, {job.digits, job.coarse}, job.threads, token_row, &b);
+    int64_t room = most;
+    for (size_t e = 1; e < b.offsets.size(); e++) room = std::max(room, b.offsets[e] - b.offsets[e - 1]);
+    const std::unique_ptr<float[]> middle(new float[size_t(std::min(rows, room) * 2 * inner)]);
+    for (size_t e = 0, next = 0; next + 1 < b.offsets.size(); e = next) {
+      const int64_t begin = b.offsets[e];
+      for (next = e + 1; next + 1 < b.offsets.size() && b.offsets[next + 1] - begin <= most;) next++;
+      const int64_t end = b.offsets[next];
+      if (begin == end) continue;
+      if (const int wrong = some_experts(b, all, begin, end, middle.get(), out.get())) return wrong;
+    }
   }
-  std::vector<int64_t> order(size_t(rows), 0);
-  std::iota(order.begin(), order.end(), 0);
-  b.middle = middle.get(), b.rows = out.get();
-  const Filled h(down, rows, inner, digits, job.threads, gated_row, &b);
-  down.rows = order.data(), down.out = out.get();
-  run(&down, 1, job.threads);
+  b.rows = out.get();
   run(tokens, tokens * job.k * job.hidden < FEW ? 1 : job.threads, combine, &b);
   return MOPEQ_OK;
 }

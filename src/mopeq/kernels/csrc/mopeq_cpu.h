@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { MOPEQ_ABI = 8 };
+enum { MOPEQ_ABI = 9 };
 
 // Type of the activations.
 enum { MOPEQ_F32 = 0, MOPEQ_BF16 = 1, MOPEQ_F16 = 2 };
@@ -30,6 +30,7 @@ enum {
   MOPEQ_MEMORY = 8,    // no memory for the activations
   MOPEQ_TYPE = 9,      // an unknown type or number of digits
   MOPEQ_VALUE = 10,    // a number that is not finite, or too large
+  MOPEQ_FILE = 11,     // a file that cannot be read, or ends early
 };
 
 // How the codes of a matrix are meant: with zero points, without, or as points of the codebook, of 2 bits a weight; and
@@ -147,6 +148,20 @@ MOPEQ_API int mopeq_repack_codes(const uint8_t *from, uint8_t *to, int64_t rows,
 MOPEQ_API int mopeq_repack_scales(const uint16_t *from, uint16_t *to, int64_t rows, int64_t groups, int64_t to_panels);
 MOPEQ_API int mopeq_repack_zeros(const uint8_t *from, uint8_t *to, int64_t rows, int64_t groups, int64_t bits,
                                  int64_t to_panels);
+
+// What a tensor in a file is: bytes to be taken as they are, or the plain form of one of a matrix's parts.
+enum { MOPEQ_PLAIN = 0, MOPEQ_CODES = 1, MOPEQ_SCALES = 2, MOPEQ_POINTS = 3 };
+
+// `bytes` from `begin` on of an open file descriptor, to `to`, a matrix's parts in panels. columns: inputs of codes,
+// groups of scales and zero points (MOPEQ_POINTS); bits: of a code.
+typedef struct {
+  int64_t file, begin, bytes;
+  void *to;
+  int64_t part, rows, columns, bits;
+} mopeq_stored;
+
+// Fills all of them with at most `threads` threads of its own, beside which the caller's may go on.
+MOPEQ_API int mopeq_fill(const mopeq_stored *stored, int64_t count, int64_t threads);
 
 // Grids and codes of every group. MOPEQ_VALUE where weights are not finite or too large for fp16 scales;
 // the buffers then hold anything.

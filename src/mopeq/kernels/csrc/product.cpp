@@ -14,7 +14,8 @@ constexpr int64_t PIECE = 64 << 10;  // bytes of codes that a thread takes at a 
 constexpr int64_t ALONE = 96 << 10;  // less work, in bytes of codes, is not worth waking threads
 constexpr int64_t FEW = 1 << 14;     // activations that are not either
 constexpr int TILES[] = {1, 2, 4};
-constexpr int64_t MANY = 16;         // tokens for which a panel is unpacked once
+// Tokens from which on it is faster to unpack a panel once: 4-bit codes are unpacked with the fewest instructions.
+constexpr int64_t many_from(int64_t bits) { return bits == 4 ? 96 : 48; }
 constexpr int64_t CHUNK = 512;       // its inputs that are unpacked at a time: two panels and four tokens fit in a cache
 
 std::atomic<int> chosen{-1};
@@ -140,7 +141,7 @@ void work(const Piece &piece, const Piece &then, Room &room) {
   const mopeq_matrix &m = *part.matrix;
   const Inputs &inputs = rotates(m) ? *product.rotated : *product.x;
   const Activations x = inputs.view();
-  const bool unpacks = m.bits != 16 && inputs.digits.count == 2 && part.end - part.begin >= MANY &&
+  const bool unpacks = m.bits != 16 && inputs.digits.count == 2 && part.end - part.begin >= many_from(m.bits) &&
                        product.kernels->unpack[width_index(m)] && room.make(chunk_of(m), m.group);
   const int64_t whole = m.rows / PANEL;  // panels of 16 rows
   for (int64_t p = piece.first; p < piece.last; p++) {

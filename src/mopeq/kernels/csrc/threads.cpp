@@ -26,6 +26,10 @@ struct Watch {
 const Watch watch;
 #endif
 
+}  // namespace
+
+void set_parallel_for(void *function) { torch_pool.store(reinterpret_cast<ParallelFor>(function)); }
+
 void own_threads(int64_t count, int64_t threads, Work work, void *context) {
   std::vector<std::thread> made;
   int64_t begun = 1;
@@ -38,10 +42,6 @@ void own_threads(int64_t count, int64_t threads, Work work, void *context) {
   if (begun < threads) work(bound(begun), count, context);
   for (auto &thread : made) thread.join();
 }
-
-}  // namespace
-
-void set_parallel_for(void *function) { torch_pool.store(reinterpret_cast<ParallelFor>(function)); }
 
 void run(int64_t count, int64_t threads, Work work, void *context) {
   threads = std::min(threads, count);
