@@ -13,11 +13,11 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from common import RESULTS, ROOT, estimate, interpolated, table
+from pictures import BOTTOM, LEFT, RIGHT, TOP, drawn
 
 Row = dict[str, Any]
 MAIN = re.compile(r"(ours|ours-0|uniform) [\d.]+")
 NUMBER = re.compile(r"^random \d+ =")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 64, 744, 16, 408
 STYLES = {
     "uniform": ("uniform GPTQ", "#5b5b5b"),
     "ours": ("knapsack", "#0b62c4"),
@@ -231,34 +231,20 @@ def picture(named: Mapping[str, Sequence[Row]]) -> str:
         y = BOTTOM - (math.log10(kl) - ends[1][0]) / (ends[1][1] - ends[1][0]) * (BOTTOM - TOP)
         return round(x, 1), round(y, 1)
 
-    made = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-            'font-size="12">', f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>']  # fmt: skip
-    for size in range(math.ceil(ends[0][0]), math.floor(ends[0][1]) + 1):
-        x = at(size, 1)[0]
-        made.append(f'<path d="M{x} {TOP}V{BOTTOM}" stroke="#e4e4e4"/>')
-        made.append(f'<text x="{x}" y="{BOTTOM + 18}" text-anchor="middle">{size}</text>')
-    for kl in (m * 10.0**d for d in range(-5, 1) for m in (1, 2, 5)):
-        if ends[1][0] < math.log10(kl) < ends[1][1]:
-            y = at(ends[0][0], kl)[1]
-            made.append(f'<path d="M{LEFT} {y}H{RIGHT}" stroke="#e4e4e4"/>')
-            made.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{kl:g}</text>')
-    for kind in ("uniform", "ours", "pruned"):
-        line = sorted((size, kl) for k, name, size, kl in points if k == kind)
-        path = " ".join(f"{x},{y}" for x, y in (at(*p) for p in line))
-        made.append(f'<polyline points="{path}" fill="none" stroke="{STYLES[kind][1]}" stroke-width="1.5"/>')
-    for kind, name, size, kl in sorted(points, key=lambda p: list(STYLES).index(p[0]), reverse=True):
-        x, y = at(size, kl)
-        title = f"<title>{name}: KL {kl:.4f}, {size:.2f} MB</title>"
-        made.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{STYLES[kind][1]}" fill-opacity="0.85">{title}</circle>')
-    for number, (label, colour) in enumerate(STYLES.values()):
-        y = TOP + 14 + 18 * number
-        made.append(f'<circle cx="{RIGHT - 220}" cy="{y}" r="4" fill="{colour}"/>')
-        made.append(f'<text x="{RIGHT - 210}" y="{y + 4}">{label}</text>')
-    middle = (LEFT + RIGHT) / 2
-    made.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">checkpoint, MB</text>')
-    made.append(f'<text x="14" y="{(TOP + BOTTOM) / 2}" text-anchor="middle" transform="rotate(-90 14 '
-                f'{(TOP + BOTTOM) / 2})">KL to the original, nats per token</text>')  # fmt: skip
-    return "\n".join([*made, "</svg>"]) + "\n"
+    marks = [m * 10.0**d for d in range(-5, 1) for m in (1, 2, 5)]
+    ticks = (
+        range(math.ceil(ends[0][0]), math.floor(ends[0][1]) + 1),
+        [kl for kl in marks if ends[1][0] < math.log10(kl) < ends[1][1]],
+    )
+    lines = [
+        (kind, sorted((size, kl) for k, name, size, kl in points if k == kind))
+        for kind in ("uniform", "ours", "pruned")
+    ]
+    dots = [
+        (kind, f"{name}: KL {kl:.4f}, {size:.2f} MB", size, kl)
+        for kind, name, size, kl in sorted(points, key=lambda p: list(STYLES).index(p[0]), reverse=True)
+    ]
+    return drawn(at, ticks, ("checkpoint, MB", "KL to the original, nats per token"), lines, dots, STYLES)
 
 
 def main() -> None:
