@@ -51,6 +51,8 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{LIBRARY.name} does not load: {error}"
     if abi != ABI:
         return None, f"{LIBRARY.name} has interface {abi}, this mopeq expects {ABI}; install mopeq again"
+    for name in ("grouped_linear", "experts", "attention", "moe", "grids"):
+        getattr(lib, f"mopeq_{name}").argtypes = [c_void_p]  # a job by reference; by value it is refused
     lib.mopeq_fill.argtypes = [c_void_p, c_int64, c_int64]
     lib.mopeq_pack_bits.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
     lib.mopeq_repack_codes.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64]

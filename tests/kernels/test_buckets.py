@@ -14,8 +14,9 @@ import torch
 from test_naive import error, flat, random_matrix
 from torch import Tensor
 
+from mopeq import native
 from mopeq.errors import InputError
-from mopeq.kernels import PackedGroup, choose, cpu, grouped_linear, humming_buckets, naive, using
+from mopeq.kernels import PackedGroup, choose, grouped_linear, humming_buckets, naive, using
 from mopeq.kernels.buckets import Stack, buckets, by_bucket, stack
 from mopeq.precision import FULL, Precision
 from mopeq.qtensor import Codes, dequantize, unpack_bits
@@ -164,7 +165,7 @@ def test_what_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(odd, here, torch.float32).name == "naive"  # 40 inputs have no panels
     with using("naive"):
         assert choose(layout, here, torch.float32).name == "naive"
-    monkeypatch.setattr(cpu, "_open", lambda: (None, "it was not built"))
+    monkeypatch.setattr(native, "_open", lambda: (None, "it was not built"))
     monkeypatch.setenv("MOPEQ_KERNEL", "cpu")
     with pytest.raises(InputError, match="it was not built"):
         choose(layout, here, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -252,7 +253,9 @@ def test_refusals(case: str) -> None:
 def test_the_library_refuses_null_and_plain_matrices() -> None:
     lib = cpu.library()
     assert lib.mopeq_experts(None) == 1
-    assert lib.mopeq_experts(cpu.ExpertsJob()) == 1
+    assert lib.mopeq_experts(ctypes.byref(cpu.ExpertsJob())) == 1
+    with pytest.raises(ctypes.ArgumentError):
+        lib.mopeq_experts(cpu.ExpertsJob())
     plain = flat([[random_matrix((32, 32), Precision(3, 32))]])
     with pytest.raises(InputError, match="in plain and plain form; expected panels"):
         experts(torch.zeros(1, 32), torch.zeros(1, 1).long(), torch.ones(1, 1), plain, plain, SILU)
