@@ -170,6 +170,8 @@ def test_laid_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_what_cannot_be_laid_out(olmoe: Path, tiny_model: Make) -> None:
+    with pytest.raises(ModelError, match=r"has no config\.json; expected a folder of mopeq quantize"):
+        lay_out(olmoe / "absent")
     with pytest.raises(ModelError, match="cannot be laid out"):
         lay_out(tiny_model("olmoe"))
     (olmoe / "mopeq" / "hashes.json").unlink()

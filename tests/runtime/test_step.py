@@ -28,13 +28,17 @@ PROMPT = torch.randint(0, 250, (1, 9), generator=torch.Generator().manual_seed(0
 STOPS = frozenset([tiny.EOS])
 
 
+def packed(folder: Path, out: Path) -> Any:
+    """A tiny model, packed and loaded."""
+    packing.pack_model(folder, out)
+    return load(out, dtype=torch.float32)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
 ) -> Any:
-    out = tmp_path_factory.mktemp("packed") / request.param
-    packing.pack_model(tiny_model(request.param), out)
-    made = load(out, dtype=torch.float32)
+    made = packed(tiny_model(request.param), tmp_path_factory.mktemp("packed") / request.param)
     del made.forward  # generate and the model's passes are what steps are compared with
     return made
 

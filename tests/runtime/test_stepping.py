@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import FAMILIES
+from test_step import FAMILIES, PROMPT, packed
 from transformers import DynamicCache
 
 import packing
@@ -22,16 +22,13 @@ from mopeq.runtime.step import Step
 from mopeq.runtime.stepping import Stepping
 
 pytestmark = pytest.mark.skipif(selected().name != "cpu", reason="no compiled kernel")
-PROMPT = torch.randint(0, 250, (1, 9), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
 ) -> Any:
-    out = tmp_path_factory.mktemp("packed") / request.param
-    packing.pack_model(tiny_model(request.param), out)
-    return load(out, dtype=torch.float32).eval()
+    return packed(tiny_model(request.param), tmp_path_factory.mktemp("packed") / request.param).eval()
 
 
 @pytest.fixture

@@ -123,6 +123,8 @@ def lay_out(path: str | Path) -> int:
     or is not as ``mopeq quantize`` writes it.
     """
     folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json; expected a folder of mopeq quantize on this machine")
     lean = lean_of(folder, mapped=False)
     stamp = None if lean is None else _stamp(folder, lean.embed_tokens.weight.dtype)
     if lean is None or stamp is None:
