@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, store, table
+from mopeq.garbage import uncollected
 
 WAYS = ("panels", "run", "load")
 
@@ -101,29 +102,30 @@ def _once(folder: Path, threads: int, way: str, tokenizer: list[str]) -> dict[st
 
     ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     begun = int(ticks) / os.sysconf("SC_CLK_TCK")
-    import torch
+    with uncollected():  # as the commands do
+        import torch
 
+        torch.set_num_threads(threads)
+        model: Any
+        if way != "load":
+            from mopeq.runtime.lean_load import lean_of
+
+            note("imports")
+            model = lean_of(folder, mapped=way == "panels")
+            if tokenizer:
+                from mopeq.load import load_tokenizer
+
+                load_tokenizer(tokenizer[0])
+                note("tokenizer there")
+            model.filled.result()
+        else:
+            from mopeq.load import load
+
+            note("imports")
+            model = load(folder)
+    note("loaded")
     from mopeq.runtime.decode import Sampling, decode
 
-    torch.set_num_threads(threads)
-    model: Any
-    if way != "load":
-        from mopeq.runtime.lean_load import lean_of
-
-        note("imports")
-        model = lean_of(folder, mapped=way == "panels")
-        if tokenizer:
-            from mopeq.load import load_tokenizer
-
-            load_tokenizer(tokenizer[0])
-            note("tokenizer there")
-        model.filled.result()
-    else:
-        from mopeq.load import load
-
-        note("imports")
-        model = load(folder)
-    note("loaded")
     with torch.no_grad():
         tokens = decode(model, torch.arange(100, 116).view(1, -1), 9, frozenset(), Sampling())
         next(tokens)
