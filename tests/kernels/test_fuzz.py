@@ -84,8 +84,9 @@ def filled(data: st.DataObject) -> None:
         file.flush()
         job = fill._Stored(
             file=file.fileno() + data.draw(st.sampled_from((0, 0, 0, 2**32, -(2**40)))),
-            begin=data.draw(st.one_of(st.just(0), ANY)), bytes=size, to=to.data_ptr(), part=data.draw(st.integers(-1, 4)),
-            rows=data.draw(SMALL), columns=data.draw(SMALL), bits=data.draw(st.integers(-1, 9)),
+            begin=data.draw(st.one_of(st.just(0), ANY)), bytes=size, to=to.data_ptr(),
+            part=data.draw(st.integers(-1, 4)), rows=data.draw(SMALL), columns=data.draw(SMALL),
+            bits=data.draw(st.integers(-1, 9)),
         )  # fmt: skip
         answered(native.library().mopeq_fill(ctypes.byref(job), 1, data.draw(THREADS)))
 
