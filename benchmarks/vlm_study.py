@@ -125,7 +125,8 @@ def main() -> None:
                         if arm == "images" and job.name in PLAIN:
                             facts[job.name]["plain"] = judged(judges["plain"](model))
                 results["runs"].append({
-                    "seed": seed, "arm": arm, "commit": START["commit"], "seconds": round(time.perf_counter() - started, 1),
+                    "seed": seed, "arm": arm, "commit": START["commit"],
+                    "seconds": round(time.perf_counter() - started, 1),
                     "tokens": stats.info["tokens"], "starved": stats.info["starved"], "rows": list(facts.values()),
                 })  # fmt: skip
                 store(asked.out, results)
@@ -179,8 +180,8 @@ def _arms(seed: int, folder: Path) -> Iterator[tuple[str, Calibration]]:
 
 @torch.no_grad()
 def _weighed(own: Prepared) -> Prepared:
-    """What was observed, where image tokens count nothing but those, ``KEY`` of each conversation's, that its text tokens
-    attend to most, summed over layers and heads; tokens count 1 on average.
+    """What was observed, where image tokens count nothing but the share ``KEY`` of each conversation's that its text
+    tokens attend to most, summed over layers and heads; tokens count 1 on average.
     """
     model = load_original(own.source.path, torch.float32, attn_implementation="eager")
     paid: list[Tensor] = []
