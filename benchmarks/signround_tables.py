@@ -54,11 +54,13 @@ def rest(results: Mapping[str, Any]) -> dict[str, str]:
         for row in run["rows"]:
             rows.setdefault((row["bits"], row["attention"], row["head"]), []).append(row)
     body = []
-    for (bits, attention, head), found in rows.items():
-        usual = next(other for (size, *_), other in rows.items() if size == bits)
+    for (bits, attention, head), found in sorted(rows.items(), key=lambda item: item[0][0]):
+        usual = rows[bits, "8g128s", "8g128s"]
         own, than = (_mean([r["window_kl"] for r in part]) for part in (found, usual[: len(found)]))
         gap, whole = estimate([x - y for x, y in zip(own, than, strict=True)]), sum(than) / len(than)
         won = sum(row["kl"] < other["kl"] for row, other in zip(found, usual, strict=False))
+        if attention == "auto":
+            attention, head = (f"auto: {', '.join(dict.fromkeys(row['chosen'][i] for row in found))}" for i in (0, 1))
         body.append([
             f"{bits:g}", attention, head, f"{sum(r['expert_bits'] for r in found) / len(found):.2f}",
             f"{sum(r['kl'] for r in found) / len(found):.4f}",
