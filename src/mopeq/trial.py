@@ -206,7 +206,7 @@ def _check(count: int, what: str) -> None:
     if count < LEAST_WINDOWS:
         raise DataError(
             f"the data kept apart have {count} {what} beside those of the final comparison; expected at least "
-            f"{LEAST_WINDOWS} to judge by; give more data, or use --no-guard and no --align"
+            f"{LEAST_WINDOWS} to judge by; give more data, or use --no-guard, no --align and no --rest auto"
         )
 
 
