@@ -18,7 +18,7 @@ from frontier_tables import frontier
 from methods_tables import fitted, methods, unseen
 from moqe_tables import moqe
 from served_tables import fit, loading, serving, soak
-from signround_tables import rotated, rotated_speed, signround
+from signround_tables import gptq_choices, rest, rotated, rotated_speed, signround
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"random \d+ =")
@@ -597,6 +597,10 @@ PRINTED = {
     "codebooks_speed": speed,
     "signround": signround,
     "bundled_signround": signround,
+    "gptq_choices": gptq_choices,
+    "bundled_gptq_choices": gptq_choices,
+    "rest": rest,
+    "bundled_rest": rest,
     "rotated": rotated,
     "rotated_speed": rotated_speed,
     "fidelity": maps,
