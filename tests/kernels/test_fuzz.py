@@ -131,7 +131,7 @@ def zeros_repacked(data: st.DataObject) -> None:
 
 
 def bits_packed(data: st.DataObject) -> None:
-    count, bits = data.draw(SMALL), data.draw(st.integers(-1, 9))
+    count, bits = data.draw(SMALL.filter(lambda n: n != 2**31)), data.draw(st.integers(-1, 9))  # so many there may be
     codes, to = room(count), room(count, max(bits, 0) / 8)
     answered(native.library().mopeq_pack_bits(codes.data_ptr(), to.data_ptr(), count, bits, data.draw(THREADS)))
 
