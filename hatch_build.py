@@ -21,7 +21,9 @@ from typing import Any
 
 KERNELS = Path("src") / "mopeq" / "kernels"
 LIBRARY = "libmopeq_cpu.so"
-COMMON = ("linear", "attention", "experts", "routing", "product", "threads", "repack", "fill", "grids", "portable")
+COMMON = (
+    "linear", "attention", "experts", "routing", "product", "memory", "threads", "repack", "fill", "grids", "portable",
+)  # fmt: skip
 X86 = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512vnni"}
 ARM = {"neon": "-march=armv8.2-a+dotprod"}
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off"

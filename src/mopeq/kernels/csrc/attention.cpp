@@ -88,6 +88,7 @@ void norms(float *x, const float *weight, int64_t heads, const mopeq_attention_j
 
 int attention(const mopeq_attention_job &job) {
   if (const int wrong = check_job(job)) return wrong;
+  release();  // what a prompt needed
   const int64_t n = job.hidden, q_width = job.heads * job.size, kv_width = job.kv_heads * job.size;
   const int64_t whole[] = {0, 1}, first = 0;
   Product projections[] = {job.q, job.k, job.v}, back(job.o);

@@ -2,7 +2,6 @@
 #include "experts.hpp"
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -132,21 +131,21 @@ int batch(const mopeq_experts_job &job, int64_t first, int64_t tokens, int64_t i
   const int64_t rows = b.offsets.back(), most = std::max<int64_t>(1, MIDDLE / (2 * inner));
   Product all(job.gate_up);
   if (const int wrong = all.plan(b.offsets.data(), job.hidden, 2 * inner)) return wrong;
-  const std::unique_ptr<float[]> out(new float[size_t(rows * job.hidden)]);
+  const Memory out(rows * job.hidden * 4);
   {
     const Filled x(all, tokens, job.hidden, {job.digits, job.coarse}, job.threads, token_row, &b);
     int64_t room = most;
     for (size_t e = 1; e < b.offsets.size(); e++) room = std::max(room, b.offsets[e] - b.offsets[e - 1]);
-    const std::unique_ptr<float[]> middle(new float[size_t(std::min(rows, room) * 2 * inner)]);
+    const Memory middle(std::min(rows, room) * 2 * inner * 4);
     for (size_t e = 0, next = 0; next + 1 < b.offsets.size(); e = next) {
       const int64_t begin = b.offsets[e];
       for (next = e + 1; next + 1 < b.offsets.size() && b.offsets[next + 1] - begin <= most;) next++;
       const int64_t end = b.offsets[next];
       if (begin == end) continue;
-      if (const int wrong = some_experts(b, all, begin, end, middle.get(), out.get())) return wrong;
+      if (const int wrong = some_experts(b, all, begin, end, middle.floats(), out.floats())) return wrong;
     }
   }
-  b.rows = out.get();
+  b.rows = out.floats();
   run(tokens, tokens * job.k * job.hidden < FEW ? 1 : job.threads, combine, &b);
   return MOPEQ_OK;
 }

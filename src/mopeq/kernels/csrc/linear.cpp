@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <numeric>
 #include <stdexcept>
@@ -73,12 +72,12 @@ int linear(const mopeq_job &job) {
   const Typed from{static_cast<const char *>(job.x) + begin * job.inputs * size, job.x_type, job.inputs};
   const Filled x(product, rows, job.inputs, {job.digits, job.coarse}, job.threads, widen_row, &from);
   const bool wide = job.x_type == MOPEQ_F32;
-  std::unique_ptr<float[]> sums(wide ? nullptr : new float[size_t(rows * n)]);
+  const Memory sums(wide ? 0 : rows * n * 4);
   product.rows = order.data();
-  product.out = wide ? static_cast<float *>(job.out) + begin * n : sums.get();
+  product.out = wide ? static_cast<float *>(job.out) + begin * n : sums.floats();
   run(&product, 1, job.threads);
   if (!wide) {
-    Narrowing rest{sums.get(), out + begin * n * size, job.x_type, n};
+    Narrowing rest{sums.floats(), out + begin * n * size, job.x_type, n};
     run(rows, rows * n < FEW ? 1 : job.threads, narrowing, &rest);
   }
   return MOPEQ_OK;

@@ -16,10 +16,10 @@ namespace {
 
 constexpr int64_t PIECE = 64 << 10;  // bytes of codes that a thread takes at a time
 constexpr int64_t ALONE = 96 << 10;  // less work, in bytes of codes, is not worth waking threads
+constexpr int64_t LONG = 8 << 20;    // most of it in one run: bytes of codes times tokens
 constexpr int64_t FEW = 1 << 14;     // activations that are not either
 constexpr int TILES[] = {1, 2, 4};
-// Tokens from which on it is faster to unpack a panel once: 4-bit codes are unpacked with the fewest instructions.
-constexpr int64_t many_from(int64_t bits) { return bits == 4 ? 96 : 48; }
+constexpr int64_t MANY = 48;         // tokens from which on it is faster to unpack a panel once
 constexpr int64_t CHUNK = 512;       // its inputs that are unpacked at a time: two panels and four tokens fit in a cache
 
 std::atomic<int> chosen{-1};
@@ -145,7 +145,7 @@ void work(const Piece &piece, const Piece &then, Room &room) {
   const mopeq_matrix &m = *part.matrix;
   const Inputs &inputs = rotates(m) ? *product.rotated : *product.x;
   const Activations x = inputs.view();
-  const bool unpacks = m.bits != 16 && inputs.digits.count == 2 && part.end - part.begin >= many_from(m.bits) &&
+  const bool unpacks = m.bits != 16 && inputs.digits.count == 2 && part.end - part.begin >= MANY &&
                        product.kernels->unpack[width_index(m)] && room.make(chunk_of(m), m.group);
   const int64_t whole = m.rows / PANEL;  // panels of 16 rows
   for (int64_t p = piece.first; p < piece.last; p++) {
@@ -185,15 +185,16 @@ void work(const Piece &piece, const Piece &then, Room &room) {
 
 struct Handing {
   const Product *products;
-  int64_t count, all, threads;
+  int64_t count, all, threads, most;
   std::atomic<int64_t> next{0};
 
   // The pieces from `first` on that a thread does one after the other: half of an even share of what is left, for memory
-  // is read faster in long runs, and at the end one, so that no thread waits long.
+  // is read faster in long runs, and at the end one, so that no thread waits long. At most `most`: pieces of many tokens
+  // are work, and a run of them that began last would keep the other threads waiting.
   int64_t take(int64_t &first) {
     int64_t some = 1;
     first = next.load(std::memory_order_relaxed);
-    do some = std::max<int64_t>(1, (all - first) / (2 * threads));
+    do some = std::max<int64_t>(1, std::min(most, (all - first) / (2 * threads)));
     while (!next.compare_exchange_weak(first, first + some, std::memory_order_relaxed));
     return first + some;
   }
@@ -278,9 +279,8 @@ int check(const mopeq_group &group, int64_t inputs) {
 Inputs::Inputs(int64_t rows, int64_t inputs, Digits digits, bool rotated)
     : rows(rows), inputs(inputs), digits(digits), rotated(rotated) {
   const int64_t count = digits.count, numbers = rows * inputs, blocks = numbers / BLOCK;
-  memory.reset(static_cast<char *>(std::malloc(size_t(64 + numbers * (4 + count) + blocks * 4 * (1 + count)))));
-  if (!memory) throw std::bad_alloc();
-  char *at = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+  memory.reset(new Memory(numbers * (4 + count) + blocks * 4 * (1 + count)));
+  char *at = memory->data();
   wide = reinterpret_cast<float *>(at);
   split = reinterpret_cast<int8_t *>(at += numbers * 4);
   scales = reinterpret_cast<float *>(at += numbers * count);
@@ -338,7 +338,7 @@ void run(const Product *products, int64_t count, int64_t threads) {
   int64_t all = 0, bytes = 0;
   for (int64_t i = 0; i < count; i++) all += products[i].pieces, bytes += products[i].bytes;
   threads = std::max<int64_t>(1, bytes < ALONE ? 1 : std::min(threads, all));
-  Handing handing{products, count, all, threads};
+  Handing handing{products, count, all, threads, std::max<int64_t>(1, LONG * all / std::max<int64_t>(1, bytes))};
   run(threads, threads, pieces, &handing);
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "memory.hpp"
 #include "mopeq_cpu.h"
 
 namespace mopeq {
@@ -38,7 +39,7 @@ struct Inputs {
   int8_t *split;
   float *scales;
   int32_t *minus;
-  std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+  std::unique_ptr<Memory> memory;
 
   Inputs(int64_t rows, int64_t inputs, Digits digits, bool rotated = false);  // std::bad_alloc
   Activations view() const { return {split, scales, minus, inputs / BLOCK}; }
