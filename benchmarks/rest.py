@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -35,17 +36,7 @@ COST = "fisher_error"
 OPTIONS = [Precision(bits, 128) for bits in (2, 3, 4, 5, 6)]
 BASE = Precision(4, 128)
 USUAL = ("8g128s", "8g128s")
-OUTSIDE = (
-    USUAL,
-    ("16", "16"),
-    ("6", "6"),
-    ("5", "5"),
-    ("4", "4"),
-    ("8g128s", "4"),
-    ("4", "8g128s"),
-    ("6", "4"),
-    ("4", "6"),
-)
+OUTSIDE = (("6", "6"), ("5", "5"), ("4", "4"), ("8g128s", "4"), ("4", "8g128s"), ("6", "4"), ("4", "6"))
 """Precisions of attention, and of the head."""
 CHOSEN = ("auto", "auto")
 """Those that ``--rest auto`` chooses, on a tenth of the calibration data that maps are tried on."""
@@ -62,18 +53,17 @@ def main() -> None:
         "samples": asked.samples,
     }  # fmt: skip
     results = {**settings, "runs": kept_runs(asked.out, settings)}
-    wanted = {(bits, *pair) for bits in asked.bits for pair in (*OUTSIDE, CHOSEN)}
+    wanted = {(bits, *pair) for bits in asked.bits for pair in (USUAL, *OUTSIDE, CHOSEN)}
     for seed in asked.seeds:
         run = next((r for r in results["runs"] if r["seed"] == seed), None)
         if run is None:
             run = {"seed": seed, "commit": START["commit"], "rows": []}
             results["runs"].append(run)
         if not wanted <= {(row["bits"], row["attention"], row["head"]) for row in run["rows"]}:
-            _run(asked, opened, run)
-            store(asked.out, results)
+            _run(asked, opened, run, partial(store, asked.out, results))
 
 
-def _run(asked: argparse.Namespace, opened: Prepared, run: dict[str, Any]) -> None:
+def _run(asked: argparse.Namespace, opened: Prepared, run: dict[str, Any], save: Callable[[], None]) -> None:
     """The rows of one seed that are not there yet."""
     calibration = Calibration(asked.data, asked.samples, asked.length, 8, run["seed"], cost_share=1.0)
     prepared = observed(opened, calibration, dtype=torch.float32)
@@ -98,7 +88,7 @@ def _run(asked: argparse.Namespace, opened: Prepared, run: dict[str, Any]) -> No
             usual = allocate(stats, budget=f"{bits}bpw", cost=COST, options=OPTIONS, rest=DEFAULT_REST)
             size = f"{stats.model.total_bytes(usual)}B"
             again = partial(allocate, stats, budget=size, cost=COST, options=OPTIONS)
-            for attention, head in (*OUTSIDE, CHOSEN):
+            for attention, head in (USUAL, CHOSEN, *OUTSIDE):
                 if (bits, attention, head) in done:
                     continue
                 try:
@@ -121,6 +111,7 @@ def _run(asked: argparse.Namespace, opened: Prepared, run: dict[str, Any]) -> No
                 row |= {"chosen": [str(made.rest[g]) for g in ("attention", "lm_head")]}
                 done[bits, attention, head] = row
                 run["rows"] = list(done.values())
+                save()
                 print(time.strftime("%H:%M:%S"), run["seed"], bits, *row["chosen"], row["kl"], flush=True)
 
 
