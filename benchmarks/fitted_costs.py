@@ -1,9 +1,11 @@
-"""Why another cost of whole experts is better near 4 bits: costs that differ from mopeq's in one thing at a time.
+"""Which tokens to measure costs on: costs of the same form that differ in one thing at a time.
 
-mopeq measures what GPTQ's codes change on the tokens that GPTQ fitted them to. Beside it, of the same form: the change
-on other sequences of the same text; the change that plain rounding makes on the same tokens; and GEMQ's, which is plain
-rounding's too, with the data's next tokens in the place of drawn labels. Every cost deals out the bits of whole experts
-and, but for GEMQ's, of gate and up apart from down; all maps are judged with the same GPTQ codes.
+GPTQ does better on the tokens that it fits its codes to than on others, and calibration text gives both. Measured are
+the change of the layer's output on the fitted tokens, as it is; on each as if the codes had been fitted without it,
+which is mopeq's; on other sequences of the same text; the change that plain rounding makes on the fitted tokens, alone
+and times what mopeq's cost of the layer, group and option is to it; and GEMQ's, which is plain rounding's with the
+data's next tokens in the place of drawn labels. Every cost deals out the bits of whole experts and, but for GEMQ's, of
+gate and up apart from down; all maps are judged with the same GPTQ codes.
 
 ``experts`` sums the costs up by the number of tokens that an expert saw: what is fitted is low where tokens are few.
 """
@@ -18,28 +20,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common import START, store, study_arguments
 from fidelity import short, windows_of
-from frontier import COST, KEPT, LEVELS, studied
+from frontier import COST, KEPT, LEVELS, Study, studied
 from mopeq.allocate import allocate
-from mopeq.analyze import Routed, expert_tokens, layer_costs, moments
+from mopeq.analyze import Routed, expert_tokens, layer_costs
 from mopeq.analyze.forward import experts_module
 from mopeq.evaluate.divergence import judging
 from mopeq.load import load_source
 from mopeq.measure import Calibration, Prepared, observed, open_model
 from mopeq.precision import GROUPS, Precision
-from mopeq.quantizers import QUANTIZERS
+from mopeq.qtensor import Codes
+from mopeq.quantizers import rtn
 from mopeq.source import read_group
+from mopeq.spec import MoELayer
 from mopeq.stats import Stats, cost_metric
 
 OPTIONS = [Precision(bits, 128) for bits in LEVELS]
 OTHER = 100
 """Added to a seed: the sequences on which the codes of that seed are measured again."""
 WAYS = {
-    "fitted tokens": (COST, "group", "expert"),
+    "fitted tokens": ("fitted_tokens", "group", "expert"),
+    "each left out": (COST, "group", "expert"),
     "other tokens": ("other_tokens", "group", "expert"),
     "plain rounding": ("rounding", "group", "expert"),
+    "plain rounding, scaled": ("scaled_rounding", "group", "expert"),
     "GEMQ": ("gemq", "expert"),
 }
 """Costs, and whether they are of gate and up apart from down."""
@@ -49,26 +56,28 @@ EDGES = (0, 1, 64, 256, 1024)
 
 def main() -> None:
     parser = study_arguments(__doc__ or "", "fitted_costs")
-    parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 3.5, 4.0], help="sizes of the maps")
+    parser.add_argument("--bits", type=float, nargs="+", default=[2.25, 2.5, 3.0, 3.5, 4.0], help="sizes of the maps")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
     settings: dict[str, Any] = {
         "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-        "samples": asked.samples,
+        "samples": asked.samples, "bits": asked.bits, "ways": list(WAYS),
     }  # fmt: skip
     results: dict[str, Any] = {**settings, "runs": []}
     if asked.out.exists():
         stored = json.loads(asked.out.read_text(encoding="utf-8"))["results"]
-        results["runs"] = stored["runs"] if {key: stored[key] for key in settings} == settings else []
+        results["runs"] = stored["runs"] if {key: stored.get(key) for key in settings} == settings else []
     runs = results["runs"]
     for seed in (s for s in asked.seeds if s not in {run["seed"] for run in runs}):
         study = studied(asked, opened, seed, True, load_source(opened.source, torch.float32))
         prepared = study.prepared
         calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed + OTHER, cost_share=1.0)
         other = observed(opened, calibration, dtype=torch.float32)
-        stats = study.stats.with_metrics({**again("other_tokens", prepared, other.routed, "gptq"),
-                                          **again("rounding", prepared, prepared.routed, "rtn")})  # fmt: skip
+        stats = study.stats.with_metrics({**again("fitted_tokens", study, prepared.routed),
+                                          **again("other_tokens", study, other.routed),
+                                          **again("rounding", study, prepared.routed, plain=True)})  # fmt: skip
+        stats = stats.with_metrics(scaled(stats))
         run = {"seed": seed, "commit": START["commit"], "experts": by_tokens(stats, prepared), "rows": []}
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -94,19 +103,43 @@ def main() -> None:
         store(asked.out, results)
 
 
-def again(name: str, fitted: Prepared, seen: Mapping[int, Routed], quantizer: str) -> dict[str, dict[int, list[float]]]:
-    """Fisher costs on the tokens ``seen`` of codes that were made with the moments of others, as metrics of a name."""
+def again(
+    name: str, study: Study, seen: Mapping[int, Routed], plain: bool = False
+) -> dict[str, dict[int, list[float]]]:
+    """Fisher costs on the tokens ``seen`` of a study's codes as they are, or of plain rounding, by a name."""
     made: dict[str, dict[int, list[float]]] = {}
-    for layer in fitted.spec.layers:
-        module = experts_module(fitted.model, layer)
-        weights = {group: read_group(fitted.source, layer, group) for group in GROUPS}
-        inputs = moments(fitted.routed[layer.index], module, weights["gate_up"]) if quantizer == "gptq" else None
+    for layer in study.prepared.spec.layers:
+        module = experts_module(study.prepared.model, layer)
+        weights = {group: read_group(study.prepared.source, layer, group) for group in GROUPS}
+
+        def known(
+            weight: Tensor, precision: Precision, moments: Any = None, layer: MoELayer = layer, weights: Any = weights
+        ) -> Codes:
+            group = next(group for group in GROUPS if weights[group].shape == weight.shape)
+            found = [study.codes[layer.index, e, group, precision] for e in range(len(weight))]
+            zeros = [c.zeros for c in found if c.zeros is not None]
+            codes, scales = (torch.stack([getattr(c, part) for c in found]) for part in ("codes", "scales"))
+            return Codes(codes, scales, torch.stack(zeros) if zeros else None, precision)
+
         found = layer_costs(
-            seen[layer.index], module, weights, inputs, OPTIONS, QUANTIZERS[quantizer], costs=[COST]
+            seen[layer.index], module, weights, None, OPTIONS, rtn if plain else known, costs=[COST],
+            memory=1 << 40, keep=lambda *unit: None, left_out=False,
         )  # fmt: skip
         for group in GROUPS:
             for p in OPTIONS:
                 made.setdefault(cost_metric(name, group, p), {})[layer.index] = found[cost_metric(COST, group, p)]
+    return made
+
+
+def scaled(stats: Stats) -> dict[str, dict[int, list[float]]]:
+    """Costs of plain rounding times what mopeq's sum up to over theirs, of each layer, group and option."""
+    made: dict[str, dict[int, list[float]]] = {}
+    for group in GROUPS:
+        for p in OPTIONS:
+            ours = stats.metric(cost_metric(COST, group, p))
+            for k, row in stats.metric(cost_metric("rounding", group, p)).items():
+                ratio = sum(ours[k]) / sum(row)
+                made.setdefault(cost_metric("scaled_rounding", group, p), {})[k] = [ratio * value for value in row]
     return made
 
 

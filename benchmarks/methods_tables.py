@@ -7,8 +7,8 @@ from typing import Any
 
 from common import estimate, table
 
-MEASURED = ("other tokens", "plain rounding")
-"""Costs that are measured as those of the fitted tokens are, but for one thing."""
+MEASURED = ("each left out", "other tokens", "plain rounding")
+"""Costs whose sums stand beside those of the fitted tokens."""
 HEAD = ["map", "seed", "MB of experts", "KL", "KL without", "difference, 95 %", "of it"]
 
 
