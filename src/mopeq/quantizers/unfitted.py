@@ -35,9 +35,7 @@ def unfitted(factors: Factored, matrix: int, x: Tensor, counts: Tensor, hadamard
     if hadamard:
         return restored(unfitted(factors, matrix, rotated(x), counts))
     order, upper = factors.order[matrix], factors.upper[matrix]
-    u = torch.linalg.solve_triangular(upper, x[:, order].T, upper=True, unitriangular=True)  # (in, n)
-    each = u.square() * counts / (factors.pivots[matrix] * factors.scale[matrix])[:, None]
-    after = each.flip(0).cumsum(0).flip(0).sub_(each)
-    made = torch.empty_like(x)
-    made[:, order] = (upper @ (u / (1 - after).clamp_min_(LEAST))).T
-    return made
+    u = torch.linalg.solve_triangular(upper.mT, x[:, order], upper=False, left=False, unitriangular=True)  # (n, in)
+    each = u.square().mul_(counts[:, None]).div_(factors.pivots[matrix] * factors.scale[matrix])
+    rest = (1 - each.sum(-1, keepdim=True)).add(each.cumsum(-1)).clamp_min_(LEAST)  # 1 - h
+    return torch.empty_like(x).index_copy_(1, order, u.div_(rest) @ upper.T)
