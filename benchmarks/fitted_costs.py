@@ -5,7 +5,8 @@ the change of the layer's output on the fitted tokens, as it is; on each as if t
 which is mopeq's; on other sequences of the same text; the change that plain rounding makes on the fitted tokens, alone
 and times what mopeq's cost of the layer, group and option is to it; and GEMQ's, which is plain rounding's with the
 data's next tokens in the place of drawn labels. Every cost deals out the bits of whole experts and, but for GEMQ's, of
-gate and up apart from down; all maps are judged with the same GPTQ codes.
+gate and up apart from down; all maps are judged with the same GPTQ codes. Rows are stored one by one; the same command
+goes on where it was stopped.
 
 ``experts`` sums the costs up by the number of tokens that an expert saw: what is fitted is low where tokens are few.
 """
@@ -50,6 +51,9 @@ WAYS = {
     "GEMQ": ("gemq", "expert"),
 }
 """Costs, and whether they are of gate and up apart from down."""
+FIRST = ("fitted tokens", "each left out")
+"""Those that are judged below ``FROM`` bits, too."""
+FROM = 3.0
 EDGES = (0, 1, 64, 256, 1024)
 """Least numbers of tokens of the experts whose costs are summed up."""
 
@@ -62,14 +66,22 @@ def main() -> None:
     opened = open_model(asked.model)
     settings: dict[str, Any] = {
         "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-        "samples": asked.samples, "bits": asked.bits, "ways": list(WAYS),
+        "samples": asked.samples,
     }  # fmt: skip
     results: dict[str, Any] = {**settings, "runs": []}
     if asked.out.exists():
         stored = json.loads(asked.out.read_text(encoding="utf-8"))["results"]
-        results["runs"] = stored["runs"] if {key: stored.get(key) for key in settings} == settings else []
+        results["runs"] = stored["runs"] if {key: stored[key] for key in settings} == settings else []
     runs = results["runs"]
-    for seed in (s for s in asked.seeds if s not in {run["seed"] for run in runs}):
+    for seed in asked.seeds:
+        run = next((run for run in runs if run["seed"] == seed), None)
+        if run is None:
+            run = {"seed": seed, "rows": []}
+            runs.append(run)
+        known = {(row["bits"], row["cost"], row["granularity"]) for row in run["rows"]}
+        left = [job for job in _jobs(asked.bits) if job not in known]
+        if not left:
+            continue
         study = studied(asked, opened, seed, True, load_source(opened.source, torch.float32))
         prepared = study.prepared
         calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed + OTHER, cost_share=1.0)
@@ -78,29 +90,34 @@ def main() -> None:
                                           **again("other_tokens", study, other.routed),
                                           **again("rounding", study, prepared.routed, plain=True)})  # fmt: skip
         stats = stats.with_metrics(scaled(stats))
-        run = {"seed": seed, "commit": START["commit"], "experts": by_tokens(stats, prepared), "rows": []}
+        run["experts"] = by_tokens(stats, prepared)
         with (
             tempfile.TemporaryDirectory() as folder,
             judging(prepared.model, windows_of(asked, prepared), cache=folder, batch_size=8) as judge,
         ):
-            for bits in asked.bits:
-                for way, (cost, *granularities) in WAYS.items():
-                    for granularity in granularities:
-                        made = allocate(
-                            stats, budget=f"{bits}bpw", cost=cost, options=OPTIONS, granularity=granularity, rest=KEPT
-                        )
-                        found = judge(study.take(made), way).divergence
-                        tokens = found.window_tokens
-                        run["rows"].append({
-                            "bits": bits, "cost": way, "granularity": granularity, "kl": short(found.kl.value),
-                            "bytes": opened.inventory.total_bytes(made),
-                            "window_kl": [short(v / n) for v, n in zip(found.window_kl, tokens, strict=True)],
-                        })  # fmt: skip
-                        print(
-                            time.strftime("%H:%M:%S"), seed, bits, way, granularity, short(found.kl.value), flush=True
-                        )
-        runs.append(run)
-        store(asked.out, results)
+            for bits, way, granularity in left:
+                made = allocate(
+                    stats, budget=f"{bits}bpw", cost=WAYS[way][0], options=OPTIONS, granularity=granularity, rest=KEPT
+                )
+                found = judge(study.take(made), way).divergence
+                run["rows"].append({
+                    "bits": bits, "cost": way, "granularity": granularity, "kl": short(found.kl.value),
+                    "bytes": opened.inventory.total_bytes(made), "commit": START["commit"],
+                    "window_kl": [short(v / n) for v, n in zip(found.window_kl, found.window_tokens, strict=True)],
+                })  # fmt: skip
+                print(time.strftime("%H:%M:%S"), seed, bits, way, granularity, short(found.kl.value), flush=True)
+                store(asked.out, results)
+
+
+def _jobs(sizes: Sequence[float]) -> list[tuple[float, str, str]]:
+    """Bits, costs and granularities of the maps, those of most bits first."""
+    return [
+        (bits, way, granularity)
+        for bits in sorted(sizes, reverse=True)
+        for way, (_, *granularities) in WAYS.items()
+        for granularity in granularities
+        if bits >= FROM or way in FIRST
+    ]
 
 
 def again(
