@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,12 @@ def main() -> None:
         left = [job for job in _jobs(asked.bits) if job not in known]
         if not left:
             continue
-        study = studied(asked, opened, seed, True, load_source(opened.source, torch.float32))
+        wanted = {way for _, way, _ in left}
+        study = studied(asked, opened, seed, "GEMQ" in wanted, load_source(opened.source, torch.float32))
         prepared = study.prepared
-        calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed + OTHER, cost_share=1.0)
-        other = observed(opened, calibration, dtype=torch.float32)
-        stats = study.stats.with_metrics({**again("fitted_tokens", study, prepared.routed),
-                                          **again("other_tokens", study, other.routed),
-                                          **again("rounding", study, prepared.routed, plain=True)})  # fmt: skip
-        stats = stats.with_metrics(scaled(stats))
-        run["experts"] = by_tokens(stats, prepared)
+        stats = measured(study, wanted, Calibration(asked.data, asked.samples, asked.length, 8, seed + OTHER))
+        before = run.get("experts", [{}] * len(EDGES))
+        run["experts"] = [{**old, **new} for old, new in zip(before, by_tokens(stats, prepared), strict=True)]
         with (
             tempfile.TemporaryDirectory() as folder,
             judging(prepared.model, windows_of(asked, prepared), cache=folder, batch_size=8) as judge,
@@ -118,6 +116,19 @@ def _jobs(sizes: Sequence[float]) -> list[tuple[float, str, str]]:
         for granularity in granularities
         if bits >= FROM or way in FIRST
     ]
+
+
+def measured(study: Study, wanted: Collection[str], calibration: Calibration) -> Stats:
+    """What a study measured, with the costs of the ways that are wanted, and of the fitted tokens."""
+    prepared = study.prepared
+    found = again("fitted_tokens", study, prepared.routed)
+    if "other tokens" in wanted:
+        other = observed(prepared, replace(calibration, cost_share=1.0), dtype=torch.float32)
+        found |= again("other_tokens", study, other.routed)
+    if {"plain rounding", "plain rounding, scaled"} & set(wanted):
+        found |= again("rounding", study, prepared.routed, plain=True)
+        found |= scaled(study.stats.with_metrics(found))
+    return study.stats.with_metrics(found)
 
 
 def again(
@@ -172,7 +183,8 @@ def by_tokens(stats: Stats, prepared: Prepared) -> list[dict[str, Any]]:
             "tokens": sum(int(tokens[k][e]) for k, e in chosen),
         }
         for way, (cost, *_) in WAYS.items():
-            row[way] = {str(p.bits): _summed(stats, cost, p, chosen) for p in (OPTIONS[0], OPTIONS[2])}
+            if cost_metric(cost, "gate_up", OPTIONS[0]) in stats.metrics:
+                row[way] = {str(p.bits): _summed(stats, cost, p, chosen) for p in (OPTIONS[0], OPTIONS[2])}
         rows.append(row)
     return rows
 
