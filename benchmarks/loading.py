@@ -3,7 +3,9 @@
     python benchmarks/loading.py --bits 3 --threads 2
 
 The checkpoint has random codes (``random_packed.py``); ``--model`` takes one that is there. Each run is a process of
-its own, after the files have been read once: it imports mopeq, loads, gives a token, then eight more. The ways are
+its own, after the files have been read once and as much memory has been written once and given back, for in a virtual
+machine the first to touch a page waits until the host has found one (``--untouched`` leaves that out): it imports
+mopeq, loads, gives a token, then eight more. The ways are
 ``panels``, as ``mopeq run`` goes after ``mopeq panels``, which is done first where it was not, ``run``, as it goes
 without, and ``load``, a transformers model by ``mopeq.load``. ``mopeq run`` also imports a tokenizer, which these
 models have not; ``--tokenizer`` names a folder that has one. Seconds are those that passed and those of processor,
@@ -14,6 +16,7 @@ of files. ``peak`` counts pages of mapped files, which the system may take back.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, store, table
+from mopeq.garbage import uncollected
 
 WAYS = ("panels", "run", "load")
 
@@ -38,6 +42,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--model", type=Path, help="a folder that random_packed.py wrote")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--untouched", action="store_true", help="memory may be such as the host has yet to find")
     parser.add_argument("--tokenizer", type=Path, help="a folder with the tokenizer that ``run`` imports")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -60,6 +65,8 @@ def main() -> None:
                 with file.open("rb") as opened:
                     while opened.read(1 << 24):
                         pass
+            if not asked.untouched:
+                _touch(sum(file.stat().st_size for file in files))
             words = [sys.executable, __file__, "once", str(folder), str(asked.threads), way]
             words += [str(asked.tokenizer)] if asked.tokenizer else []
             environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
@@ -75,6 +82,14 @@ def main() -> None:
     print(f"{size / 1e9:.2f} GB of files\n" + table(head, cells))
 
 
+def _touch(size: int) -> None:
+    """Take so much memory, write a byte of each page, give it back."""
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for at in range(0, size, mmap.PAGESIZE):
+            memory[at] = 1
+
+
 def _once(folder: Path, threads: int, way: str, tokenizer: list[str]) -> dict[str, dict[str, float]]:
     """What has passed and what is resident after each step, from the start of the process."""
     made: dict[str, dict[str, float]] = {}
@@ -87,29 +102,30 @@ def _once(folder: Path, threads: int, way: str, tokenizer: list[str]) -> dict[st
 
     ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     begun = int(ticks) / os.sysconf("SC_CLK_TCK")
-    import torch
+    with uncollected():  # as the commands do
+        import torch
 
+        torch.set_num_threads(threads)
+        model: Any
+        if way != "load":
+            from mopeq.runtime.lean_load import lean_of
+
+            note("imports")
+            model = lean_of(folder, mapped=way == "panels")
+            if tokenizer:
+                from mopeq.load import load_tokenizer
+
+                load_tokenizer(tokenizer[0])
+                note("tokenizer there")
+            model.filled.result()
+        else:
+            from mopeq.load import load
+
+            note("imports")
+            model = load(folder)
+    note("loaded")
     from mopeq.runtime.decode import Sampling, decode
 
-    torch.set_num_threads(threads)
-    model: Any
-    if way != "load":
-        from mopeq.runtime.lean_load import lean_of
-
-        note("imports")
-        model = lean_of(folder, mapped=way == "panels")
-        if tokenizer:
-            from mopeq.load import load_tokenizer
-
-            load_tokenizer(tokenizer[0])
-            note("tokenizer there")
-        model.filled.result()
-    else:
-        from mopeq.load import load
-
-        note("imports")
-        model = load(folder)
-    note("loaded")
     with torch.no_grad():
         tokens = decode(model, torch.arange(100, 116).view(1, -1), 9, frozenset(), Sampling())
         next(tokens)

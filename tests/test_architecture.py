@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "mopeq"
 LEVELS = [
-    {"errors", "layers"},
+    {"errors", "layers", "garbage"},
     {"precision"},
     {"spec"},
     {"stats", "hadamard", "native"},

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from mopeq.autoload import callable_module, extend
 from mopeq.checkpoint import Manifest, read_manifest
 from mopeq.errors import CheckpointError, ModelError
+from mopeq.garbage import uncollected
 from mopeq.source import Source, read_tensor
 
 __all__ = [
@@ -160,6 +158,7 @@ def auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
+@uncollected()
 def _load(
     path: str | Path, config: Any, failure: type[ModelError] | type[CheckpointError], dtype: torch.dtype | None,
     device: str | torch.device | None, **options: Any,
@@ -191,18 +190,6 @@ def _load(
         if names:
             raise failure(f"{path}: {len(names)} tensors {problem}, the first is {names[0]}; download or make it again")
     return model
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without looking for garbage: the objects of thousands of tensors stay, and to look takes a sixth of loading."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _line(error: BaseException) -> str:

@@ -10,15 +10,16 @@ from typing import Any
 from mopeq.cli import show
 from mopeq.cli.given import device_of, dtype_of, load_any, sampling_of
 from mopeq.cli.images import reader_of, with_images
+from mopeq.garbage import uncollected
 
 __all__ = ["converse", "do_chat", "do_run"]
 
 
 def do_run(options: argparse.Namespace) -> None:
     """Generate text from a prompt."""
+    model, reader = _opened(options)
     from mopeq.runtime.generate import generate
 
-    model, reader = _opened(options)
     prompt = (
         [{"role": "user", "content": with_images(options.prompt, options.image)}] if options.image else options.prompt
     )
@@ -33,9 +34,8 @@ def do_run(options: argparse.Namespace) -> None:
 
 def do_chat(options: argparse.Namespace) -> None:
     """Talk to a model."""
-    from mopeq.runtime.generate import generate
-
     model, reader = _opened(options)
+    from mopeq.runtime.generate import generate
 
     def answer(messages: list[dict[str, Any]]) -> str:
         return generate(model, reader, messages, **sampling_of(options), stream=show.write).text
@@ -43,6 +43,7 @@ def do_chat(options: argparse.Namespace) -> None:
     converse(reader, answer, options.image)
 
 
+@uncollected()
 def _opened(options: argparse.Namespace) -> tuple[Any, Any]:
     """Model and reader; where mopeq runs the model by itself, its files are read while the reader is imported."""
     from mopeq.runtime.lean_load import lean_of
