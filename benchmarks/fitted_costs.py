@@ -1,9 +1,9 @@
 """Which tokens to measure costs on: costs of the same form that differ in one thing at a time.
 
 GPTQ does better on the tokens that it fits its codes to than on others, and calibration text gives both. Measured are
-the change of the layer's output on the fitted tokens, as it is; on each as if the codes had been fitted without it,
-which is mopeq's; on other sequences of the same text; the change that plain rounding makes on the fitted tokens, alone
-and times what mopeq's cost of the layer, group and option is to it; and GEMQ's, which is plain rounding's with the
+the change of the layer's output on the fitted tokens, which is mopeq's; on each as if the codes had been fitted without
+it (``unfitted.py``); on other sequences of the same text; the change that plain rounding makes on the fitted tokens,
+alone and times what the second of the layer, group and option is to it; and GEMQ's, which is plain rounding's with the
 data's next tokens in the place of drawn labels. Every cost deals out the bits of whole experts and, but for GEMQ's, of
 gate and up apart from down; all maps are judged with the same GPTQ codes. Rows are stored one by one; the same command
 goes on where it was stopped.
@@ -28,24 +28,29 @@ from common import START, store, study_arguments
 from fidelity import short, windows_of
 from frontier import COST, KEPT, LEVELS, Study, studied
 from mopeq.allocate import allocate
-from mopeq.analyze import Routed, expert_tokens, layer_costs
+from mopeq.analyze import Routed, expert_tokens, layer_costs, moments
 from mopeq.analyze.forward import experts_module
+from mopeq.analyze.moments import enough_tokens, expert_inputs
+from mopeq.analyze.observe import expert_rows
 from mopeq.evaluate.divergence import judging
 from mopeq.load import load_source
 from mopeq.measure import Calibration, Prepared, observed, open_model
 from mopeq.precision import GROUPS, Precision
-from mopeq.qtensor import Codes
-from mopeq.quantizers import rtn
+from mopeq.qtensor import Codes, dequantize
+from mopeq.quantizers import fallback_moments, rtn
+from mopeq.quantizers.gptq import factored
+from mopeq.seam import activate
 from mopeq.source import read_group
 from mopeq.spec import MoELayer
 from mopeq.stats import Stats, cost_metric
+from unfitted import unfitted
 
 OPTIONS = [Precision(bits, 128) for bits in LEVELS]
 OTHER = 100
 """Added to a seed: the sequences on which the codes of that seed are measured again."""
 WAYS = {
-    "fitted tokens": ("fitted_tokens", "group", "expert"),
-    "each left out": (COST, "group", "expert"),
+    "fitted tokens": (COST, "group", "expert"),
+    "each left out": ("left_out", "group", "expert"),
     "other tokens": ("other_tokens", "group", "expert"),
     "plain rounding": ("rounding", "group", "expert"),
     "plain rounding, scaled": ("scaled_rounding", "group", "expert"),
@@ -119,9 +124,9 @@ def _jobs(sizes: Sequence[float]) -> list[tuple[float, str, str]]:
 
 
 def measured(study: Study, wanted: Collection[str], calibration: Calibration) -> Stats:
-    """What a study measured, with the costs of the ways that are wanted, and of the fitted tokens."""
+    """What a study measured, with the costs of the ways that are wanted, and of tokens left out."""
     prepared = study.prepared
-    found = again("fitted_tokens", study, prepared.routed)
+    found = left_out(study)
     if "other tokens" in wanted:
         other = observed(prepared, replace(calibration, cost_share=1.0), dtype=torch.float32)
         found |= again("other_tokens", study, other.routed)
@@ -134,7 +139,7 @@ def measured(study: Study, wanted: Collection[str], calibration: Calibration) ->
 def again(
     name: str, study: Study, seen: Mapping[int, Routed], plain: bool = False
 ) -> dict[str, dict[int, list[float]]]:
-    """Fisher costs on the tokens ``seen`` of a study's codes as they are, or of plain rounding, by a name."""
+    """Fisher costs on the tokens ``seen`` of a study's codes, or of plain rounding, by a name."""
     made: dict[str, dict[int, list[float]]] = {}
     for layer in study.prepared.spec.layers:
         module = experts_module(study.prepared.model, layer)
@@ -151,7 +156,7 @@ def again(
 
         found = layer_costs(
             seen[layer.index], module, weights, None, OPTIONS, rtn if plain else known, costs=[COST],
-            memory=1 << 40, keep=lambda *unit: None, left_out=False,
+            memory=1 << 40, keep=lambda *unit: None,
         )  # fmt: skip
         for group in GROUPS:
             for p in OPTIONS:
@@ -159,12 +164,45 @@ def again(
     return made
 
 
+@torch.no_grad()
+def left_out(study: Study) -> dict[str, dict[int, list[float]]]:
+    """Fisher costs of a study's codes on each token as if they had been fitted without it."""
+    made: dict[str, dict[int, list[float]]] = {}
+    for layer in study.prepared.spec.layers:
+        k, module = layer.index, experts_module(study.prepared.model, layer)
+        seen = study.prepared.routed[k]
+        assert seen.gradient is not None
+        weights = {group: read_group(study.prepared.source, layer, group) for group in GROUPS}
+        summed = moments(seen, module, weights["gate_up"])
+        full = {group: getattr(summed, group) for group in GROUPS}
+        full = {g: fallback_moments(h, summed.tokens, enough_tokens(h.shape[-1], None))[0] for g, h in full.items()}
+        factors = {group: factored(h) for group, h in full.items()}
+        scale = {group: h.diagonal(dim1=-2, dim2=-1).mean(-1) for group, h in full.items()}
+        for e, rows in enumerate(expert_rows(seen, len(layer.experts))):
+            up, down = weights["gate_up"][e], weights["down"][e]
+            found = {(group, p): 0.0 for group in GROUPS for p in OPTIONS}
+            for r, x, c in expert_inputs(seen, *rows, up.device):
+                z, g = x @ up.T, seen.gradient[r].float()
+                h = activate(module, z, e)
+                given = {group: unfitted(factors[group], e, scale[group][e], inputs, c[:, 0].square())
+                         for group, inputs in zip(GROUPS, (x, h), strict=True)}  # fmt: skip
+                for group, p in found:
+                    change = given[group] @ (dequantize(study.codes[k, e, group, p]) - weights[group][e]).T
+                    if group == "gate_up":
+                        change = (activate(module, z + change, e) - h) @ down.T
+                    found[group, p] += float((change * c * g).square().sum(dtype=torch.float64))
+            for (group, p), value in found.items():
+                to = made.setdefault(cost_metric("left_out", group, p), {}).setdefault(k, [])
+                to.append(value / len(seen.hidden))
+    return made
+
+
 def scaled(stats: Stats) -> dict[str, dict[int, list[float]]]:
-    """Costs of plain rounding times what mopeq's sum up to over theirs, of each layer, group and option."""
+    """Costs of plain rounding times what those of tokens left out sum up to over theirs, by layer, group and option."""
     made: dict[str, dict[int, list[float]]] = {}
     for group in GROUPS:
         for p in OPTIONS:
-            ours = stats.metric(cost_metric(COST, group, p))
+            ours = stats.metric(cost_metric("left_out", group, p))
             for k, row in stats.metric(cost_metric("rounding", group, p)).items():
                 ratio = sum(ours[k]) / sum(row)
                 made.setdefault(cost_metric("scaled_rounding", group, p), {})[k] = [ratio * value for value in row]

@@ -56,8 +56,8 @@ def test_a_token_that_counts_three_is_three_tokens(tiny_model: Make, family: str
     got, want = (moments(one, module, weights["gate_up"]) for one in (weighted, explicit))
     for group in GROUPS:
         torch.testing.assert_close(getattr(got, group), getattr(want, group), rtol=1e-4, atol=1e-5)
-    costs, tripled = (  # one of three copies that is left out is less than a token that counts three
-        layer_costs(one, module, weights, got, OPTIONS, QUANTIZERS["gptq"], minimum_tokens=0, left_out=False)
+    costs, tripled = (
+        layer_costs(one, module, weights, got, OPTIONS, QUANTIZERS["gptq"], minimum_tokens=0)
         for one in (weighted, explicit)
     )
     for name, row in tripled.items():

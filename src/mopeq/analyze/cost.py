@@ -13,9 +13,6 @@ it is low, because it leaves out correlations between channels and tokens, and t
 other experts further up. Usage is in the sum over tokens already and does not multiply it again. Units whose expert
 saw no tokens cost 0.
 
-The tokens are those that GPTQ fits its codes to, on which it does better than on others, the more so the fewer tokens
-an expert has. So dz of a token is what codes would do that were fitted without it (quantizers/unfitted.py).
-
 Where there are images, each cost is also given for the image tokens alone (``fisher_error.vision``) and for the others
 (``fisher_error.text``), without w: the two add up to the cost without w.
 """
@@ -23,7 +20,6 @@ Where there are images, each cost is also given for the image tokens alone (``fi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +30,7 @@ from mopeq.analyze.observe import Routed, expert_rows
 from mopeq.errors import DataError
 from mopeq.precision import GROUPS, Precision, ProjectionGroup
 from mopeq.qtensor import Codes, dequantize
-from mopeq.quantizers import Factored, Quantizer, fallback_moments, once, unfitted
+from mopeq.quantizers import Quantizer, fallback_moments, once
 from mopeq.seam import activate
 from mopeq.stats import cost_metric
 
@@ -79,7 +75,6 @@ def layer_costs(
     chunk: int = CHUNK,
     experts: Sequence[int] | None = None,
     keep: Keep[None] | None = None,
-    left_out: bool = True,
 ) -> dict[str, list[float]]:
     """Costs of every unit of one layer at every option, in one pass over its tokens.
 
@@ -99,8 +94,6 @@ def layer_costs(
         experts: the layer's experts that ``weights`` and ``moments`` are of; None for all.
         keep: called with the codes of every unit at every option below 16 bits; without it, experts that saw no token
             are not quantized, because their costs are known.
-        left_out: measure each token as if GPTQ's codes had been fitted without it. False takes the codes as they are:
-            for tokens that are not in the moments.
 
     Returns:
         ``{cost_metric name: [one value per expert]}``, means per calibration token.
@@ -127,12 +120,10 @@ def layer_costs(
     with torch.no_grad():
         for part in _parts(used, max(1, memory // each)):
             changed: dict[ProjectionGroup, list[Tensor]] = {}
-            fits: dict[ProjectionGroup, dict[bool, Any]] = {}
             for group in GROUPS:
                 weight, filled = weights[group][part], full[group]
                 given = None if filled is None else filled[part]
-                inputs = {turned: once(quantizer, given, turned) for turned in {p.hadamard for p in options}}
-                fits[group] = inputs if left_out else dict.fromkeys(inputs)
+                inputs = {kind: once(quantizer, given, kind) for kind in {p.hadamard for p in options}}
                 numbers = [which[i] for i in part]
 
                 def kept(codes: Codes, group: ProjectionGroup = group, numbers: Sequence[int] = numbers) -> None:
@@ -146,9 +137,7 @@ def layer_costs(
                     g2 = None if routed.gradient is None else routed.gradient[r].to(device).float().square()
                     each_by = [g2 if cost == "fisher_error" else None for cost in costs]
                     add = _adder(sums[..., at], share[:, r].to(device), c, each_by)
-                    counted = c[:, 0].square() * counts[r].to(c)
-                    given_to = partial(_inputs, fits, i, counts=counted, options=options)
-                    _expert(module, which[at], x, gate_up[at], down[at], one, given_to, add)
+                    _expert(module, which[at], x, gate_up[at], down[at], one, add)
     sums /= max(1, len(routed.hidden))
     return {
         cost_metric(cost + kind, group, precision): sums[i, j, k, m].tolist()
@@ -169,36 +158,14 @@ def _expert(
     gate_up: Tensor,
     down: Tensor,
     changed: Mapping[ProjectionGroup, Sequence[Tensor]],
-    given_to: Callable[[ProjectionGroup, Tensor], Sequence[Tensor]],
     add: Add,
 ) -> None:
-    """Changes of an expert's output (n, H), before its routing weight, for inputs x (n, H) and each unit and option.
-
-    given_to: of a group and its inputs, those that the change of the weights at each option is multiplied by.
-    """
-    z = x @ gate_up.T
-    h = activate(module, z, expert)
-    for j, (weight, given) in enumerate(zip(changed["gate_up"], given_to("gate_up", x), strict=True)):
-        add(0, j, (activate(module, z + given @ (weight - gate_up).T, expert) - h) @ down.T)
-    for j, (weight, given) in enumerate(zip(changed["down"], given_to("down", h), strict=True)):
-        add(1, j, given @ (weight - down).T)
-
-
-def _inputs(
-    fits: Mapping[ProjectionGroup, Mapping[bool, Any]],
-    place: int,
-    group: ProjectionGroup,
-    x: Tensor,
-    *,
-    counts: Tensor,
-    options: Sequence[Precision],
-) -> list[Tensor]:
-    """The inputs x (n, in) of a group at each option: where GPTQ was fitted to them, as if it had been without each."""
-    made = {
-        turned: unfitted(fit, place, x, counts, turned) if isinstance(fit, Factored) else x
-        for turned, fit in fits[group].items()
-    }
-    return [x if p.bits == 16 else made[p.hadamard] for p in options]
+    """Changes of an expert's output (n, H), before its routing weight, for inputs x (n, H) and each unit and option."""
+    h = activate(module, x @ gate_up.T, expert)
+    for j, weight in enumerate(changed["gate_up"]):
+        add(0, j, (activate(module, x @ weight.T, expert) - h) @ down.T)
+    for j, weight in enumerate(changed["down"]):
+        add(1, j, h @ (weight - down).T)
 
 
 def _adder(sums: Tensor, share: Tensor, c: Tensor, by: Sequence[Tensor | None]) -> Add:

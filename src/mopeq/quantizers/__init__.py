@@ -16,11 +16,10 @@ from mopeq.quantizers.moments import fallback_moments, moment_error
 from mopeq.quantizers.rtn import rtn, rtn_mse
 from mopeq.quantizers.signround import signround
 from mopeq.quantizers.turned import turned
-from mopeq.quantizers.unfitted import unfitted
 
 __all__ = [
-    "CODEBOOKS", "DATA_FREE", "QUANTIZERS", "WHOLE", "Factored", "Quantizer", "check_codebooks", "fallback_moments",
-    "gptq", "hqq", "moment_error", "once", "rtn", "rtn_mse", "signround", "unfitted",
+    "CODEBOOKS", "DATA_FREE", "QUANTIZERS", "WHOLE", "Quantizer", "check_codebooks", "fallback_moments", "gptq", "hqq",
+    "moment_error", "once", "rtn", "rtn_mse", "signround",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,18 +46,17 @@ class Factored:
 
     importance: float32 (experts, in), of the grid search. order: int64 (experts, in), in which columns are rounded.
     upper: float32 (experts, in, in), R of the damped moments R D R^T in that order: upper triangular, ones on the
-    diagonal. pivots: float32 (experts, in), the diagonal of D, of moments divided by ``scale``, float32 (experts,).
+    diagonal. pivots: float32 (experts, in), the diagonal of D.
     """
 
     importance: Tensor
     order: Tensor
     upper: Tensor
     pivots: Tensor
-    scale: Tensor
 
     def __getitem__(self, part: slice | list[int]) -> Factored:
         """Some of the matrices."""
-        return Factored(*(getattr(self, field.name)[part] for field in fields(self)))
+        return Factored(self.importance[part], self.order[part], self.upper[part], self.pivots[part])
 
 
 def factored(moments: Tensor, *, damping: float = DAMPING, act_order: bool = True) -> Factored:
@@ -172,9 +171,8 @@ def _round(weight: Tensor, grid: Grid, factors: Factored) -> Tensor:
     return columns(placed)
 
 
-def _factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """R (experts, in, in) and the diagonal of D (experts, in) of the damped moments in the given order, divided by what
-    is third (experts,).
+def _factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """R (experts, in, in) and the diagonal of D (experts, in) of the damped moments in the given order.
 
     With the columns reversed, H = L L^T; L with its columns divided by its diagonal, reversed back, is R, and the
     squares of that diagonal are D's.
@@ -184,8 +182,7 @@ def _factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Ten
         torch.index_select(matrix.index_select(0, at), 1, at, out=into)
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
     seen = mean > 0
-    scale = torch.where(seen, mean, 1.0)
-    h.div_(scale[:, None, None])
+    h.div_(torch.where(seen, mean, 1.0)[:, None, None])
     h.diagonal(dim1=-2, dim2=-1).add_(torch.where(seen, damping, 1.0)[:, None])
     lower: Tensor
     lower, info = torch.linalg.cholesky_ex(h)
@@ -194,7 +191,7 @@ def _factor(moments: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Ten
     del h
     root = lower.diagonal(dim1=-2, dim2=-1).clone()
     lower.div_(root.unsqueeze(1))
-    return lower.flip(1, 2), root.square().flip(1), scale
+    return lower.flip(1, 2), root.square().flip(1)
 
 
 def _factor_slowly(h: Tensor, damping: float) -> Tensor:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mopeq.hadamard import restored, rotated
 from mopeq.quantizers.gptq import Factored
 
 __all__ = ["unfitted"]
@@ -26,16 +25,14 @@ LEAST = 1e-5
 """Least 1 - h: what rounding in float32 leaves exact."""
 
 
-def unfitted(factors: Factored, matrix: int, x: Tensor, counts: Tensor, hadamard: bool = False) -> Tensor:
+def unfitted(factors: Factored, matrix: int, scale: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """Inputs at which the codes of a matrix do what those would that were fitted without each, float32 (n, in).
 
-    factors: of the moments that the codes were fitted to, of turned ones with ``hadamard``. matrix: which of the batch.
-    x: (n, in), inputs that are in these moments. counts: (n,), what each counts there.
+    factors: of the moments that the codes were fitted to. matrix: which of the batch. scale: the mean diagonal of its
+    moments. x: (n, in), inputs that are in these moments. counts: (n,), what each counts there.
     """
-    if hadamard:
-        return restored(unfitted(factors, matrix, rotated(x), counts))
     order, upper = factors.order[matrix], factors.upper[matrix]
     u = torch.linalg.solve_triangular(upper.mT, x[:, order], upper=False, left=False, unitriangular=True)  # (n, in)
-    each = u.square().mul_(counts[:, None]).div_(factors.pivots[matrix] * factors.scale[matrix])
+    each = u.square().mul_(counts[:, None]).div_(factors.pivots[matrix] * scale)
     rest = (1 - each.sum(-1, keepdim=True)).add(each.cumsum(-1)).clamp_min_(LEAST)  # 1 - h
     return torch.empty_like(x).index_copy_(1, order, u.div_(rest) @ upper.T)
