@@ -23,6 +23,7 @@ KERNELS = Path("src") / "mopeq" / "kernels"
 LIBRARY = "libmopeq_cpu.so"
 COMMON = ("linear", "attention", "experts", "routing", "product", "threads", "repack", "fill", "grids", "portable")
 X86 = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512vnni"}
+ARM = {"neon": "-march=armv8.2-a+dotprod"}
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off"
 
 
@@ -35,6 +36,9 @@ def compile_library(root: Path) -> Path:
     if platform.machine().lower() in ("x86_64", "amd64"):
         flags.append("-DMOPEQ_X86")
         units |= X86
+    elif platform.machine().lower() in ("aarch64", "arm64"):
+        flags.append("-DMOPEQ_ARM")
+        units |= ARM
     with tempfile.TemporaryDirectory() as scratch:
         commands = [
             [*compiler, *flags, *more.split(), "-c", str(source / f"{name}.cpp"), "-o", f"{scratch}/{name}.o"]

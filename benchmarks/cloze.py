@@ -40,13 +40,20 @@ def questions(files: Sequence[str], tokenizer: Any, count: int, seed: int = 0) -
 
 
 @torch.no_grad()
-def margins(model: nn.Module, asked: Sequence[Question], batch: int = 16) -> list[float]:
-    """Nats by which the real continuation of each question is ahead of the best other one; right if more than 0."""
+def margins(model: nn.Module, asked: Sequence[Question], batch: int = 32) -> list[float]:
+    """Nats by which the real continuation of each question is ahead of the best other one; right if more than 0.
+
+    A context is read once for all its continuations.
+    """
     found: list[float] = []
     for start in range(0, len(asked), batch):
         part = asked[start : start + batch]
-        rows = torch.tensor([question.context + choice for question in part for choice in question.choices])
-        logits: Tensor = model(input_ids=rows, use_cache=False).logits[:, CONTEXT - 1 : -1].float()
-        nats = logits.log_softmax(-1).gather(-1, rows[:, CONTEXT:, None]).sum((1, 2)).view(len(part), -1)
+        contexts = torch.tensor([question.context for question in part])
+        read = model(input_ids=contexts, use_cache=True, logits_to_keep=1)
+        read.past_key_values.batch_repeat_interleave(CHOICES)
+        rows = torch.tensor([choice for question in part for choice in question.choices])
+        said = model(input_ids=rows[:, :-1], past_key_values=read.past_key_values).logits
+        logits: Tensor = torch.cat([read.logits.repeat_interleave(CHOICES, 0), said], 1).float()
+        nats = logits.log_softmax(-1).gather(-1, rows[..., None]).sum((1, 2)).view(len(part), -1)
         found += (nats[:, 0] - nats[:, 1:].max(-1).values).tolist()
     return found

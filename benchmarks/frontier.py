@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import math
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,8 +65,8 @@ DRAWS = 2
 """Random maps of one histogram for every seed."""
 SAMENESS = 0.005
 """Relative difference of the KL that packing and loading may make: other kernels, other sums."""
-TASKS = ("uniform 2", "uniform 3", "ours 2.5", "ours 3.0")
-"""What is asked questions, beside the original."""
+TASKS = re.compile(r"original|(uniform|ours|ours-0) [\d.]+")
+"""What is asked questions."""
 
 Judge = Callable[[nn.Module, str], Comparison]
 
@@ -197,7 +198,7 @@ def _run(
             add(name, *_by_method(opened, changed, judge, *methods[name]))
         schemes = {f"AutoScheme = {name.split()[1]}" for name in rows if name.startswith("auto-scheme")}
         measured = left or not with_data | schemes | {f"ours-0 {bits}" for bits in asked.pruned} <= set(rows)
-        if not (measured or (last and (_unasked(asked, run) or asked.draws > len(run.get("draws", ()))))):
+        if not (measured or _unasked(asked, run) or (last and asked.draws > len(run.get("draws", ())))):
             return
         study = studied(asked, opened, run["seed"], left, changed)
         run["seconds"] = {**run.get("seconds", {}), **study.seconds}
@@ -217,7 +218,7 @@ def _run(
         for name in [n for n in methods if n not in rows]:
             study.clear()
             add(name, *_by_method(study.prepared, changed, judge, *methods[name]))
-    if last and _unasked(asked, run):
+    if _unasked(asked, run):
         _asked_questions(asked, study, run, save)
 
 
@@ -428,26 +429,25 @@ def _packed(study: Study, name: str, row: Mapping[str, Any], judge: Judge, folde
     return {"kl": short(kl), "bytes": done.bytes, "bytes_said": row["bytes"]}
 
 
-def _unasked(asked: argparse.Namespace, run: Mapping[str, Any]) -> bool:
-    """Whether there are questions that a model has not been asked."""
+def _unasked(asked: argparse.Namespace, run: Mapping[str, Any]) -> list[str]:
+    """What has not been asked all questions yet."""
     done = run.get("questions", {})
-    return bool(asked.questions) and any(
-        name not in done or len(done[name]["right"]) != asked.questions for name in ("original", *TASKS)
-    )
+    names = ["original", *(row["name"] for row in run["rows"] if TASKS.fullmatch(row["name"]))]
+    return [n for n in names if asked.questions and len(done.get(n, {"right": ""})["right"]) != asked.questions]
 
 
 def _asked_questions(asked: argparse.Namespace, study: Study, run: dict[str, Any], save: Callable[[], None]) -> None:
     """Which questions about held-out text each model answers right, and by how many nats."""
     asked_about = cloze.questions(asked.text, study.prepared.tokenizer, asked.questions)
-    done = run["questions"] = {}
-    maps = {job.name: job.precisions for job in _jobs(study, asked.bits, False) if job.name in TASKS}
-    loaders: dict[str, Callable[[], nn.Module]] = {"original": lambda: study.prepared.model}
-    loaders |= {name: partial(study.take, made) for name, made in maps.items()}
-    for name, taken in loaders.items():
-        margins = cloze.margins(taken(), asked_about)
+    done = run.setdefault("questions", {})
+    maps = {job.name: job.precisions for job in (*_jobs(study, asked.bits, False), *_pruned(study, asked.pruned))}
+    for name in _unasked(asked, run):
+        if name != "original" and name not in maps:
+            continue  # of a size that this run is not about
+        margins = cloze.margins(study.prepared.model if name == "original" else study.take(maps[name]), asked_about)
         right = [int(margin > 0) for margin in margins]
         done[name] = {"right": "".join(map(str, right)), "margins": [round(margin, 3) for margin in margins]}
-        print(time.strftime("%H:%M:%S"), "questions", name, sum(right) / len(right), flush=True)
+        print(time.strftime("%H:%M:%S"), run["seed"], "questions", name, sum(right) / len(right), flush=True)
         save()
 
 
@@ -478,7 +478,7 @@ def _parser() -> argparse.ArgumentParser:
         "--pruned", type=float, nargs="*", default=list(PRUNED), help="sizes of those that may leave experts out"
     )
     parser.add_argument("--draws", type=int, default=0, help="random maps to judge, for the last seed; an even number")
-    parser.add_argument("--questions", type=int, default=0, help="about held-out text, for the last seed")
+    parser.add_argument("--questions", type=int, default=0, help="about held-out text")
     parser.add_argument(
         "--methods", nargs="*", choices=list(QUANTIZED), default=list(QUANTIZED), help="of mopeq, judged"
     )

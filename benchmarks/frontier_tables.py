@@ -168,21 +168,28 @@ def _domains(named: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _questions(results: Mapping[str, Any]) -> str:
-    """Share of right answers, and of the nats by which the right one is ahead; both beside the original's, paired."""
-    done: Mapping[str, Any] = next((r["questions"] for r in results["runs"] if "questions" in r), {})
+    """Share of right answers, and of the nats by which the right one is ahead; both beside the original's, paired.
+
+    The mean over seeds is taken for each question.
+    """
+    done: list[Mapping[str, Any]] = [run["questions"] for run in results["runs"] if "questions" in run]
     if not done:
         return ""
-    rights = {name: [100.0 * int(one) for one in row["right"]] for name, row in done.items()}
-    body = []
-    for name, row in done.items():
-        gaps = [
-            _gap(values[name], values["original"], digits)
-            for values, digits in ((rights, 1), ({n: r["margins"] for n, r in done.items()}, 3))
-        ]
-        value, interval = _shown(rights[name], 1)
-        body.append([_called(name), value, interval, gaps[0], _shown(row["margins"], 3)[0], gaps[1]])
-    head = ["model", "right, %", "95 % interval", "than the original, 95 %", "nats ahead", "than the original, 95 %"]
-    return f"{len(row['right'])} questions.\n\n" + table(head, body)
+    size = {name: mean(rows, "bits") for name, rows in rows_of(results).items()}
+    body, usual = [], done[-1]["original"]
+    for name in sorted({n for said in done for n in said}, key=lambda n: size.get(n, math.inf)):
+        rows = [said[name] for said in done if name in said]
+        right = [100 * sum(map(int, each)) / len(each) for each in zip(*(r["right"] for r in rows), strict=True)]
+        ahead = [sum(each) / len(each) for each in zip(*(r["margins"] for r in rows), strict=True)]
+        cells = [_gap(right, [100.0 * int(one) for one in usual["right"]], 1), _gap(ahead, usual["margins"], 3)]
+        if name == "original":
+            rows, cells = [], ["", ""]
+        value, interval = _shown(right, 1)
+        bits = f"{size[name]:.3f}" if name in size else "16"
+        body.append([_called(name), bits, len(rows) or "", value, interval, cells[0], _shown(ahead, 3)[0], cells[1]])
+    head = ["model", "bits", "seeds", "right, %", "95 % interval", "than the original, 95 %", "nats ahead",
+            "than the original, 95 %"]  # fmt: skip
+    return f"{len(usual['right'])} questions.\n\n" + table(head, body)
 
 
 def _gap(first: Sequence[float], second: Sequence[float], digits: int) -> str:

@@ -397,16 +397,6 @@ def residual(bench: Bench, calibration: Calibration) -> None:
     }
 
 
-def _masked(router: Any, left_out: Sequence[int], hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """OLMoE's router with experts left out: their logits are minus infinity, so the next ones take their place."""
-    logits = nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
-    logits[:, list(left_out)] = -torch.inf
-    scores, index = logits.softmax(-1, dtype=torch.float32).topk(router.top_k, -1)
-    if router.norm_topk_prob:
-        scores = scores / scores.sum(-1, keepdim=True)
-    return logits, scores.to(logits.dtype), index
-
-
 @torch.no_grad()
 def prune(bench: Bench, calibration: Calibration) -> None:
     """Experts left out at no bytes, as one more option of whole experts; the next expert of a token takes its place."""

@@ -1,7 +1,8 @@
-"""A packed OLMoE-1B-7B of random codes, written without an original: speed does not depend on the weights.
+"""A packed model of published sizes and random codes, written without an original: speed does not depend on weights.
 
     python benchmarks/random_packed.py OUT --bits 3 [--rest 4]
     python benchmarks/random_packed.py OUT --bits 2,3,4,8      # each expert one of these, at random
+    python benchmarks/random_packed.py OUT --model deepseek-vl2-tiny
 
 The shapes come from an original whose files have headers and no data (they are sparse, and deleted afterwards).
 """
@@ -9,9 +10,8 @@ The shapes come from an original whose files have headers and no data (they are 
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import struct
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,40 +24,14 @@ from mopeq.checkpoint import PackedWriter, linear_precisions, packed_config
 from mopeq.precision import FULL, GROUPS, MATRICES, Precision, PrecisionMap
 from mopeq.qtensor import QTensor, packed_shapes
 from mopeq.source import open_source
-from resident_memory import RANDOM_OLMOE
+from mopeq.spec import DEFAULT_GROUPS
 
-OLMOE_1B_7B = {**RANDOM_OLMOE, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from published_shapes import CONFIGS, cut
+from random_checkpoint import write
 
-
-def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an OLMoE as the hub stores it."""
-    h, i, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h), "lm_head.weight": (v, h),
-                                          "model.norm.weight": (h,)}  # fmt: skip
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-        shapes |= {f"{at}.{n}.weight": (h,) for n in norms}
-        shapes |= {f"{at}.self_attn.{n}_proj.weight": (h, h) for n in "qkvo"}
-        shapes[f"{at}.mlp.gate.weight"] = (config["num_experts"], h)
-        for e in range(config["num_experts"]):
-            shapes |= {f"{at}.mlp.experts.{e}.{n}_proj.weight": (i, h) for n in ("gate", "up")}
-            shapes[f"{at}.mlp.experts.{e}.down_proj.weight"] = (h, i)
-    return shapes
-
-
-def sparse_original(folder: Path, config: dict[str, Any]) -> None:
-    """A bfloat16 checkpoint whose data are a hole in the file."""
-    header, at = {}, 0
-    for name, shape in shapes_of(config).items():
-        size = 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + at)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+__all__ = ["CONFIGS", "OLMOE_1B_7B", "cut", "random_packed", "write", "write_random"]
+OLMOE_1B_7B = CONFIGS["olmoe-1b-7b"]
 
 
 def random_packed(shape: tuple[int, int], precision: Precision, draw: torch.Generator) -> QTensor:
@@ -77,16 +51,16 @@ def random_packed(shape: tuple[int, int], precision: Precision, draw: torch.Gene
 def write_random(
     out: Path, bits: tuple[int, ...], rest: int = 4, group: int = 64, config: dict[str, Any] = OLMOE_1B_7B
 ) -> int:
-    """Write the checkpoint; returns its bytes. Dense linears and the head get ``rest`` bits."""
+    """Write the checkpoint; returns its bytes. Linears outside experts get ``rest`` bits."""
     draw, choose = torch.Generator().manual_seed(0), random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
-        sparse_original(Path(scratch), config)
-        source = open_source(Path(scratch))
+        write(Path(scratch) / "original", config, torch.bfloat16, seed=None)
+        source = open_source(Path(scratch) / "original")
         spec = describe(source)
         model = inventory_of(source, spec)
         rows = {g: {layer: tuple(Precision(choose.choice(bits), group) for _ in range(n))
                     for layer, n in model.experts.items()} for g in GROUPS}  # fmt: skip
-        precisions = PrecisionMap(rows, dict.fromkeys(("attention", "lm_head"), Precision(rest, group)))
+        precisions = PrecisionMap(rows, dict.fromkeys(DEFAULT_GROUPS, Precision(rest, group)))
         with PackedWriter(out, needed_bytes=model.total_bytes(precisions)) as writer:
             for expert in spec.experts():
                 for g in GROUPS:
@@ -106,10 +80,11 @@ def write_random(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="olmoe-1b-7b", choices=CONFIGS)
     parser.add_argument("--bits", default="3", help="widths of experts, separated by commas")
-    parser.add_argument("--rest", type=int, default=4, help="width of attention and head")
+    parser.add_argument("--rest", type=int, default=4, help="width of attention, shared experts, dense layers and head")
     args = parser.parse_args()
-    written = write_random(args.out, tuple(int(b) for b in args.bits.split(",")), args.rest)
+    written = write_random(args.out, tuple(int(b) for b in args.bits.split(",")), args.rest, config=CONFIGS[args.model])
     print(f"{args.out}: {written / 1e9:.2f} GB")
 
 

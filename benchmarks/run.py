@@ -42,6 +42,10 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         "unseen": ["unseen.py", "--model", model, "--label", label, "--text", *text, "--apart", "c", "prose", "wiki"],
         "fitted_costs": ["fitted_costs.py", *named, "--text", *text],
         "bundled_fitted_costs": ["fitted_costs.py", *bundled, "-o", f"{STORED}/bundled_fitted_costs.json"],
+        "gptq_choices": ["gptq_choices.py", *named, "--text", *text],
+        "bundled_gptq_choices": ["gptq_choices.py", *bundled, "-o", f"{STORED}/bundled_gptq_choices.json"],
+        "rest": ["rest.py", *named, "--text", *text],
+        "bundled_rest": ["rest.py", *bundled, "-o", f"{STORED}/bundled_rest.json"],
         "measuring_cost": ["measuring_cost.py", *named],
         "bundled_recipes": ["recipes.py", *bundled, "-o", "benchmarks/results/bundled_recipes.json"],
         "bundled_methods": [

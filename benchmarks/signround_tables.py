@@ -1,4 +1,4 @@
-"""Tables of signround.json and bundled_signround.json, and of rotated.json."""
+"""Tables of ``signround.py``, ``gptq_choices.py``, ``rest.py`` and ``rotated.py``, from their results."""
 
 from __future__ import annotations
 
@@ -6,25 +6,70 @@ from collections.abc import Mapping
 from typing import Any
 
 from codebook_tables import speed
-from common import table
+from common import estimate, table
 
 
 def signround(results: Mapping[str, Any]) -> dict[str, str]:
     """What whole experts lose by each quantizer, on the text it saw and on other text."""
-    rows = [
-        [r["name"], f"{r['kl']:.5f}", _between(r["more than gptq"]), f"{100 * r['lost, calibration']:.2f}",
-         f"{100 * r['lost, held out']:.2f}", r["processor_seconds"]]
-        for r in results["runs"][0]["rows"]
-    ]  # fmt: skip
-    head = [
-        "",
-        "KL",
-        "more than GPTQ's",
-        "output lost on the calibration text, %",
-        "on other text, %",
-        "processor seconds",
-    ]
-    return {"signround": table(head, rows)}
+    return {"signround": _beside_gptq(results)}
+
+
+def gptq_choices(results: Mapping[str, Any]) -> dict[str, str]:
+    """GPTQ with one choice changed at a time."""
+    return {"gptq choices": _beside_gptq(results)}
+
+
+def _beside_gptq(results: Mapping[str, Any]) -> str:
+    """The mean over the seeds that have a row, beside GPTQ's of the same seeds and precision, window by window."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for run in results["runs"]:
+        for row in run["rows"]:
+            rows.setdefault(row["name"], []).append({**row, "seed": run["seed"]})
+    body = []
+    for name in sorted(rows, key=lambda name: name.split()[-1]):
+        found = rows[name]
+        usual = [r for r in rows[f"gptq {name.split()[-1]}"] if r["seed"] in {row["seed"] for row in found}]
+        own, than = (_mean([r["window_kl"] for r in part]) for part in (found, usual))
+        gap, whole = estimate([x - y for x, y in zip(own, than, strict=True)]), sum(than) / len(than)
+        kl = [row["kl"] for row in found]
+        lost = (sum(100 * r[f"lost, {which}"] for r in found) / len(found) for which in ("calibration", "held out"))
+        body.append([
+            name, f"{sum(kl) / len(kl):.5f}", f"{min(kl):.5f} to {max(kl):.5f}" if len(kl) > 1 else "", len(kl),
+            "" if name.startswith("gptq ") else _between([v / whole for v in (gap.value, gap.low, gap.high)]),
+            *(f"{value:.2f}" for value in lost), f"{sum(r['processor_seconds'] for r in found) / len(found):.1f}",
+        ])  # fmt: skip
+    head = ["", "KL", "over seeds", "seeds", "more than GPTQ's", "output lost on the calibration text, %",
+            "on other text, %", "processor seconds"]  # fmt: skip
+    return table(head, body)
+
+
+def _mean(windows: list[list[float]]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*windows, strict=True)]
+
+
+def rest(results: Mapping[str, Any]) -> dict[str, str]:
+    """The same bytes with other precisions outside the experts, the mean over seeds."""
+    rows: dict[tuple[float, str, str], list[Mapping[str, Any]]] = {}
+    for run in results["runs"]:
+        for row in run["rows"]:
+            rows.setdefault((row["bits"], row["attention"], row["head"]), []).append(row)
+    body = []
+    for (bits, attention, head), found in sorted(rows.items(), key=lambda item: item[0][0]):
+        usual = rows[bits, "8g128s", "8g128s"]
+        own, than = (_mean([r["window_kl"] for r in part]) for part in (found, usual[: len(found)]))
+        gap, whole = estimate([x - y for x, y in zip(own, than, strict=True)]), sum(than) / len(than)
+        won = sum(row["kl"] < other["kl"] for row, other in zip(found, usual, strict=False))
+        if attention == "auto":
+            attention, head = (f"auto: {', '.join(dict.fromkeys(row['chosen'][i] for row in found))}" for i in (0, 1))
+        body.append([
+            f"{bits:g}", attention, head, f"{sum(r['expert_bits'] for r in found) / len(found):.2f}",
+            f"{sum(r['kl'] for r in found) / len(found):.4f}",
+            *(["", ""] if found is usual else [_between([v / whole for v in (gap.value, gap.low, gap.high)]),
+                                               f"{won} of {len(found)}"]),
+        ])  # fmt: skip
+    titles = ["bytes of the default at", "attention", "head", "experts' bits", "KL", "more than the default's, 95 %",
+              "seeds won"]  # fmt: skip
+    return {"rest": table(titles, body)}
 
 
 def rotated(results: Mapping[str, Any]) -> dict[str, str]:

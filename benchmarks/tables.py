@@ -18,7 +18,7 @@ from frontier_tables import frontier
 from methods_tables import fitted, methods, unseen
 from moqe_tables import moqe
 from served_tables import fit, loading, serving, soak
-from signround_tables import rotated, rotated_speed, signround
+from signround_tables import gptq_choices, rest, rotated, rotated_speed, signround
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"random \d+ =")
@@ -485,18 +485,50 @@ def rows(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def runtime(results: Mapping[str, Any]) -> dict[str, str]:
-    cells = []
-    for bits, found in results.items():
+    """Whole models, and what they take of memory."""
+    cells, held = [], []
+    for bits, found in results["runs"].items():
+        held.append([bits, *(f"{found[key] / 1e9:.2f}" for key in ("bytes", "model bytes", "process grew by"))])
         for threads, made in found.items():
             if not threads.endswith("threads"):
                 continue
-            read = made["rows"]["read"]
+            read, size = made["rows"]["read"], made["active bytes"] / 1e6
             for name, row in made["rows"].items():
-                cells.append([bits, threads.split()[0], name, f"{made['active bytes'] / 1e6:.0f}", f"{row['ms']:.1f}",
-                              f"{read['ms'] / row['ms']:.0%}", f"{row['processor ms']:.1f}",
+                tokens = made["prompt"] if name == "prefill" else 0 if name == "read" else 1
+                cells.append([bits, threads.split()[0], name, f"{size:.0f}", f"{row['ms']:.1f}",
+                              f"{1000 * tokens / row['ms']:.1f}" if tokens else "", f"{read['ms'] / row['ms']:.0%}",
+                              f"{row['processor ms']:.1f}",
                               f"{read['processor ms'] / row['processor ms']:.0%}"])  # fmt: skip
-    head = ["experts' bits", "threads", "what", "MB a token", "ms", "of the read", "processor ms", "of the read's"]
-    return {"runtime": table(head, cells)}
+    head = ["experts' bits", "threads", "what", "MB a token", "ms", "tokens/s", "of the read", "processor ms",
+            "of the read's"]  # fmt: skip
+    return {
+        f"{results['model']} runtime": table(head, cells),
+        f"{results['model']} memory": table(["experts' bits", "files GB", "model GB", "process grew by GB"], held),
+    }
+
+
+def runtime_peers(results: Mapping[str, Any]) -> dict[str, str]:
+    """Whole models of others, and mopeq in the same turns."""
+    cells = []
+    for bits, found in results["runs"].items():
+        for name, peer in found["peers"].items():
+            if "failed" in peer:
+                cells.append([name, "", "", "", f"failed: {peer['failed']}"])
+            for threads, made in peer.items():
+                if not threads.endswith("threads"):
+                    continue
+                rows, read = made["rows"], made["active bytes"] / made["rows"]["read"]["ms"]
+                for who, before, size, memory in (
+                    (f"mopeq, {bits} bits", "", made["active bytes"], found["process grew by"]),
+                    (name, "peer's ", peer["active bytes"], peer["process"]),
+                ):
+                    one, many = rows[f"{before}decode"], rows[f"{before}prefill"]
+                    cells.append([who, threads.split()[0], f"{size / 1e6:.0f}", f"{1000 / one['ms']:.1f}",
+                                  f"{size / one['ms'] / read:.0%}", f"{one['processor ms']:.1f}",
+                                  f"{1000 * made['prompt'] / many['ms']:.0f}", f"{memory / 1e9:.1f}"])  # fmt: skip
+    head = ["", "threads", "MB a token", "decode, tokens/s", "bytes/s of the read's", "processor ms a token",
+            "prefill, tokens/s", "memory GB"]  # fmt: skip
+    return {f"{results['model']} peers": table(head, cells)}
 
 
 def activations(results: Mapping[str, Any]) -> dict[str, str]:
@@ -565,6 +597,10 @@ PRINTED = {
     "codebooks_speed": speed,
     "signround": signround,
     "bundled_signround": signround,
+    "gptq_choices": gptq_choices,
+    "bundled_gptq_choices": gptq_choices,
+    "rest": rest,
+    "bundled_rest": rest,
     "rotated": rotated,
     "rotated_speed": rotated_speed,
     "fidelity": maps,
@@ -609,6 +645,9 @@ PRINTED = {
     "activations": activations,
     "cpu_kernel": kernel,
     "cpu_runtime": runtime,
+    "cpu_runtime_vl2": runtime,
+    "cpu_runtime_peers": runtime_peers,
+    "cpu_runtime_peers_vl2": runtime_peers,
     "llama_cpp": llama_cpp,
 }
 

@@ -2,12 +2,13 @@
 
 For every seed most maps of ``fidelity.py`` are measured, quantized and judged with conversations with images. Then some
 of them again with other calibration of about as many tokens: ``quizzes``, the same kind of questions as text alone;
-``text``, the text that mopeq takes where nothing is named; and conversations with images whose text and image tokens
-weigh differently. ``knapsack 2.8, images' codes`` is the map of such a run quantized with the images' calibration, so
-that only the choice of precisions differs. All maps are packed, loaded and judged on the held-out questions about
-harder images, of less contrast and with noise: KL from the original on the tokens of the answers, and how many answers
-are right. As drawn, images leave the bundled model so sure of its answers that precisions hardly differ; some maps are
-judged on these too (``plain``). Every seed draws conversations of its own.
+``text``, the text that mopeq takes where nothing is named; conversations with images whose text and image tokens weigh
+differently; and conversations where of the image tokens those alone count to which text pays most attention.
+``knapsack 2.8, images' codes`` is the map of such a run quantized with the images' calibration, so that only the choice
+of precisions differs. All maps are packed, loaded and judged on the held-out questions about harder images, of less
+contrast and with noise: KL from the original on the tokens of the answers, and how many answers are right. As drawn,
+images leave the bundled model so sure of its answers that precisions hardly differ; some maps are judged on these too
+(``plain``). Every seed draws conversations of its own. The same command goes on with what it had not finished.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from common import ROOT, arguments, store
+from common import ROOT, START, arguments, store
 from fidelity import COST, COSTS, DRAWS, Job, noise, packed, paper_maps, short
 from mopeq.allocate import allocate
 from mopeq.allocate.baselines import uniform_map
 from mopeq.analyze import hessian_trace
+from mopeq.analyze.forward import OURS
 from mopeq.data.conversations import Question, question_batches, read_questions
 from mopeq.data.samples import bundled_images, bundled_vlm
 from mopeq.evaluate.answers import Answers, answer_logits, judge_answers
-from mopeq.load import load_processor
+from mopeq.load import load_original, load_processor
 from mopeq.measure import Calibration, Prepared, calibrated, measure_prepared, observed, open_model
 from mopeq.precision import Precision
 from mopeq.stats import Stats
@@ -50,6 +52,8 @@ BUDGET = 2.8
 KNAPSACK = f"knapsack {BUDGET}"
 WEIGHT = 10.0
 """What a text token counts beside an image token, where they do not count alike."""
+KEYS, KEY = "images, key image tokens alone", 0.2
+"""An arm, and the share of a conversation's image tokens that count there (MODE, VEQ: those attended to most)."""
 QUIZ_SEED, DRAW_SEED = 4_000_037, 8_000_009
 PLAIN = ("uniform 2", "uniform 3", "uniform 4", "knapsack = uniform 3", KNAPSACK)
 """Maps that are judged on images as drawn, too."""
@@ -77,6 +81,11 @@ def main() -> None:
         "quantizer": "gptq",
         "runs": [],
     }
+    if asked.out.exists():
+        stored = json.loads(asked.out.read_text(encoding="utf-8"))["results"]
+        if all(stored.get(name) == value for name, value in results.items() if name != "runs"):
+            results = stored
+    done = {(run["seed"], run["arm"]) for run in results["runs"]}
     hessian: dict[str, Mapping[int, Sequence[float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -84,7 +93,13 @@ def main() -> None:
             images: Prepared | None = None
             for arm, calibration in _arms(seed, folder):
                 started = time.perf_counter()
+                if (seed, arm) in done and images is not None:
+                    continue
                 own = observed(opened, calibration, dtype=torch.float32)
+                if (seed, arm) in done:
+                    images, judges = own, judges_of(own)
+                    continue
+                own = _weighed(own) if arm == KEYS else own
                 options = [Precision(bits, SIZE) for bits in BITS]
                 stats = measure_prepared(own, ("frequency", "inverse_norm", *COSTS), options=options, seed=seed)
                 if images is None:
@@ -110,7 +125,8 @@ def main() -> None:
                         if arm == "images" and job.name in PLAIN:
                             facts[job.name]["plain"] = judged(judges["plain"](model))
                 results["runs"].append({
-                    "seed": seed, "arm": arm, "seconds": round(time.perf_counter() - started, 1),
+                    "seed": seed, "arm": arm, "commit": START["commit"],
+                    "seconds": round(time.perf_counter() - started, 1),
                     "tokens": stats.info["tokens"], "starved": stats.info["starved"], "rows": list(facts.values()),
                 })  # fmt: skip
                 store(asked.out, results)
@@ -159,6 +175,32 @@ def _arms(seed: int, folder: Path) -> Iterator[tuple[str, Calibration]]:
     yield "quizzes", Calibration(str(quizzes), CONVERSATIONS // 2, WINDOW, 16, seed, cost_share=1.0)
     yield "text", Calibration(None, CONVERSATIONS // 2, WINDOW, 16, seed, cost_share=1.0)
     yield f"images, text tokens count {WEIGHT:g}", replace(images, modality_weight=WEIGHT)
+    yield KEYS, images
+
+
+@torch.no_grad()
+def _weighed(own: Prepared) -> Prepared:
+    """What was observed, where image tokens count nothing but the share ``KEY`` of each conversation's that its text
+    tokens attend to most, summed over layers and heads; tokens count 1 on average.
+    """
+    model = load_original(own.source.path, torch.float32, attn_implementation="eager")
+    paid: list[Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith("self_attn") and not name.startswith("vision"):
+            module.register_forward_hook(lambda module, given, out: paid.append(out[1].sum(1)))  # (batch, from, to)
+    counts = []
+    for batch in own.batches:
+        model(**{name: value for name, value in batch.items() if name not in OURS})
+        kept, image = batch["attention_mask"].bool(), batch["modality"].bool()
+        text = kept & ~image
+        received = (torch.stack(paid).sum(0) * text[:, :, None]).sum(1).masked_fill(~image, -1)
+        paid.clear()
+        wanted = (KEY * image.sum(1)).ceil().long()
+        place = received.argsort(1, descending=True).argsort(1)
+        counts.append((text | (image & (place < wanted[:, None])))[kept].float())
+    weight = torch.cat(counts)
+    weight /= weight.mean()
+    return replace(own, routed={layer: replace(seen, token_weight=weight) for layer, seen in own.routed.items()})
 
 
 def _turn(question: drawn.Question) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,30 @@ def test_a_map_tried_is_the_map_packed_and_loaded(family: str, tiny_model: Make,
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(got, before, atol=1e-2)
     with torch.no_grad():
+        assert torch.equal(original(input_ids=ids).logits, before), "the original is as it was"
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_what_is_outside_the_experts_is_tried_as_it_is_packed(family: str, tiny_model: Make, tmp_path: Path) -> None:
+    folder = tiny_model(family, dtype=torch.bfloat16)
+    opened = open_model(folder)
+    layers = {layer.index: layer for layer in opened.spec.layers}
+
+    def unit(layer: int, expert: int, group: ProjectionGroup, precision: Precision) -> Sequence[QTensor]:
+        weight = read_group(opened.source, layers[layer], group, [expert])
+        return [pack(c) for c in rows_of(rtn(weight, precision)[0], len(MATRICES[group]))]
+
+    original, ids = load_original(folder, dtype=torch.float32), torch.arange(1, 25)[None]
+    trial = Trial(original, opened, {index: partial(unit, index) for index in layers}, outside=True)
+    with torch.no_grad():
+        before = original(input_ids=ids).logits
+        for bits in (4, 6, 4):
+            rest = {"attention": Precision(bits, 32), "lm_head": FULL, "shared_experts": Precision(8, 32, True)}
+            precisions = PrecisionMap.uniform(opened.inventory.experts, Precision(4, 32), rest)
+            if not (at := tmp_path / f"{bits}").exists():
+                pack_model(opened, precisions, at, method="rtn")
+            got = trial.take(precisions)(input_ids=ids).logits
+            torch.testing.assert_close(got, load(at, dtype=torch.float32)(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(original(input_ids=ids).logits, before), "the original is as it was"
 
 

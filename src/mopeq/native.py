@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ __all__ = ["ABI", "ISAS", "LIBRARY", "TYPES", "VALUE", "check", "isa", "library"
 
 LIBRARY = Path(__file__).parent / "kernels" / "libmopeq_cpu.so"
 ABI = 9
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types that it takes."""
 VALUE = 10

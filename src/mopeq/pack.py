@@ -42,6 +42,7 @@ __all__ = [
     "Linears",
     "Packed",
     "check_method",
+    "linear_codes",
     "pack_experts",
     "pack_model",
     "packed_step",
@@ -222,10 +223,10 @@ def _rest(
         else:
             seen = how.moments.get(ref.module)
             moments = None if seen is None else seen[None]
-            yield ref.name, pack(_some_rows_at_a_time(weight, precisions[ref], QUANTIZERS[how.method], moments))
+            yield ref.name, pack(linear_codes(weight, precisions[ref], QUANTIZERS[how.method], moments))
 
 
-def _some_rows_at_a_time(weight: Tensor, precision: Precision, quantizer: Quantizer, moments: Tensor | None) -> Codes:
+def linear_codes(weight: Tensor, precision: Precision, quantizer: Quantizer, moments: Tensor | None) -> Codes:
     """Codes (out, in) of one matrix, whose rows do not depend on each other, with buffers of ``ROWS_BYTES``."""
     inputs = once(quantizer, moments)
     made = [

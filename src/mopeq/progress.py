@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-__all__ = ["Noting", "Track", "drawn", "events", "note", "resident", "silent"]
+__all__ = ["Clock", "Noting", "Track", "drawn", "events", "note", "resident", "silent"]
 
 T = TypeVar("T")
 
@@ -48,6 +48,20 @@ def note(track: Track, **facts: Any) -> None:
     """Tell a track what is worked on, if it shows that."""
     if isinstance(track, Noting):
         track.note(**facts)
+
+
+class Clock:
+    """Seconds of each stage since the last call."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        """Note the stage that ends now."""
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._last, 2)
+        self._last = now
 
 
 @dataclass

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ from mopeq.pack import (
     write_packed,
 )
 from mopeq.precision import DEFAULT_REST, Precision, PrecisionMap
-from mopeq.progress import Track, silent
+from mopeq.progress import Clock, Track, silent
 from mopeq.quantizers import DATA_FREE, WHOLE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
@@ -82,6 +82,7 @@ def quantize(
     uniform_layers: bool = False,
     protect: bool = True,
     rest: Mapping[str, Precision] | None = None,
+    outside: bool = False,
     dtype: torch.dtype | None = None,
     evaluated: bool = True,
     guard: bool | None = None,
@@ -114,6 +115,7 @@ def quantize(
         uniform_layers: allocate one precision for all experts of a layer, as other runtimes need (mopeq export).
         protect: give super-experts the most bits among the options (:mod:`mopeq.allocate.protect`).
         rest: precisions of the groups outside the experts, over the defaults.
+        outside: with a budget, choose those that ``rest`` does not name too, in the same bytes (:mod:`mopeq.outside`).
         dtype: compute type of the original model.
         evaluated: compare the result with the original, if both fit in memory together; ``Packed.note`` says if not.
         guard: with a budget, pack the uniform map instead where the allocated one is not better on held-out text; None
@@ -133,6 +135,8 @@ def quantize(
         raise InputError("give one of a precision map, a uniform precision and a budget")
     if precisions is not None and rest:
         raise InputError('a map has its own precisions for the rest; edit "rest" in it, or leave out --rest')
+    if outside and budget is None:
+        raise InputError("precisions outside the experts are chosen within a budget, found none; leave out auto")
     if refine < 0 or (refine and uniform_layers) or ((guard or refine) and budget is None):
         raise InputError("guard and exchanges (not with uniform layers) are for a budget, 0 or more; leave them out")
     check_method(method, [*(options or ()), *filter(None, [uniform]), *(precisions.histogram() if precisions else ())])
@@ -141,7 +145,8 @@ def quantize(
     elif align is not None:
         restored(out)
     calibration = calibration or Calibration()
-    clock = _Clock()
+    clock = Clock()
+    free = set(DEFAULT_REST) - set(rest or {}) if outside else set()
     rest = {**DEFAULT_REST, **(rest or {})}
     opened = open_model(model)
     if align is not None:
@@ -158,7 +163,7 @@ def quantize(
     if precisions is not None:
         opened.inventory.check(precisions)
     guard = budget is not None and (evaluated if guard is None else guard)
-    judged = evaluated or guard or refine > 0 or align is not None
+    judged = evaluated or guard or refine > 0 or outside or align is not None
     if judged and not has_pictures(calibration):  # text that cannot be scored is found before hours of work
         try:
             text_windows(heldout, load_tokenizer(opened.source.path), calibration.length, limit=JUDGED_WINDOWS)
@@ -172,7 +177,7 @@ def quantize(
         opened = calibrated(opened, calibration, texts=training, track=track)
     plan = _Plan(
         opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, protect, rest,
-        calibration, dtype, max_memory, heldout, guard, refine, align,
+        calibration, dtype, max_memory, heldout, guard, refine, align, free,
     )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
@@ -223,6 +228,7 @@ class _Plan:
     guard: bool
     refine: int
     align: Alignment | None
+    free: Set[str]
 
     @property
     def footprint(self) -> Footprint:
@@ -251,7 +257,7 @@ class _Plan:
         fixed = inventory.rest_bytes(self.rest) + inventory.kept_bytes + inventory.header_bytes
         return most + fixed + candidate_bytes(inventory, self.options) + stored
 
-    def carry_out(self, writer: PackedWriter, clock: _Clock, across: Map, track: Track) -> Packed:
+    def carry_out(self, writer: PackedWriter, clock: Clock, across: Map, track: Track) -> Packed:
         """All steps that are not done yet."""
         opened, journal = self.opened, writer.journal
         assert journal is not None
@@ -273,22 +279,11 @@ class _Plan:
         clock("measure")
         known = journal.done("allocate")
         if known is None:
-            made = allocate(
-                stats,
-                method="knapsack",
-                budget=self.budget,
-                cost=self.cost,
-                options=self.options,
-                granularity=self.granularity,
-                uniform_layers=self.uniform_layers,
-                protect=self.protect,
-                rest=self.rest,
-            )
-            known = {"map": made.to_json()}
+            known = {"map": self._allocated(stats, self.budget or "", self.rest).to_json()}
             journal.record("allocate", known)
         clock("allocate")
         precisions = PrecisionMap.from_json(known["map"])
-        if self.guard or self.refine:
+        if self.guard or self.refine or self.free:
             if (known := journal.done(TRIED)) is None:
                 known = self._tried(journal, precisions, stats, track)
                 journal.record(TRIED, known)
@@ -305,17 +300,29 @@ class _Plan:
         packed = write_packed(writer, opened, precisions, codes, self.method, files, track, release=release)
         return replace(packed, guard=known.get("sentence", ""))
 
+    def _allocated(self, stats: Stats, budget: str, rest: Mapping[str, Precision]) -> PrecisionMap:
+        return allocate(
+            stats, method="knapsack", budget=budget, cost=self.cost, options=self.options, granularity=self.granularity,
+            uniform_layers=self.uniform_layers, protect=self.protect, rest=rest,
+        )  # fmt: skip
+
     def _tried(self, journal: Journal, made: PrecisionMap, stats: Stats, track: Track) -> dict[str, Any]:
         """The map to pack, tried out where there is memory and text for it, and a sentence that says why it is it."""
-        what = " and ".join([*["refined"] * bool(self.refine), *["compared with uniform precision"] * self.guard])
-        if why := self.too_large(self.opened.inventory.total_bytes(made)):
+        outside = bool(self.free)
+        what = " and ".join(["given other precisions outside the experts"] * outside + ["refined"] * bool(self.refine)
+                            + ["compared with uniform precision"] * self.guard)  # fmt: skip
+        rounded = self.opened.inventory.rest_bytes({}) if outside else 0
+        if why := self.too_large(self.opened.inventory.total_bytes(made) + rounded):
             return {"map": made.to_json(), "sentence": f"the map was not {what}: {why}"}
         layers, source = self.opened.spec.layers, self.opened.source
         units = {layer.index: Stock(journal, measured_step(layer), source, layer).unit for layer in layers}
-        original, cache = load_source(source, self.dtype), journal.folder if self.refine else None
+        original, cache = load_source(source, self.dtype), journal.folder if self.refine or outside else None
         try:
-            with tried(original, self.opened, units, self.heldout, self.calibration, cache=cache, track=track) as judge:
-                choice = Choice(stats, self.cost, self.options, self.granularity, self.budget or "")
+            with tried(
+                original, self.opened, units, self.heldout, self.calibration, outside=outside, cache=cache, track=track
+            ) as judge:
+                choice = Choice(stats, self.cost, self.options, self.granularity, self.budget or "", self.free,
+                                partial(self._allocated, stats) if outside else None)  # fmt: skip
                 found = settled(made, self.opened, choice, judge, self.refine, self.guard, track)
         except DataError as error:
             return {"map": made.to_json(), "sentence": f"the map was not {what}: {error}"}
@@ -370,6 +377,7 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
         ),
         **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
         **({} if plan.protect else {"protect": False}),
+        **({"outside": sorted(plan.free)} if plan.free else {}),
         **({} if plan.align is None else {"align": asdict(plan.align)}),
         "rest": {group: str(p) for group, p in sorted(plan.rest.items())},
         "calibration": used,
@@ -403,7 +411,7 @@ def _finished(out: Path, plan: _Plan, job: Mapping[str, Any]) -> Packed | None:
     return Packed(out, manifest.precisions, size, original, 0.0, fallbacks, manifest.inventory, guard=sentence)
 
 
-def _aligned(packed: Packed, plan: _Plan, clock: _Clock, track: Track) -> Packed:
+def _aligned(packed: Packed, plan: _Plan, clock: Clock, track: Track) -> Packed:
     """The finished checkpoint with its routers aligned, if that was asked for and is not done yet."""
     if plan.align is None:
         return packed
@@ -419,19 +427,6 @@ def _aligned(packed: Packed, plan: _Plan, clock: _Clock, track: Track) -> Packed
         found = f"routers as they were: {error}"
     clock("align")
     return replace(packed, aligned=found)
-
-
-class _Clock:
-    """Seconds of each stage since the last call."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def __call__(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = round(now - self._last, 2)
-        self._last = now
 
 
 def require_new(out: Path) -> None:

@@ -8,9 +8,10 @@ than the comparison's interval.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mopeq.allocate import uniform_map
+from mopeq.allocate import predicted, uniform_map
+from mopeq.checkpoint import linear_precisions
 from mopeq.data.conversations import conversation_batches
 from mopeq.data.text import Window, sliding_windows, token_stream, window_batches
 from mopeq.errors import BudgetError, DataError
@@ -28,12 +30,17 @@ from mopeq.evaluate.divergence import judging
 from mopeq.kernels.layout import PARTS, GroupLayout
 from mopeq.load import load, load_processor, load_source, load_tokenizer
 from mopeq.measure import Calibration, Prepared, has_pictures
-from mopeq.precision import GROUPS, LEFT_OUT, Precision, PrecisionMap, ProjectionGroup
+from mopeq.outside import shared_out
+from mopeq.pack import Linears, linear_codes
+from mopeq.precision import FULL, GROUPS, LEFT_OUT, Precision, PrecisionMap, ProjectionGroup
 from mopeq.progress import Track, silent
-from mopeq.qtensor import QTensor
+from mopeq.qtensor import QTensor, dequantize
+from mopeq.quantizers import QUANTIZERS
 from mopeq.refine import refined
 from mopeq.runtime.experts import MixedExperts, pack_experts
 from mopeq.runtime.packed import prepare
+from mopeq.source import read_matrix
+from mopeq.spec import LinearRef
 from mopeq.stats import Stats
 
 __all__ = [
@@ -67,16 +74,22 @@ Judge = Callable[[PrecisionMap], Divergence]
 class Trial:
     """The original with packed experts in it: ``take`` gives it those of a map, and changes only what differs.
 
-    units: for each MoE layer, its packed candidates. Memory: the packed experts of one map.
+    units: for each MoE layer, its packed candidates. outside: round matrices outside the experts too, as packing does;
+    else they are the original's. Memory: the packed experts of one map, and what is rounded outside them.
     """
 
-    def __init__(self, original: nn.Module, opened: Prepared, units: Mapping[int, Units]) -> None:
+    def __init__(
+        self, original: nn.Module, opened: Prepared, units: Mapping[int, Units], outside: bool = False
+    ) -> None:
         shared: dict[int, Any] = {id(t): t for t in chain(original.parameters(), original.buffers())}
         self.model = copy.deepcopy(original, shared)
-        self.opened, self.units = opened, units
+        self.opened, self.units, self.outside = opened, units, outside
+        self._rounded: dict[LinearRef, Precision] = {}
 
     def take(self, precisions: PrecisionMap) -> nn.Module:
         """The model with its experts at these precisions."""
+        if self.outside:
+            self._round(precisions)
         for layer in self.opened.spec.layers:
             module: Any = self.model.get_submodule(layer.module)
             shapes = self.opened.inventory.layers[layer.index]
@@ -92,6 +105,17 @@ class Trial:
                 _fill(module, group, layouts[group], self.units[layer.index])
         prepare(self.model)
         return self.model
+
+    def _round(self, precisions: PrecisionMap) -> None:
+        for ref, precision in linear_precisions(self.opened.spec, precisions).items():
+            if self._rounded.get(ref) == precision:
+                continue
+            weight = read_matrix(self.opened.source, ref.weight).float()
+            if precision != FULL:
+                weight = dequantize(linear_codes(weight, precision, QUANTIZERS[Linears().method], None))
+            module: Any = self.model.get_submodule(ref.module)
+            module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+            self._rounded[ref] = precision
 
 
 def _fill(module: nn.Module, group: ProjectionGroup, layout: GroupLayout, unit: Units) -> None:
@@ -114,14 +138,15 @@ def tried(
     heldout: Sequence[Any],
     calibration: Calibration,
     *,
+    outside: bool = False,
     cache: Path | None = None,
     track: Track = silent,
 ) -> Iterator[Judge]:
-    """A function that judges maps on what :func:`spare_windows` leaves of the held-out data.
+    """A function that judges maps on what :func:`spare_windows` leaves of the held-out data; ``outside``: see Trial.
 
     Raises :class:`DataError` where that is less than ``LEAST_WINDOWS`` windows or conversations.
     """
-    trial = Trial(original, opened, units)
+    trial = Trial(original, opened, units, outside)
     with judged(original, opened, heldout, calibration, cache=cache, track=track) as judge:
         yield lambda precisions: judge(trial.take(precisions))
 
@@ -181,7 +206,7 @@ def _check(count: int, what: str) -> None:
     if count < LEAST_WINDOWS:
         raise DataError(
             f"the data kept apart have {count} {what} beside those of the final comparison; expected at least "
-            f"{LEAST_WINDOWS} to judge by; give more data, or use --no-guard and no --align"
+            f"{LEAST_WINDOWS} to judge by; give more data, or use --no-guard, no --align and no --rest auto"
         )
 
 
@@ -259,13 +284,19 @@ def guarded(made: PrecisionMap, opened: Prepared, options: Sequence[Precision], 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a map was chosen from, and within what."""
+    """What a map was chosen from, and within what.
+
+    free: groups outside the experts whose precision is to be chosen, too, and again, what makes the map of a budget and
+    of precisions outside the experts; None where these stand.
+    """
 
     stats: Stats
     cost: str
     options: Sequence[Precision]
     granularity: str
     budget: str
+    free: Collection[str] = ()
+    again: Callable[[str, Mapping[str, Precision]], PrecisionMap] | None = None
 
 
 def settled(
@@ -277,8 +308,16 @@ def settled(
     guard: bool,
     track: Track = silent,
 ) -> Verdict:
-    """``made`` after exchanges (:func:`~mopeq.refine.refined`), if any, and past the guard, if it is to be."""
+    """``made`` with what is outside the experts chosen (:func:`~mopeq.outside.shared_out`), if it is to be, after
+    exchanges (:func:`~mopeq.refine.refined`), if any, and past the guard, if it is to be.
+    """
     said = []
+    if (again := choice.again) is not None:
+        choice = replace(choice, budget=f"{opened.inventory.total_bytes(made)}B")
+        loss, of_these_bytes = partial(predicted, choice.stats, choice.cost), partial(again, choice.budget)
+        shared = shared_out(made, opened.inventory, choice.free, loss, of_these_bytes, judge, track)
+        made = shared.precisions
+        said.append(shared.sentence)
     if exchanges:
         found = refined(
             made,

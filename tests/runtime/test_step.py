@@ -19,13 +19,20 @@ from mopeq.load import load
 from mopeq.precision import FULL, PrecisionMap
 from mopeq.runtime import decode as decoding
 from mopeq.runtime.decode import Sampling, decode
-from mopeq.runtime.step import LAYERS, Step, step_of
+from mopeq.runtime.step import Step, body_of, step_of
 from mopeq.source import open_source
 
 pytestmark = pytest.mark.skipif(selected().name != "cpu", reason="no compiled kernel")
-FAMILIES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe")
+FAMILIES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_vl_v2")
+PLAIN = {"model_type": "deepseek_ocr2_text", "num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+"""The decoder of DeepSeek-VL2-tiny, in place of one with latent attention."""
 PROMPT = torch.randint(0, 250, (1, 9), generator=torch.Generator().manual_seed(0))
 STOPS = frozenset([tiny.EOS])
+
+
+def saved(tiny_model: Callable[..., Path], family: str) -> Path:
+    """An original of one of the families."""
+    return tiny_model(family, **(PLAIN if family == "deepseek_vl_v2" else {}))
 
 
 def packed(folder: Path, out: Path) -> Any:
@@ -38,7 +45,7 @@ def packed(folder: Path, out: Path) -> Any:
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
 ) -> Any:
-    made = packed(tiny_model(request.param), tmp_path_factory.mktemp("packed") / request.param)
+    made = packed(saved(tiny_model, request.param), tmp_path_factory.mktemp("packed") / request.param)
     del made.forward  # generate and the model's passes are what steps are compared with
     return made
 
@@ -124,16 +131,16 @@ def test_in_bfloat16_with_linears_as_they_are(tmp_path: Path, tiny_model: Callab
 def test_what_runs_by_itself(model: Any) -> None:
     with torch.no_grad():
         cache = prefilled(model)
-        assert type(model.model.layers[0]).__name__ in LAYERS
+        base = body_of(model).model
         assert step_of(model, cache) is not None
         with using("naive"):
             assert step_of(model, cache) is None
-        for part in (model, model.model, model.model.layers[0].self_attn.q_proj):
+        for part in (model, base, base.layers[0].self_attn.q_proj):
             hook = part.register_forward_hook(lambda *args: None)
             assert step_of(model, cache) is None
             hook.remove()
         assert step_of(model, cache) is not None
-        block = model.model.layers[-1].mlp
+        block = base.layers[-1].mlp
         for part in (block, block.experts, block.gate):
             hook = part.register_forward_hook(lambda *args: None)
             step = step_of(model, cache)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import FAMILIES, PROMPT, packed
+from test_step import FAMILIES, PROMPT, packed, saved
 from transformers import DynamicCache
 
 import packing
@@ -18,7 +18,7 @@ from mopeq.kernels import selected
 from mopeq.load import load
 from mopeq.runtime import cache as caching
 from mopeq.runtime.cache import Roomy
-from mopeq.runtime.step import Step
+from mopeq.runtime.step import Step, body_of
 from mopeq.runtime.stepping import Stepping
 
 pytestmark = pytest.mark.skipif(selected().name != "cpu", reason="no compiled kernel")
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(selected().name != "cpu", reason="no compiled ke
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
 ) -> Any:
-    return packed(tiny_model(request.param), tmp_path_factory.mktemp("packed") / request.param).eval()
+    return packed(saved(tiny_model, request.param), tmp_path_factory.mktemp("packed") / request.param).eval()
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_what_it_leaves_to_the_model(model: Any, steps: list[int]) -> None:
     got, want = both(model, PROMPT, **asked)
     assert len(got.hidden_states) == len(want.hidden_states) == 12
     assert not steps
-    hook = model.model.register_forward_hook(lambda *args: steps.append(-1))
+    hook = body_of(model).model.register_forward_hook(lambda *args: steps.append(-1))
     both(model, PROMPT)
     hook.remove()
     assert steps == [-1] * 24
@@ -113,7 +113,7 @@ def test_a_copy_of_the_model_steps_for_itself(model: Any, steps: list[int]) -> N
     assert isinstance(twin.forward, Stepping)
     assert twin.forward.model is twin
     with torch.no_grad():
-        for parameter in twin.model.norm.parameters():
+        for parameter in body_of(twin).model.norm.parameters():
             parameter.neg_()
     got, want = both(twin, PROMPT)
     assert got.equal(want)

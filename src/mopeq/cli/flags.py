@@ -214,7 +214,8 @@ def _rest(p: argparse.ArgumentParser) -> None:
         "--rest",
         default="",
         metavar="GROUP=PRECISION,...",
-        help="precision outside the experts, such as attention=4g64,lm_head=16 (default: 8g128s)",
+        help="precision outside the experts, such as attention=4g64,lm_head=16 (default: 8g128s); auto: choose it, in "
+        "the same bytes (quantize with a budget)",
     )
 
 

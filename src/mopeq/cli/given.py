@@ -18,6 +18,7 @@ __all__ = [
     "load_any",
     "new_file",
     "one_precision",
+    "outside_of",
     "precisions_of",
     "rest_of",
     "sampling_of",
@@ -86,11 +87,23 @@ def size_of(text: str | None) -> int | None:
     return int(size.amount)
 
 
+AUTO = "auto"
+"""Among precisions outside the experts: those of the other groups are chosen."""
+
+
+def outside_of(text: str) -> dict[str, Any]:
+    """As :func:`rest_of`, and whether precisions of the other groups are to be chosen."""
+    parts = [piece.strip() for piece in text.split(",")]
+    return {"rest": rest_of(",".join(part for part in parts if part != AUTO)), "outside": AUTO in parts}
+
+
 def rest_of(text: str) -> dict[str, Precision]:
     """Precisions of groups outside the experts, as in ``attention=4g64,lm_head=16``."""
     made = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, sign, value = part.partition("=")
+        if part == AUTO:
+            raise InputError("--rest auto tries maps on text, which mopeq quantize does with a budget; leave it out")
         if not sign:
             raise InputError(f"--rest {part!r}; expected GROUP=PRECISION, such as attention=4g64")
         if name.strip() in made:

@@ -23,10 +23,13 @@ from mopeq.precision import FULL
 from mopeq.runtime.linear import QLinear
 from mopeq.seam import gate_of
 
-__all__ = ["LAYERS", "Step", "step_of"]
+__all__ = ["Step", "body_of", "step_of"]
 
-LAYERS = tuple(f"{name}DecoderLayer" for name in ("Olmoe", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Glm4Moe"))
-"""Classes of transformers with such layers. Whoever adds one here has tests/runtime/test_step.py judge it."""
+LAYERS = {
+    **{f"{name}DecoderLayer": f"{name}ForCausalLM" for name in ("Olmoe", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Glm4Moe")},
+    "DeepseekOcr2TextDecoderLayer": "DeepseekVL2ForConditionalGeneration",  # of DeepSeek-VL2-tiny
+}
+"""Classes with such layers, and their models. Whoever adds one here has tests/runtime/test_step.py judge it."""
 ROUTED = tuple(f"{name}SparseMoeBlock" for name in ("Olmoe", "Mixtral", "Qwen2Moe", "Qwen3Moe"))
 """Classes whose router is a softmax over ``gate.weight``; a ``shared_expert`` is added by a gate of its own."""
 
@@ -64,23 +67,29 @@ class Step:
 def step_of(model: Any, cache: Any) -> Step | None:
     """A :class:`Step` for a model whose ``cache`` holds a prompt, or None where the model must run by itself."""
     caches: list[Any] = [getattr(layer, "held", None) for layer in cache.layers]
-    if selected().name != "cpu" or not all(caches) or not _suits(model):
+    body = body_of(model)
+    if selected().name != "cpu" or not all(caches) or body is None or not _suits(model, body.model):
         return None
-    return Step(model.model, model.lm_head, caches, lambda layer, stream: _mlp(layer.mlp, stream))
+    return Step(body.model, body.lm_head, caches, lambda layer, stream: _mlp(layer.mlp, stream))
 
 
-def _suits(model: Any) -> bool:
-    layers: Any = getattr(getattr(model, "model", None), "layers", ())
-    config = model.config
+def body_of(model: Any) -> Any:
+    """What has the ``model`` of such layers and its ``lm_head``, the model or a part of it; None if there is none."""
+    body = getattr(model, "language", model)
+    layers: Any = getattr(getattr(body, "model", None), "layers", ())
+    suits = len(layers) > 0 and LAYERS.get(type(layers[0]).__name__) == type(model).__name__
+    return body if suits else None
+
+
+def _suits(model: Any, base: Any) -> bool:
+    config = base.config
     return (
-        len(layers) > 0
-        and not (_hooked(model) or _hooked(model.model))
-        and all(type(layer).__name__ in LAYERS and _plain(layer) for layer in layers)
-        and type(model).__name__ == type(layers[0]).__name__.replace("DecoderLayer", "ForCausalLM")
+        not (_hooked(model) or _hooked(base))
+        and all(type(layer).__name__ in LAYERS and _plain(layer) for layer in base.layers)
         and getattr(config, "clip_qkv", None) is None
         and config._attn_implementation in ("sdpa", "eager")
-        and model.model.embed_tokens.weight.dtype in TYPES
-        and {t.device.type for t in model.model.parameters()} == {"cpu"}
+        and base.embed_tokens.weight.dtype in TYPES
+        and {t.device.type for t in base.parameters()} == {"cpu"}
     )
 
 

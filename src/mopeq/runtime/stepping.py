@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mopeq.runtime.cache import Roomy
-from mopeq.runtime.step import LAYERS, Step, step_of
+from mopeq.runtime.step import Step, body_of, step_of
 
 __all__ = ["Stepping", "take_steps"]
 
@@ -105,6 +105,5 @@ def _alone(given: Mapping[str, Any], length: int) -> bool:
 
 def take_steps(model: Any) -> None:
     """Let a packed model's ``forward`` take native steps, if it is of a family that step.py knows."""
-    layers: Any = getattr(getattr(model, "model", None), "layers", ())
-    if len(layers) and type(layers[0]).__name__ in LAYERS:
+    if body_of(model) is not None:
         model.forward = Stepping(model)

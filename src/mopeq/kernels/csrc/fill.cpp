@@ -51,7 +51,7 @@ int64_t row_bytes(const mopeq_stored &s) {
 
 int check(const mopeq_stored &s) {
   if (!s.to) return MOPEQ_NULL;
-  if (s.file < 0 || s.begin < 0 || s.bytes < 0) return MOPEQ_RANGE;
+  if (s.file < 0 || s.file >= LIMIT || s.begin < 0 || s.bytes < 0) return MOPEQ_RANGE;
   if (s.part == MOPEQ_PLAIN) return MOPEQ_OK;
   if (s.part < MOPEQ_PLAIN || s.part > MOPEQ_POINTS) return MOPEQ_TYPE;
   if (s.rows < 8 || s.rows % 8 || s.rows >= LIMIT || s.columns < 1 || s.columns >= LIMIT) return MOPEQ_SHAPE;

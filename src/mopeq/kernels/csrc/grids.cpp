@@ -121,7 +121,7 @@ int mopeq_grids(const mopeq_grids_job *job) { return job ? mopeq::grids(*job) : 
 
 int mopeq_pack_bits(const uint8_t *codes, uint8_t *to, int64_t count, int64_t bits, int64_t threads) {
   if (!codes || !to) return MOPEQ_NULL;
-  if (count < 0 || count % 8) return MOPEQ_SHAPE;
+  if (count < 0 || count % 8 || count >> 40) return MOPEQ_SHAPE;
   constexpr mopeq::Work works[] = {mopeq::packed<2>, mopeq::packed<3>, mopeq::packed<4>,
                                    mopeq::packed<5>, mopeq::packed<6>, mopeq::packed<7>};
   if (bits < 2 || bits > 7) return MOPEQ_BITS;

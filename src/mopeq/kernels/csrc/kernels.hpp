@@ -128,6 +128,8 @@ const Kernels &portable_kernels();
 #if defined(MOPEQ_X86)
 const Kernels &avx2_kernels();
 const Kernels &avx512_kernels();
+#elif defined(MOPEQ_ARM)
+const Kernels &neon_kernels();
 #endif
 
 }  // namespace mopeq

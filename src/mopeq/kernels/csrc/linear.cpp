@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <stdexcept>
 #include <vector>
 
 #include "attention.hpp"
@@ -107,6 +108,8 @@ int guarded(const Job *job, int (*call)(const Job &)) {
     return call(*job);
   } catch (const std::bad_alloc &) {
     return MOPEQ_MEMORY;
+  } catch (const std::length_error &) {  // more than a vector can ever hold
+    return MOPEQ_MEMORY;
   }
 }
 
@@ -133,6 +136,7 @@ int mopeq_moe(const mopeq_moe_job *job) { return mopeq::guarded(job, mopeq::moe)
 int mopeq_attention(const mopeq_attention_job *job) { return mopeq::guarded(job, mopeq::attention); }
 
 uint64_t mopeq_read(const void *data, int64_t bytes, int64_t threads) {
+  if (!data || bytes < 0) return 0;
   mopeq::Reading reading{static_cast<const char *>(data), bytes, std::max<int64_t>(threads, 1),
                          mopeq::table_of(mopeq::isa())};
   mopeq::run(reading.parts, threads, mopeq::reading, &reading);

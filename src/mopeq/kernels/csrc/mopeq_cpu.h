@@ -128,7 +128,7 @@ typedef struct {
 } mopeq_grids_job;
 
 MOPEQ_API int mopeq_abi(void);
-// 0 portable, 1 AVX2, 2 AVX-512 VNNI: the best this machine has.
+// 0 portable; on x86-64 1 AVX2, 2 AVX-512 VNNI; on aarch64 1 NEON with dot products: the best this machine has.
 MOPEQ_API int mopeq_best_isa(void);
 // Chooses one; not 0 where this machine or build lacks it.
 MOPEQ_API int mopeq_use_isa(int isa);

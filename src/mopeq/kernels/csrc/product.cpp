@@ -7,6 +7,10 @@
 
 #include "threads.hpp"
 
+#if defined(MOPEQ_ARM) && !defined(__APPLE__)
+#include <sys/auxv.h>
+#endif
+
 namespace mopeq {
 namespace {
 
@@ -240,6 +244,10 @@ const Kernels *table_of(int isa) {
     return &avx512_kernels();
   if (isa == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     return &avx2_kernels();
+#elif defined(MOPEQ_ARM) && defined(__APPLE__)  // all of its processors have them
+  if (isa == 1) return &neon_kernels();
+#elif defined(MOPEQ_ARM)
+  if (isa == 1 && getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return &neon_kernels();
 #endif
   return isa == 0 ? &portable_kernels() : nullptr;
 }

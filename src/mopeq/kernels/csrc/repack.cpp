@@ -177,6 +177,7 @@ int mopeq_repack_codes(const uint8_t *from, uint8_t *to, int64_t rows, int64_t i
 int mopeq_repack_scales(const uint16_t *from, uint16_t *to, int64_t rows, int64_t groups, int64_t to_panels) {
   if (!from || !to) return MOPEQ_NULL;
   if (mopeq::bad(rows, groups)) return MOPEQ_SHAPE;
+  if (reinterpret_cast<uintptr_t>(from) % 2 || reinterpret_cast<uintptr_t>(to) % 2) return MOPEQ_ALIGN;
   for (int64_t r = 0; r < rows; r++) {
     const int64_t first = r / 16 * 16, height = std::min<int64_t>(16, rows - first);
     for (int64_t g = 0; g < groups; g++) {
