@@ -7,8 +7,8 @@ from typing import Any
 
 from common import estimate, table
 
-MEASURED = ("other tokens", "plain rounding")
-"""Costs that are measured as those of the fitted tokens are, but for one thing."""
+MEASURED = ("each left out", "other tokens", "plain rounding")
+"""Costs whose sums stand beside those of the fitted tokens."""
 HEAD = ["map", "seed", "MB of experts", "KL", "KL without", "difference, 95 %", "of it"]
 
 
@@ -70,13 +70,14 @@ def unseen(results: Mapping[str, Any]) -> dict[str, str]:
 
 def fitted(results: Mapping[str, Any]) -> dict[str, str]:
     """Maps by costs that differ in one thing, and those costs by the number of tokens of an expert."""
-    named: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
+    named: dict[tuple[str, float, str], dict[int, Mapping[str, Any]]] = {}
     for run in results["runs"]:
         for row in run["rows"]:
-            named.setdefault((row["granularity"], row["bits"], row["cost"]), []).append(row)
+            named.setdefault((row["granularity"], row["bits"], row["cost"]), {})[run["seed"]] = row
     body = []
-    for (granularity, bits, cost), rows in sorted(named.items(), key=lambda item: item[0][:2]):
-        first = named[granularity, bits, "fitted tokens"]
+    for (granularity, bits, cost), by_seed in sorted(named.items(), key=lambda item: item[0][:2]):
+        rows = list(by_seed.values())
+        first = [named[granularity, bits, "fitted tokens"][seed] for seed in by_seed]
         means = [
             [sum(v) / len(v) for v in zip(*(row["window_kl"] for row in part), strict=True)] for part in (rows, first)
         ]
@@ -85,7 +86,7 @@ def fitted(results: Mapping[str, Any]) -> dict[str, str]:
         beside = [f"{gap.value:+.5f} ({gap.low:+.5f} to {gap.high:+.5f})", f"{won} of {len(rows)}"]
         which = "whole experts" if granularity == "expert" else "gate and up apart from down"
         kl = estimate(means[0]).value
-        body.append([bits, which, cost, f"{kl:.5f}", *(beside if rows is not first else ["", ""])])
+        body.append([bits, which, cost, f"{kl:.5f}", *(beside if cost != "fitted tokens" else ["", ""])])
     head = ["bits", "what has one precision", "cost", "KL", "above that of the fitted tokens, 95 %", "seeds won"]
     return {"fitted costs": table(head, body), "fitted costs by tokens": _by_tokens(results)}
 
@@ -102,5 +103,6 @@ def _by_tokens(results: Mapping[str, Any]) -> str:
 
 
 def _times(rows: Sequence[Mapping[str, Any]], way: str, bits: str) -> str:
-    first, second = (sum(row[which][bits] for row in rows) for which in ("fitted tokens", way))
+    both = [row for row in rows if way in row]
+    first, second = (sum(row[which][bits] for row in both) for which in ("fitted tokens", way))
     return f"{second / first:.2f}" if first else ""
