@@ -48,12 +48,13 @@ format: $(STAMP)
 benchmarks: $(STAMP)  ## the figures of docs/results.md
 	$(BIN)/python benchmarks/run.py
 
+NATIVE = tests/kernels tests/test_hadamard.py tests/runtime/test_step.py
 SANITIZERS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 sanitize: $(STAMP)  ## the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc), then the library anew
 	CXX=g++ CXXFLAGS="$(SANITIZERS)" $(BIN)/python hatch_build.py
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(BIN)/python -m pytest tests/kernels -k "not environment and not fork and not shapes_without"; \
+	  $(BIN)/python -m pytest $(NATIVE) -k "not environment and not fork and not shapes_without"; \
 	  status=$$?; $(BIN)/python hatch_build.py && exit $$status
 
 WITHOUT_POOL = import sys, pytest; from mopeq import native; native._torch_pool = lambda: None; sys.exit(pytest.main(sys.argv[1:]))
@@ -61,7 +62,7 @@ WITHOUT_POOL = import sys, pytest; from mopeq import native; native._torch_pool 
 sanitize-threads: $(STAMP)  ## the kernel's tests of threads under ThreadSanitizer (gcc), on threads of its own, as torch's pool is not instrumented
 	CXX=g++ CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=thread" $(BIN)/python hatch_build.py
 	LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" TSAN_OPTIONS=exitcode=66:ignore_noninstrumented_modules=1 \
-	  $(BIN)/python -c "$(WITHOUT_POOL)" tests/kernels -s -k "(thread or nothing or repacks) and not environment"; \
+	  $(BIN)/python -c "$(WITHOUT_POOL)" $(NATIVE) -s -k "(thread or nothing or repacks or converting or descriptors) and not environment"; \
 	  status=$$?; $(BIN)/python hatch_build.py && exit $$status
 
 wheel: $(STAMP)  ## the wheel of this machine in dist/, repaired by auditwheel and tried, and one made without a compiler tried too

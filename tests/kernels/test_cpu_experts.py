@@ -150,6 +150,22 @@ def test_the_same_bits_on_every_path() -> None:
         lib.mopeq_use_isa(isa)
 
 
+def test_many_tokens_on_threads() -> None:
+    """So many of each expert that panels are unpacked once for all (tile.inc); threads change nothing."""
+    lib, threads, isa = cpu.library(), torch.get_num_threads(), cpu.library().mopeq_isa()
+    groups = layer(hidden=256, inner=192)
+    x, index, weights = routed(300, hidden=256)
+    try:
+        want = experts(x.bfloat16(), index, weights, *groups, SILU)
+        for which, count in itertools.product(isas(), (1, 3)):
+            lib.mopeq_use_isa(which)
+            torch.set_num_threads(count)
+            assert experts(x.bfloat16(), index, weights, *groups, SILU).equal(want)
+    finally:
+        torch.set_num_threads(threads)
+        lib.mopeq_use_isa(isa)
+
+
 def test_more_tokens_than_are_held_at_a_time() -> None:
     held = (1 << 24) // (3 * (2 * INNER + HIDDEN))
     groups = layer()

@@ -7,7 +7,9 @@
 
 #include "threads.hpp"
 
-#if defined(MOPEQ_ARM) && !defined(__APPLE__)
+#if defined(MOPEQ_X86)
+#include <cpuid.h>
+#elif defined(MOPEQ_ARM) && !defined(__APPLE__)
 #include <sys/auxv.h>
 #endif
 
@@ -234,6 +236,13 @@ void filling(int64_t begin, int64_t end, void *context) {
   }
 }
 
+#if defined(MOPEQ_X86)
+bool has_f16c() {  // by this name __builtin_cpu_supports of clang 14 does not know it
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+#endif
+
 }  // namespace
 
 const Kernels *table_of(int isa) {
@@ -243,7 +252,7 @@ const Kernels *table_of(int isa) {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return &avx512_kernels();
-  if (isa == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (isa == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
     return &avx2_kernels();
 #elif defined(MOPEQ_ARM) && defined(__APPLE__)  // all of its processors have them
   if (isa == 1) return &neon_kernels();
