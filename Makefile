@@ -54,7 +54,7 @@ SANITIZERS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sa
 sanitize: $(STAMP)  ## the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc), then the library anew
 	CXX=g++ CXXFLAGS="$(SANITIZERS)" $(BIN)/python hatch_build.py
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(BIN)/python -m pytest $(NATIVE) -k "not environment and not fork and not shapes_without"; \
+	  $(BIN)/python -m pytest $(NATIVE) -s -k "not environment and not fork and not shapes_without"; \
 	  status=$$?; $(BIN)/python hatch_build.py && exit $$status
 
 WITHOUT_POOL = import sys, pytest; from mopeq import native; native._torch_pool = lambda: None; sys.exit(pytest.main(sys.argv[1:]))
