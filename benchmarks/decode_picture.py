@@ -2,39 +2,37 @@
 
     python benchmarks/decode_picture.py
 
-From the results of llama_cpp.py. Every dot is the median of the rounds of one run; the types of llama.cpp were measured
-anew beside each width.
+From the results of llama_cpp.py, on two threads. Every dot is the median of its rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT
 from pictures import BOTTOM, LEFT, RIGHT, TOP, drawn
+from tables import medians
 
 STYLES = {
-    "read": ("a plain read of as many bytes", "#8a8a8a"),
+    "plain read": ("a plain read of as many bytes", "#8a8a8a"),
     "mopeq": ("mopeq", "#0b62c4"),
     "llama.cpp": ("llama.cpp", "#b3252f"),
 }
-STEPS = 100, 10
+STEPS, THREADS = (100, 10), 2
 
 
-def picture(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of the ``runs`` of llama_cpp.py."""
+def picture(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Of the ``rounds`` of llama_cpp.py, those of two threads."""
+    rows = medians([r["rows"] for r in rounds if r["threads"] == THREADS])
     dots = []
-    for bits, rows in runs.items():
-        for name, row in rows.items():
-            kind = {"plain read": "read", "mopeq": "mopeq"}.get(name, name.split()[0])
-            if name == "mopeq, one digit":
-                continue
-            called = f"mopeq, experts at {bits} bits" if kind == "mopeq" else name
-            dots.append((kind, f"{called}: {row['decode']:.1f} tokens/s", row["bytes"] / 1e6, row["decode"]))
+    for name, row in rows.items():
+        kind = next(kind for kind, (title, _) in STYLES.items() if name.startswith((kind, title)))
+        if not name.endswith("one digit"):
+            dots.append((kind, f"{name}: {row['decode']:.1f} tokens/s", row["bytes"] / 1e6, row["decode"]))
     least, most = (edge(d[2] for d in dots) // STEPS[0] * STEPS[0] for edge in (min, max))
     sizes = range(int(least), int(most) + 2 * STEPS[0], STEPS[0])
     rates = range(0, int(max(d[3] for d in dots)) + 2 * STEPS[1], STEPS[1])
@@ -54,7 +52,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "docs" / "decode.svg", help="where the picture goes")
     asked = parser.parse_args()
     stored = json.loads((RESULTS / "llama_cpp.json").read_text(encoding="utf-8"))
-    asked.out.write_text(picture(stored["results"]["runs"]), encoding="utf-8")
+    asked.out.write_text(picture(stored["results"]["rounds"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

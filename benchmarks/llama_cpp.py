@@ -1,21 +1,21 @@
 """mopeq beside llama.cpp on the CPU: decode and prefill of an OLMoE-1B-7B of random weights.
 
-    python benchmarks/llama_cpp.py --tools llama.cpp/build/bin --threads 2
+    python benchmarks/llama_cpp.py --tools llama.cpp/build/bin --threads 2 --scratch models
 
 ``--tools`` is where llama-bench and llama-quantize are, built from the sources that come with llama-cpp-python
 (``cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON``, targets llama-bench and llama-quantize). A GGUF file of
-random bfloat16 weights is quantized by llama-quantize to every type; mopeq's models have random codes, for speed does
-not depend on them. A round takes, one after the other, a plain read, mopeq, and every type of llama.cpp; medians of
-rounds are compared. `one digit` is mopeq with `MOPEQ_COARSE=4`: activations as int8, as llama.cpp has them.
-``--scratch`` keeps the models for another run; ``--layers`` makes all models smaller. Widths whose rows are
-in the results file stay as they are there, so that a long comparison can be made a width at a time.
+random bfloat16 weights is quantized by llama-quantize to every type; mopeq's models, groups of 128, have random codes,
+for speed does not depend on them: ``2,3-4`` has experts of 2 and 3 bits, attention and head of 4. A round takes, one
+after the other, every type of llama.cpp and every model of mopeq, each with a plain read of as many bytes; medians of
+rounds are compared. ``one digit`` is mopeq with `MOPEQ_COARSE=4`: activations as int8, as llama.cpp has them.
+``--scratch`` keeps the models for another run; ``--layers`` makes all smaller. Rounds that the results file has, of
+the same sizes, stay there, so that a long comparison can be made in pieces.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +35,8 @@ from mopeq.kernels import cpu
 from random_packed import OLMOE_1B_7B, write_random
 
 TYPES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q8_0")
+MODELS = ("2-4", "2,3-3", "2,3-4", "3-3", "3-4", "4-4", "8-8")
+GROUP = 128
 PROMPT = 512
 STEP = 1 << 24
 
@@ -162,10 +164,9 @@ def main() -> None:
     parser = arguments(__doc__ or "", "llama_cpp")
     parser.add_argument("--tools", type=Path, required=True, help="folder of llama-bench and llama-quantize")
     parser.add_argument("--types", nargs="+", default=list(TYPES))
-    parser.add_argument("--bits", nargs="+", default=["2", "3", "4", "8", "2,3"], help="widths of experts")
-    parser.add_argument("--rest", type=int, default=4, help="width of attention and head")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="bits of experts - bits of the rest")
     parser.add_argument("--layers", type=int, default=OLMOE_1B_7B["num_hidden_layers"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="folder for files (default: the system's, and deleted)")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -173,30 +174,54 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         scratch = asked.scratch or Path(temporary)
         files = quantized(asked.tools, scratch, config, tuple(asked.types))
-        found: dict[str, Any] = {"layers": asked.layers, "threads": asked.threads, "prompt": PROMPT}
-        found["runs"] = kept(asked.out, found)
-        for bits in asked.bits:
-            if bits in found["runs"]:
-                continue
-            packed = scratch / f"olmoe-{asked.layers}-{bits}-{asked.rest}"
-            if not packed.exists():
-                write_random(packed, tuple(int(b) for b in bits.split(",")), asked.rest, config=config)
-            model: Any = mopeq.load(packed)
-            found["runs"][bits] = rows = measured(model, asked, files, config)
-            rows["mopeq"]["file bytes"] = sum(file.stat().st_size for file in packed.glob("*.safetensors"))
-            del model
-            cells = [[name, f"{row['bytes'] / 1e6:.0f}", f"{row['decode']:.1f}", f"{row.get('prefill', 0):.0f}"]
-                     for name, row in rows.items()]  # fmt: skip
-            print(f"\nexperts at {bits} bits, {asked.threads} threads")
-            print(table(["", "MB a token", "decode, tokens/s", "prefill, tokens/s"], cells), flush=True)
+        folders = {model: packed(scratch, config, model) for model in asked.models}
+        found: dict[str, Any] = {"layers": asked.layers, "prompt": PROMPT, "group": GROUP}
+        found["rounds"] = kept(asked.out, found)
+        for _ in range(asked.rounds):
+            rows = {f"llama.cpp {kind}": one_type(asked, file, config) for kind, file in files.items()}
+            for model, folder in folders.items():
+                rows |= one_model(model, folder)
+            found["rounds"].append({"threads": asked.threads, "rows": rows})
             store(asked.out, found)
+            cells = [[name, *(f"{row[key]:.1f}" if key in row else "" for key in ("decode", "prefill"))]
+                     for name, row in rows.items()]  # fmt: skip
+            head = [f"{asked.threads} threads", "decode, tokens/s", "prefill, tokens/s"]
+            print(table(head, cells), flush=True)
 
 
-def kept(file: Path, head: dict[str, Any]) -> dict[str, Any]:
-    """The runs of a results file of the same sizes and threads, if there is one."""
+def packed(scratch: Path, config: dict[str, Any], model: str) -> Path:
+    """The folder of a model such as ``2,3-4``, made where it is not there yet."""
+    folder = scratch / f"olmoe-{config['num_hidden_layers']}-{model}-g{GROUP}"
+    if not folder.exists():
+        experts, rest = model.split("-")
+        write_random(folder, tuple(int(b) for b in experts.split(",")), int(rest), GROUP, config)
+    return folder
+
+
+def kept(file: Path, head: dict[str, Any]) -> list[Any]:
+    """The rounds of a results file of the same sizes, if there is one."""
     results = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else {}
     same = all(results.get(key) == value for key, value in head.items())
-    return dict(results["runs"]) if same else {}
+    return list(results["rounds"]) if same else []
+
+
+def one_type(asked: Any, file: Path, config: dict[str, Any]) -> dict[str, float]:
+    """Bytes of a token and of the file, and tokens a second, of a type of llama.cpp."""
+    sizes = {"bytes": token_bytes(file, config), "file bytes": file.stat().st_size}
+    return {**sizes, **bench(asked.tools, file, asked.threads)}
+
+
+@torch.no_grad()
+def one_model(name: str, folder: Path) -> dict[str, dict[str, float]]:
+    """The same of a model of mopeq, of a plain read of as many bytes, and of mopeq with one digit."""
+    prompt = torch.randint(1000, 50000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    model: Any = mopeq.load(folder)
+    sizes = {"bytes": active_bytes(model), "file bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors"))}
+    rows = {f"plain read {name}": {**sizes, "decode": 1 / read(model, active_bytes(model))[0]}}
+    rows[f"mopeq {name}"] = {**sizes, **rates(model, prompt)}
+    with one_digit():
+        rows[f"mopeq {name}, one digit"] = {**sizes, **rates(model, prompt)}
+    return rows
 
 
 @contextmanager
@@ -206,27 +231,6 @@ def one_digit() -> Iterator[None]:
         cpu._coarse.cache_clear()
         yield
     cpu._coarse.cache_clear()
-
-
-@torch.no_grad()
-def measured(model: Any, asked: Any, files: dict[str, Path], config: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Medians over rounds: tokens a second and bytes a token of a plain read, mopeq and every type."""
-    prompt = torch.randint(1000, 50000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    size = active_bytes(model)
-    runs: dict[str, list[dict[str, float]]] = {}
-    for _ in range(asked.rounds):
-        made = {"plain read": {"decode": 1 / read(model, size)[0]}, "mopeq": rates(model, prompt)}
-        with one_digit():
-            made["mopeq, one digit"] = rates(model, prompt)
-        made |= {f"llama.cpp {kind}": bench(asked.tools, file, asked.threads) for kind, file in files.items()}
-        for name, row in made.items():
-            runs.setdefault(name, []).append(row)
-    bytes_of = dict.fromkeys(("plain read", "mopeq", "mopeq, one digit"), size)
-    bytes_of |= {f"llama.cpp {kind}": token_bytes(file, config) for kind, file in files.items()}
-    return {
-        name: {"bytes": bytes_of[name], **{what: statistics.median(r[what] for r in rows) for what in rows[0]}}
-        for name, rows in runs.items()
-    }
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -547,21 +548,24 @@ def kernel(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def llama_cpp(results: Mapping[str, Any]) -> dict[str, str]:
-    cells = [
-        [bits, name, f"{row['bytes'] / 1e6:.0f}", f"{row['decode']:.1f}",
-         f"{row['decode'] * row['bytes'] / (found['plain read']['decode'] * found['plain read']['bytes']):.0%}",
-         f"{row['prefill']:.0f}" if "prefill" in row else ""]
-        for bits, found in results["runs"].items() for name, row in found.items()
-    ]  # fmt: skip
-    head = [
-        "experts' bits of mopeq",
-        "",
-        "MB a token",
-        "decode, tokens/s",
-        "bytes/s of the read's",
-        "prefill, tokens/s",
-    ]
+    cells = []
+    for threads in sorted({r["threads"] for r in results["rounds"]}, reverse=True):
+        rows = medians([r["rows"] for r in results["rounds"] if r["threads"] == threads])
+        read = statistics.median(r["decode"] * r["bytes"] for n, r in rows.items() if n.startswith("plain read"))
+        cells += [
+            [threads, name, f"{row['bytes'] / 1e6:.0f}", f"{row['file bytes'] / 1e9:.2f}", f"{row['decode']:.1f}",
+             f"{row['decode'] * row['bytes'] / read:.0%}", f"{row['prefill']:.0f}" if "prefill" in row else ""]
+            for name, row in rows.items()
+        ]  # fmt: skip
+    head = ["threads", "", "MB a token", "GB of files", "decode, tokens/s", "of the read's rate", "prefill, tokens/s"]
     return {"llama.cpp": table(head, cells)}
+
+
+def medians(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of every number of every row, over the rounds that have the row."""
+    names = dict.fromkeys(name for rows in rounds for name in rows)
+    of = {name: [rows[name] for rows in rounds if name in rows] for name in names}
+    return {name: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for name, rows in of.items()}
 
 
 def solver(results: Mapping[str, Any]) -> dict[str, str]:
