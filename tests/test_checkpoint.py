@@ -25,6 +25,7 @@ from mopeq import checkpoint
 from mopeq.checkpoint import Manifest, PackedWriter, linear_precisions, read_manifest, read_packed, verify
 from mopeq.checkpoint import writer as writing
 from mopeq.errors import CheckpointError, MapError, OutputError
+from mopeq.journal import Journal
 from mopeq.precision import FULL, Precision, PrecisionMap
 from mopeq.qtensor import dequantize
 
@@ -164,6 +165,31 @@ def interrupted(out: Path, error: type[BaseException]) -> None:
         writer.add_tensor("b", torch.ones(2))
         assert [p.name for p in out.with_name("out.partial").iterdir()] == ["shard-00000"]
         raise error
+
+
+@pytest.mark.parametrize("place", ["journal", "shards"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_interruption_while_it_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool, place: str) -> None:
+    """What was not there before goes, what was stays, and the last words say which."""
+
+    def opened(resume: bool) -> None:
+        with PackedWriter(tmp_path / "out", job={"of": 1}, resume=resume) as writer:
+            assert writer.journal is not None
+            writer.journal.record("a step")
+            raise KeyboardInterrupt
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    if begun:
+        with pytest.raises(KeyboardInterrupt, match="--resume goes on"):
+            opened(False)
+    monkeypatch.setattr(*((Journal, "_lock") if place == "journal" else (Path, "glob")), stop)
+    with pytest.raises(KeyboardInterrupt) as last:
+        opened(begun)
+    monkeypatch.undo()
+    assert (tmp_path / "out.partial").exists() == begun
+    assert ("--resume goes on" in str(last.value)) == begun
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])

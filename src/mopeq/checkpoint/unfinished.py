@@ -50,12 +50,19 @@ class Unfinished:
                     f"{self.out.parent} has {free:,} bytes free and {self.out.name} needs {self.needed_bytes:,}; "
                     f"free space or give another folder"
                 )
+            fresh = True
             try:
-                self.partial.mkdir(exist_ok=self.resume)
-            except FileExistsError as error:  # since a moment ago
-                raise OutputError(f"another mopeq is writing {self.partial}; wait for it") from error
-            if self.job is not None:
-                self.journal = Journal(self.partial, self.job)
+                self.partial.mkdir()
+            except FileExistsError as error:
+                fresh = False
+                if not self.resume:  # it is there since a moment ago
+                    raise OutputError(f"another mopeq is writing {self.partial}; wait for it") from error
+            try:
+                if self.job is not None:
+                    self.journal = Journal(self.partial, self.job)
+            except KeyboardInterrupt as error:  # the disk may take its time
+                self._leave(not fresh, error)
+                raise
         return self
 
     def _check_partial(self) -> None:
@@ -74,7 +81,9 @@ class Unfinished:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        kept = self.journal is not None and bool(self.journal.steps) and _passing(error)
+        self._leave(self.journal is not None and bool(self.journal.steps) and _passing(error), error)
+
+    def _leave(self, kept: bool, error: BaseException | None) -> None:
         if not kept:
             shutil.rmtree(self.partial, ignore_errors=True)
         if self.journal is not None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -82,8 +83,12 @@ class PackedWriter(Unfinished):
             if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
                 raise OutputError(f"{self.out} exists already; give another folder or remove it")
         super().__enter__()
-        for name in self.partial.glob("model-*.safetensors"):  # killed while it finished: as they were before
-            name.rename(self.partial / _temporary(int(name.name[6:11]) - 1))
+        try:
+            for name in self.partial.glob("model-*.safetensors"):  # killed while it finished: as they were before
+                name.rename(self.partial / _temporary(int(name.name[6:11]) - 1))
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
         return self
 
     def __exit__(
