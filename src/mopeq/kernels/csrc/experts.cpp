@@ -131,12 +131,12 @@ int batch(const mopeq_experts_job &job, int64_t first, int64_t tokens, int64_t i
   const int64_t rows = b.offsets.back(), most = std::max<int64_t>(1, MIDDLE / (2 * inner));
   Product all(job.gate_up);
   if (const int wrong = all.plan(b.offsets.data(), job.hidden, 2 * inner)) return wrong;
-  const Memory out(rows * job.hidden * 4);
+  const Memory out(rows * job.hidden, 4);
   {
     const Filled x(all, tokens, job.hidden, {job.digits, job.coarse}, job.threads, token_row, &b);
     int64_t room = most;
     for (size_t e = 1; e < b.offsets.size(); e++) room = std::max(room, b.offsets[e] - b.offsets[e - 1]);
-    const Memory middle(std::min(rows, room) * 2 * inner * 4);
+    const Memory middle(std::min(rows, room) * 2 * inner, 4);
     for (size_t e = 0, next = 0; next + 1 < b.offsets.size(); e = next) {
       const int64_t begin = b.offsets[e];
       for (next = e + 1; next + 1 < b.offsets.size() && b.offsets[next + 1] - begin <= most;) next++;

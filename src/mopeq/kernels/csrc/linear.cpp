@@ -72,7 +72,7 @@ int linear(const mopeq_job &job) {
   const Typed from{static_cast<const char *>(job.x) + begin * job.inputs * size, job.x_type, job.inputs};
   const Filled x(product, rows, job.inputs, {job.digits, job.coarse}, job.threads, widen_row, &from);
   const bool wide = job.x_type == MOPEQ_F32;
-  const Memory sums(wide ? 0 : rows * n * 4);
+  const Memory sums(wide ? 0 : rows * n, 4);
   product.rows = order.data();
   product.out = wide ? static_cast<float *>(job.out) + begin * n : sums.floats();
   run(&product, 1, job.threads);

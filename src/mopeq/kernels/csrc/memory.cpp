@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -46,7 +47,9 @@ char *taken(int64_t &size) {
 
 }  // namespace
 
-Memory::Memory(int64_t bytes) : data_(nullptr), size_(std::max<int64_t>(bytes, 1)) {
+Memory::Memory(int64_t count, int64_t bytes) : data_(nullptr) {
+  if (count < 0 || count > (INT64_MAX - HUGE_PAGE) / bytes) throw std::bad_alloc();
+  size_ = std::max<int64_t>(count * bytes, 1);
   if (size_ >= LARGE)
     with_kept([&] {
       Piece *best = nullptr;

@@ -7,7 +7,7 @@ namespace mopeq {
 
 class Memory {
  public:
-  explicit Memory(int64_t bytes);  // std::bad_alloc
+  explicit Memory(int64_t count, int64_t bytes = 1);  // so many of so many bytes each; std::bad_alloc
   ~Memory();
   Memory(const Memory &) = delete;
   Memory &operator=(const Memory &) = delete;
