@@ -33,6 +33,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "budget": {"budget": "3.4bpw", "options": [Precision(b, 32) for b in (2, 3, 4)]},
     "output error": {"budget": "3.4bpw", "cost": "output_error", "options": [Precision(2, 32), Precision(4, 32)]},
     "uniform": {"uniform": Precision(3, 32)},
+    "compensated": {"uniform": Precision(2, 32), "compensate": True},
     "data-free": {"uniform": Precision(3, 32), "method": "rtn-mse"},
 }
 
@@ -91,7 +92,7 @@ def done_again(folder: Path) -> list[str]:
         elif entry["event"] == "done":
             counts[entry["step"]] += 1
             # the activations that a layer leaves are stored before the layer is done with
-            if counts[entry["step"]] > 1 and not entry["step"].startswith(("hidden", "gradient")):
+            if counts[entry["step"]] > 1 and not entry["step"].startswith(("hidden", "packed", "gradient")):
                 again.append(entry["step"])
     return again
 

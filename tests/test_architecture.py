@@ -24,7 +24,7 @@ LEVELS = [
     {"balance"},
     {"measure", "refine", "outside"},
     {"pack"},
-    {"trial"},
+    {"compensate", "layerwise", "trial"},
     {"align"},
     {"quantize"},
     {"quickstart", "serve", "moqe", "export"},

@@ -91,9 +91,11 @@ def test_a_full_disk_leaves_what_can_be_gone_on_with(made: Made, at: int, tmp_pa
 def test_lost_and_damaged_files_are_made_again(made: Made, tmp_path: Path) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     with pytest.raises(OutputError, match="the disk is full"):
-        stopped(made, out, {"budget": 13, "output error": 9, "uniform": 7, "data-free": 3}[made.out.name])
+        stopped(
+            made, out, {"budget": 13, "output error": 9, "uniform": 7, "compensated": 11, "data-free": 3}[made.out.name]
+        )
     journal = [json.loads(line) for line in (partial / JOURNAL).read_text().splitlines()]
-    work = [line for line in journal if line.get("step", "").startswith(("measure", "pack"))]
+    work = [line for line in journal if line.get("step", "").startswith(("measure", "pack "))]
     lost, cut = (partial / next(iter(work[at]["files"])) for at in (0, -1))
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-100])

@@ -51,7 +51,7 @@ class Store:
     def clear(self) -> None:
         """Let go of everything."""
         kept = self._held if self.journal is None else self.journal.steps
-        for name in [name for name in kept if name.startswith(("hidden ", "gradient ", "others ", "seen "))]:
+        for name in [name for name in kept if name.startswith(("hidden ", "packed ", "gradient ", "others ", "seen "))]:
             self.drop(name)
 
     def _path(self, name: str) -> Path:

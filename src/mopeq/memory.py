@@ -61,6 +61,7 @@ def footprint(
     *,
     itemsize: int = 2,
     gradients: bool = False,
+    compensate: bool = False,
 ) -> Footprint:
     """What packing a model takes, and, with ``batches``, running it over them layer by layer.
 
@@ -70,6 +71,7 @@ def footprint(
         batches: of calibration; none where the model is not run.
         itemsize: bytes of an activation and of a weight in the type the model runs in.
         gradients: whether it is run backward.
+        compensate: whether the packed model runs beside it (:mod:`mopeq.compensate`).
     """
     sizes = [batch["input_ids"].numel() for batch in batches]
     tokens, batch_tokens = sum(sizes), max(sizes, default=0)
@@ -93,6 +95,8 @@ def footprint(
 
     hidden, top_k = shape[1], max(layer.top_k for layer in spec.layers)
     kept = tokens * (hidden * itemsize * (8 if gradients else 5) + 24 * top_k)  # images, stored, recorded, and joined
+    if compensate:
+        kept = max(kept, tokens * (hidden * itemsize * 9 + 48 * top_k))  # the same of two models, and their difference
     width = 3 * shape[0] + 3 * hidden
     run = batch_tokens * itemsize * (16 * hidden + 2 * top_k * width)
     vocabulary = max((ref.shape[0] for ref in spec.kept if ref.group == "embedding"), default=0)

@@ -38,6 +38,7 @@ from mopeq.source import Source, close_files, read_kept, read_matrix, stored_byt
 from mopeq.spec import Inventory, KeptRef, LinearRef, MoELayer, MoESpec
 
 __all__ = [
+    "Coded",
     "LayerTensors",
     "Linears",
     "Packed",
@@ -46,6 +47,8 @@ __all__ = [
     "pack_experts",
     "pack_model",
     "packed_step",
+    "round_linear",
+    "rounded_group",
     "run_record",
     "write_packed",
 ]
@@ -64,6 +67,10 @@ ROWS_BYTES = 1 << 24
 
 LayerTensors = Callable[[MoELayer, list[str]], Iterable[Stored]]
 """Makes the packed matrices of one MoE layer and names the units that fell back."""
+Coded = Iterator[tuple[ProjectionGroup, list[int], Codes | None]]
+"""A group, places in a slab, and their codes (places, rows, in), None at 16 bits. Those left out do not come."""
+Coding = Callable[[Slab, Mapping[ProjectionGroup, Sequence[Precision]]], Coded]
+"""Makes the codes of a slab at the precisions of its experts."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +245,15 @@ def linear_codes(weight: Tensor, precision: Precision, quantizer: Quantizer, mom
     return replace(made[0], codes=codes, scales=scales, zeros=torch.cat(zeros) if zeros else None)
 
 
+def round_linear(model: nn.Module, source: Source, ref: LinearRef, precision: Precision) -> None:
+    """Give a module the weight that it has when it is packed at a precision, in the type it is of."""
+    weight = read_matrix(source, ref.weight).float()
+    if precision != FULL:
+        weight = dequantize(linear_codes(weight, precision, QUANTIZERS[Linears().method], None))
+    module: Any = model.get_submodule(ref.module)
+    module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+
+
 def pack_experts(
     opened: Prepared,
     layer: MoELayer,
@@ -249,26 +265,28 @@ def pack_experts(
     minimum_tokens: int | None = None,
     memory: int = MOST,
     across: Map = here,
+    coded: Coding | None = None,
     track: Track = silent,
 ) -> Iterator[Stored]:
     """Packed matrices of one MoE layer, in the order experts, then gate, up, down.
 
     seen, module: what the layer saw and its experts module; without, no moments. Units whose moments were filled up
-    are added to ``fallbacks``. memory: bytes of experts at a time. across: does the work. track: is told what is done
-    and, if it shows that, the share of the squared output (without moments, of the squared weights) that is lost.
+    are added to ``fallbacks``. memory: bytes of experts at a time. across: does the work. coded: makes the codes, in
+    the place of the method. track: is told what is done and, if it shows that and no ``coded`` is given, the share of
+    the squared output (without moments, of the squared weights) that is lost.
     """
     made: dict[tuple[int, str], QTensor] = {}
     done, count = 0, len(layer.experts)
     share = "share of squared weights lost" if seen is None else "share of squared output lost"
     rows = {group: precisions.experts[group][layer.index] for group in GROUPS}
     together = Layer(opened.source, layer, seen, module, minimum_tokens, memory)
-    if method in WHOLE and seen is not None and module is not None:
-        learn = partial(learned, seen, module, minimum=max(together.enough.values()))
-    else:
-        learn = None
-    work = partial(_packed_slab, rows=rows, method=method, learn=learn, judged=isinstance(track, Noting))
+    told = isinstance(track, Noting) and coded is None  # weights that are moved on purpose lose nothing by it
+    if coded is None and method in WHOLE and seen is not None and module is not None:
+        coded = partial(_by_expert, learn=partial(learned, seen, module, minimum=max(together.enough.values())))
+    work = partial(_packed_slab, rows=rows, coded=coded or partial(_by_group, method=method), judged=told)
     for slab in mapped(across, together, work):
-        fallbacks += [f"{layer.index}.{expert}.{group}" for group in GROUPS for expert in slab.short[group]]
+        short = ((e, g) for g in GROUPS for e in slab.short[g] if rows[g][e] != LEFT_OUT)
+        fallbacks += [f"{layer.index}.{expert}.{group}" for expert, group in short]
         made |= slab.made
         done += len(slab.experts)
         note(track, layer=layer.index, expert=done, experts=count, lost=slab.lost, whole=slab.whole, error_of=share)
@@ -293,15 +311,14 @@ def _packed_slab(
     slab: Slab,
     *,
     rows: Mapping[ProjectionGroup, Sequence[Precision]],
-    method: str,
-    learn: Callable[..., Learned] | None,
+    coded: Coding,
     judged: bool,
 ) -> PackedSlab:
-    """Some experts; their groups one by one, or, with ``learn``, the groups of each expert together."""
+    """Some experts, with the codes that ``coded`` makes of them."""
     made: dict[tuple[int, str], QTensor] = {}
     lost = whole = 0.0
     wanted = {group: [rows[group][expert] for expert in slab.experts] for group in GROUPS}
-    for group, at, codes in _by_group(slab, wanted, method) if learn is None else _by_expert(slab, wanted, learn):
+    for group, at, codes in coded(slab, wanted):
         weights, parts = slab.weights[group], len(MATRICES[group])
         some = at if len(at) < len(weights) else slice(None)  # which copies nothing
         if codes is None:
@@ -318,25 +335,28 @@ def _packed_slab(
     return PackedSlab(slab.experts, made, slab.short, lost, whole)
 
 
-Coded = Iterator[tuple[ProjectionGroup, list[int], Codes | None]]
-"""A group, places in a slab, and their codes (places, rows, in), None at 16 bits. Those left out do not come."""
-
-
 def _by_group(slab: Slab, wanted: Mapping[ProjectionGroup, Sequence[Precision]], method: str) -> Coded:
-    """Of each group those of equal precision together; moments are factorized once."""
-    quantizer = QUANTIZERS[method]
+    """Each group for itself."""
     for group, row in wanted.items():
-        weights = slab.weights[group]
         moments = None if slab.moments is None else getattr(slab.moments, group)
-        inputs = {kind: once(quantizer, moments, kind) for kind in {p.hadamard for p in row if p.bits < 16}}
-        for precision in dict.fromkeys(p for p in row if p != LEFT_OUT):
-            at = [i for i, p in enumerate(row) if p == precision]
-            some = at if len(at) < len(row) else slice(None)
-            if precision.bits == 16:
-                yield group, at, None
-            else:
-                seen = inputs[precision.hadamard]
-                yield group, at, quantizer(weights[some], precision, None if seen is None else seen[some])
+        for at, codes in rounded_group(slab.weights[group], moments, row, method):
+            yield group, at, codes
+
+
+def rounded_group(
+    weights: Tensor, moments: Tensor | None, row: Sequence[Precision], method: str
+) -> Iterator[tuple[list[int], Codes | None]]:
+    """Places and codes of weights (n, rows, in), those of equal precision together; moments are factorized once."""
+    quantizer = QUANTIZERS[method]
+    inputs = {kind: once(quantizer, moments, kind) for kind in {p.hadamard for p in row if p.bits < 16}}
+    for precision in dict.fromkeys(p for p in row if p != LEFT_OUT):
+        at = [i for i, p in enumerate(row) if p == precision]
+        some = at if len(at) < len(row) else slice(None)
+        if precision.bits == 16:
+            yield at, None
+        else:
+            seen = inputs[precision.hadamard]
+            yield at, quantizer(weights[some], precision, None if seen is None else seen[some])
 
 
 def _by_expert(

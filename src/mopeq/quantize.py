@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mopeq.align import ALIGNED, Alignment, align_folder, check_routers
 from mopeq.allocate import COSTS, allocate, parse_budget
 from mopeq.allocate.budget import check_budget, expert_budget, least_bytes
-from mopeq.analyze import Map, Routed, check_request, here
+from mopeq.analyze import Map, check_request, here
 from mopeq.autoload import callable_module
 from mopeq.candidates import Stock, candidate_bytes, chosen
 from mopeq.checkpoint import PackedWriter, Stored, read_manifest, restored
+from mopeq.compensate import COMPENSATING, compensating
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
 from mopeq.job import hashed, job_of
 from mopeq.journal import Journal, difference, read_journal
+from mopeq.layerwise import layerwise
 from mopeq.load import load_source, load_tokenizer
 from mopeq.measure import (
     Calibration,
@@ -58,7 +58,7 @@ from mopeq.quantizers import DATA_FREE, WHOLE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
 from mopeq.stats import Stats, read_json, write_json
-from mopeq.stream import Shell, Store, forward, stored_dtype
+from mopeq.stream import stored_dtype
 from mopeq.trial import JUDGED_WINDOWS, Choice, compared, settled, tried
 
 __all__ = ["Packed", "pack_model", "quantize", "require_new"]
@@ -87,6 +87,7 @@ def quantize(
     evaluated: bool = True,
     guard: bool | None = None,
     refine: int = 0,
+    compensate: bool = False,
     align: Alignment | None = None,
     resume: bool = False,
     max_memory: int | None = None,
@@ -121,6 +122,8 @@ def quantize(
         guard: with a budget, pack the uniform map instead where the allocated one is not better on held-out text; None
             does it where the result is ``evaluated``. ``Packed.guard`` says what was found.
         refine: with a budget, exchanges of precisions to try on held-out text (:mod:`mopeq.refine`).
+        compensate: quantize each layer on what the packed layers before it give, so that its experts make up for their
+            errors (:mod:`mopeq.compensate`); for the methods of ``COMPENSATING``.
         align: fit routers to the original's after packing, kept where that helps on held-out text (:mod:`mopeq.align`);
             ``Packed.aligned`` says what came of it.
         resume: go on with what the same call left unfinished; the result is the same as without the interruption.
@@ -139,6 +142,8 @@ def quantize(
         raise InputError("precisions outside the experts are chosen within a budget, found none; leave out auto")
     if refine < 0 or (refine and uniform_layers) or ((guard or refine) and budget is None):
         raise InputError("guard and exchanges (not with uniform layers) are for a budget, 0 or more; leave them out")
+    if compensate and method not in COMPENSATING:
+        raise InputError(f"{method} cannot make up for errors of earlier layers, {', '.join(COMPENSATING)} can; use it")
     check_method(method, [*(options or ()), *filter(None, [uniform]), *(precisions.histogram() if precisions else ())])
     if not resume:
         require_new(Path(out))
@@ -178,6 +183,7 @@ def quantize(
     plan = _Plan(
         opened, method, budget, precisions, tuple(options), cost, granularity, uniform_layers, protect, rest,
         calibration, dtype, max_memory, heldout, guard, refine, align, free,
+        compensate,
     )  # fmt: skip
     slab_bytes(max_memory, plan.footprint)
     job = _job(plan, calibration, training)
@@ -229,12 +235,16 @@ class _Plan:
     refine: int
     align: Alignment | None
     free: Set[str]
+    compensate: bool
 
     @property
     def footprint(self) -> Footprint:
         """What it takes of memory."""
         opened = self.opened
-        need = footprint(opened.source, opened.spec, opened.batches, itemsize=self.itemsize, gradients=self._gradients)
+        need = footprint(
+            opened.source, opened.spec, opened.batches,
+            itemsize=self.itemsize, gradients=self._gradients, compensate=self.compensate,
+        )  # fmt: skip
         return replace(need, expert=2 * need.expert) if self.method in WHOLE else need  # the one that is learned, too
 
     @property
@@ -250,7 +260,7 @@ class _Plan:
     def disk_bytes(self) -> int:
         """What the checkpoint takes, and what is needed until it is finished: candidates and activations."""
         inventory = self.opened.inventory
-        stored = spilled_bytes(self.opened.spec, self.opened.batches, gradients=self._gradients)
+        stored = (1 + self.compensate) * spilled_bytes(self.opened.spec, self.opened.batches, gradients=self._gradients)
         if self.precisions is not None:
             return inventory.total_bytes(self.precisions) + stored
         most = expert_budget(parse_budget(self.budget or ""), inventory, self.rest)
@@ -294,8 +304,9 @@ class _Plan:
             short += [unit for unit in fallbacks if unit.rsplit(".", 2)[0] == str(layer.index)]
             return chosen(Stock(journal, measured_step(layer), opened.source, layer), precisions)
 
-        # what is learned of whole experts is no candidate: those were made matrix by matrix, for costs
-        codes, release = self._tensors(precisions, journal, across, track) if self.method in WHOLE else (taken, None)
+        # what is learned of whole experts, or of packed layers, is no candidate: those were made for costs
+        again = self.compensate or self.method in WHOLE
+        codes, release = self._tensors(precisions, journal, across, track) if again else (taken, None)
         files = {"stats.json": stats.to_json()}
         packed = write_packed(writer, opened, precisions, codes, self.method, files, track, release=release)
         return replace(packed, guard=known.get("sentence", ""))
@@ -335,29 +346,11 @@ class _Plan:
     def _tensors(
         self, precisions: PrecisionMap, journal: Journal, across: Map, track: Track
     ) -> tuple[LayerTensors, Callable[[], None] | None]:
-        """Packs a layer with a map, running the model up to it where the quantizer needs what it saw; lets go of it."""
-        sweep: Iterator[tuple[MoELayer, nn.Module, Routed]] | None = None
-
-        def tensors(layer: MoELayer, short: list[str]) -> Iterator[Stored]:
-            nonlocal sweep
-            seen, module = None, None
-            if self.method not in DATA_FREE:
-                if sweep is None:
-                    shell = Shell(self.opened.source, self.opened.spec, self.dtype)
-                    sweep = forward(shell, self.opened.batches, Store(journal), until=layer.decoder, track=track)
-                seen, module = next((routed, experts) for at, experts, routed in sweep if at.index == layer.index)
-            memory = slab_bytes(self.max_memory, self.footprint)
-            return pack_experts(
-                self.opened, layer, precisions, self.method, short, seen, module,
-                memory=memory, across=across, track=track,
-            )  # fmt: skip
-
-        def release() -> None:
-            nonlocal sweep
-            deque(sweep or (), maxlen=0)
-            sweep = None
-
-        return tensors, release
+        """What packs a layer with a map, and lets go of what was needed for that."""
+        opened, memory = self.opened, slab_bytes(self.max_memory, self.footprint)
+        pack = partial(pack_experts, opened, memory=memory, across=across, track=track)
+        make = compensating if self.compensate else layerwise
+        return make(opened, precisions, journal, self.dtype, self.method, pack, track)
 
 
 def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[str, Any]:
@@ -376,6 +369,7 @@ def _job(plan: _Plan, calibration: Calibration, texts: Sequence[Any]) -> dict[st
             else {}
         ),
         **({"uniform_layers": True} if plan.uniform_layers and plan.budget is not None else {}),
+        **({"compensate": True} if plan.compensate else {}),
         **({} if plan.protect else {"protect": False}),
         **({"outside": sorted(plan.free)} if plan.free else {}),
         **({} if plan.align is None else {"align": asdict(plan.align)}),

@@ -34,7 +34,7 @@ from mopeq.progress import Track, note, silent
 from mopeq.source import Source, close_files, decoder_layer
 from mopeq.spec import MoELayer, MoESpec, outside_layers
 
-__all__ = ["Shell", "Store", "backward", "forward", "stored_dtype"]
+__all__ = ["Shell", "Store", "backward", "entered", "forward", "passed", "stored_dtype"]
 
 
 ENTERING = -1
@@ -251,7 +251,7 @@ def forward(
     start = until if until is not None else 0
     begin = next((k for k in range(start, -1, -1) if store.has(f"{name} {k}")), None)
     if begin is None or shell.sees:
-        begin = _enter(shell, batches, store, begin, track, name)
+        begin = entered(shell, batches, store, begin, track, name)
     for number in track(range(begin, last + 1), "calibration data through the model", last + 1 - begin):
         wanted = moe.get(number, []) if number >= start else []
         taps = [Tap(layer, experts_module(shell.model, layer), False, None) for layer in wanted]
@@ -296,7 +296,7 @@ def backward(
     top = next((k for k in range(least_done, count + 1) if store.has(f"gradient {k}")), None)
     needed = [*range(1, top or count), *([] if top else [count])]
     if shell.sees or not store.has("hidden 0"):
-        _enter(shell, batches, store, 0 if store.has("hidden 0") else None, track)
+        entered(shell, batches, store, 0 if store.has("hidden 0") else None, track)
     if lost := [k for k in needed if not store.has(f"hidden {k}")]:
         begin = next(k for k in range(lost[0] - 1, -1, -1) if store.has(f"hidden {k}"))
         for number in track(range(begin, lost[-1]), "calibration data forward", lost[-1] - begin):
@@ -333,7 +333,7 @@ def _seen(layer: MoELayer) -> str:
     return f"seen {layer.index}"
 
 
-def _enter(
+def entered(
     shell: Shell, batches: Sequence[Batch], store: Store, begin: int | None, track: Track, name: str = "hidden"
 ) -> int:
     """Store what enters the first layer where nothing of it is stored; the layer to begin with. Towers run anyway."""
@@ -352,8 +352,21 @@ def _layer(
     gradients: Sequence[Tensor] | None = None,
     track: Track = silent,
 ) -> list[Tensor]:
-    """Run one layer over all batches: its outputs, or, given the gradients at them, the gradients at its inputs."""
+    """Load one layer and run it over all batches, as :func:`passed` does."""
     shell.layer(number, number + (1 if gradients is None else -1))
+    return passed(shell, number, batches, inputs, taps, gradients, track)
+
+
+def passed(
+    shell: Shell,
+    number: int,
+    batches: Sequence[Batch],
+    inputs: Sequence[Tensor],
+    taps: Sequence[Tap] = (),
+    gradients: Sequence[Tensor] | None = None,
+    track: Track = silent,
+) -> list[Tensor]:
+    """What a loaded layer makes of all batches: its outputs, or, given the gradients at them, those at its inputs."""
     handles = [handle for tap in taps for handle in tap.attach(shell.model)]
     made: list[Tensor] = []
     tokens = 0

@@ -27,19 +27,16 @@ from mopeq.errors import BudgetError, DataError
 from mopeq.evaluate import Divergence, Evaluation, evaluate, paired_difference
 from mopeq.evaluate.answers import evaluate_answers
 from mopeq.evaluate.divergence import judging
-from mopeq.kernels.layout import PARTS, GroupLayout
+from mopeq.kernels.layout import GroupLayout
 from mopeq.load import load, load_processor, load_source, load_tokenizer
 from mopeq.measure import Calibration, Prepared, has_pictures
 from mopeq.outside import shared_out
-from mopeq.pack import Linears, linear_codes
-from mopeq.precision import FULL, GROUPS, LEFT_OUT, Precision, PrecisionMap, ProjectionGroup
+from mopeq.pack import round_linear
+from mopeq.precision import GROUPS, LEFT_OUT, Precision, PrecisionMap
 from mopeq.progress import Track, silent
-from mopeq.qtensor import QTensor, dequantize
-from mopeq.quantizers import QUANTIZERS
 from mopeq.refine import refined
-from mopeq.runtime.experts import MixedExperts, pack_experts
+from mopeq.runtime.experts import MixedExperts, Units, fill_experts, pack_experts
 from mopeq.runtime.packed import prepare
-from mopeq.source import read_matrix
 from mopeq.spec import LinearRef
 from mopeq.stats import Stats
 
@@ -65,8 +62,6 @@ LEAST_WINDOWS = 8
 SAME_BYTES = 0.98
 """Share of a map's bytes from which on another one counts as equally large."""
 
-Units = Callable[[int, ProjectionGroup, Precision], Sequence[QTensor]]
-"""The packed matrices of an expert's group at a precision (:meth:`mopeq.candidates.Stock.unit`)."""
 Judge = Callable[[PrecisionMap], Divergence]
 """How far a map takes the model from its original."""
 
@@ -102,7 +97,7 @@ class Trial:
                 module.convert("plain")
                 module.mopeq_layouts = layouts
             for group in changed:
-                _fill(module, group, layouts[group], self.units[layer.index])
+                fill_experts(module, group, self.units[layer.index])
         prepare(self.model)
         return self.model
 
@@ -110,24 +105,8 @@ class Trial:
         for ref, precision in linear_precisions(self.opened.spec, precisions).items():
             if self._rounded.get(ref) == precision:
                 continue
-            weight = read_matrix(self.opened.source, ref.weight).float()
-            if precision != FULL:
-                weight = dequantize(linear_codes(weight, precision, QUANTIZERS[Linears().method], None))
-            module: Any = self.model.get_submodule(ref.module)
-            module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+            round_linear(self.model, self.opened.source, ref, precision)
             self._rounded[ref] = precision
-
-
-def _fill(module: nn.Module, group: ProjectionGroup, layout: GroupLayout, unit: Units) -> None:
-    """New buffers of a projection group."""
-    buffers: dict[str, Any] = {part: torch.empty(layout.size(part), dtype=dtype) for part, dtype in PARTS.items()}
-    for expert, precision in enumerate(layout.precisions):
-        matrices = unit(expert, group, precision)
-        for part, buffer in buffers.items():
-            for view, matrix in zip(layout.views(buffer, part, expert), matrices, strict=False):  # 16 bits: no scales
-                view.copy_(getattr(matrix, part))
-    for part, buffer in buffers.items():
-        module._buffers[f"{group}_{part}"] = buffer if buffer.numel() else None
 
 
 @contextmanager

@@ -195,6 +195,7 @@ def do_quantize(options: argparse.Namespace) -> None:
             evaluated=not options.no_eval,
             guard=options.guard,
             refine=options.refine,
+            compensate=options.compensate,
             align=align,
             resume=options.resume,
             max_memory=size_of(options.max_memory),

@@ -112,6 +112,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="try N exchanges of precisions on text kept apart (default: 0)",
     )
+    p.add_argument(
+        "--compensate",
+        action="store_true",
+        help="quantize layers on what the packed ones before them give, making up for their errors (gptq)",
+    )
     add_align_to_quantize(p)
     _bounded(p)
 

@@ -6,7 +6,7 @@ The original module keeps its configuration, gate function and biases; its two 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any, cast
@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from mopeq.errors import CheckpointError
 from mopeq.kernels import GroupLayout, PackedGroup, experts, grouped_linear
 from mopeq.kernels.layout import PARTS
-from mopeq.precision import GROUPS, ProjectionGroup
+from mopeq.precision import GROUPS, Precision, ProjectionGroup
+from mopeq.qtensor import QTensor
 from mopeq.runtime.packed import PackedModule
 from mopeq.seam import activate, down_bias, gate_of, gate_up_bias, is_experts, weighs_input
 
-__all__ = ["MixedExperts", "bounds", "mix", "pack_experts", "without"]
+__all__ = ["MixedExperts", "Units", "bounds", "fill_experts", "mix", "pack_experts", "without"]
+
+Units = Callable[[int, ProjectionGroup, Precision], Sequence[QTensor]]
+"""The packed matrices of an expert's group at a precision: gate and up, or down; none where it is left out."""
 
 
 class MixedExperts(PackedModule):
@@ -197,3 +201,17 @@ def pack_experts(module: nn.Module, layer: int, layouts: Mapping[ProjectionGroup
     # transformers would initialise the module by its class and look for the parameters dropped here
     m._is_hf_initialized = True
     m.__class__ = _mixed(cast(Hashable, type(module)))
+
+
+def fill_experts(module: nn.Module, group: ProjectionGroup, units: Units) -> None:
+    """New buffers, in plain form, of a projection group of :class:`MixedExperts`."""
+    m: Any = module
+    layout: GroupLayout = m.mopeq_layouts[group]
+    buffers: dict[str, Any] = {part: torch.empty(layout.size(part), dtype=dtype) for part, dtype in PARTS.items()}
+    for expert, precision in enumerate(layout.precisions):
+        matrices = units(expert, group, precision)
+        for part, buffer in buffers.items():
+            for view, matrix in zip(layout.views(buffer, part, expert), matrices, strict=False):  # 16 bits: no scales
+                view.copy_(getattr(matrix, part))
+    for part, buffer in buffers.items():
+        module._buffers[f"{group}_{part}"] = buffer if buffer.numel() else None
