@@ -46,6 +46,8 @@ def commands(model: str, label: str, data: str, text: list[str]) -> dict[str, li
         "bundled_gptq_choices": ["gptq_choices.py", *bundled, "-o", f"{STORED}/bundled_gptq_choices.json"],
         "rest": ["rest.py", *named, "--text", *text],
         "bundled_rest": ["rest.py", *bundled, "-o", f"{STORED}/bundled_rest.json"],
+        "compensate": ["compensate.py", *named, "--text", *text],
+        "bundled_compensate": ["compensate.py", *bundled, "-o", f"{STORED}/bundled_compensate.json"],
         "measuring_cost": ["measuring_cost.py", *named],
         "bundled_recipes": ["recipes.py", *bundled, "-o", "benchmarks/results/bundled_recipes.json"],
         "bundled_methods": [

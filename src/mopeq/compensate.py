@@ -52,7 +52,7 @@ __all__ = ["COMPENSATING", "Both", "Pair", "compensated", "compensating", "gain_
 COMPENSATING = ("gptq",)
 """Quantizers that round what they are given, and so can round shifted weights."""
 
-PRIOR = 8
+PRIOR = 16
 """Tokens for each input of a matrix by which its moments are damped where it makes up for errors (docs/results.md)."""
 ALIKE = 0.2
 """Share of what a layer adds by its experts that may be other than their output times a number: types' rounding."""
