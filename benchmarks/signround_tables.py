@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from codebook_tables import speed
-from common import estimate, table
+from common import estimate, interpolated, table
 
 
 def signround(results: Mapping[str, Any]) -> dict[str, str]:
@@ -70,6 +70,35 @@ def rest(results: Mapping[str, Any]) -> dict[str, str]:
     titles = ["bytes of the default at", "attention", "head", "experts' bits", "KL", "more than the default's, 95 %",
               "seeds won"]  # fmt: skip
     return {"rest": table(titles, body)}
+
+
+def compensate(results: Mapping[str, Any]) -> dict[str, str]:
+    """The same maps with and without ``--compensate``: means over seeds, the range of the change, and shares of what a
+    log-linear line through the uniform maps without it has at as many bytes.
+    """
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    shares: dict[str, list[tuple[float, float]]] = {}
+    for run in results["runs"]:
+        line = [(row["bytes"], row["kl"][0]) for row in run["rows"] if " at " not in row["name"]]
+        for row in run["rows"]:
+            rows.setdefault(row["name"], []).append(row)
+            there = interpolated(line, row["bytes"])
+            shares.setdefault(row["name"], []).append((row["kl"][0] / there, row["kl"][1] / there))
+    body = []
+    for name, found in rows.items():
+        kl = [sum(row["kl"][way] for row in found) / len(found) for way in (0, 1)]
+        changes = sorted(100 * row["change"][0] for row in found)
+        beyond = sum(row["change"][2] < 0 for row in found)
+        of_line = (f"{sum(share[way] for share in shares[name]) / len(found):.2f}" for way in (0, 1))
+        spent = [sum(row["processor_seconds"][way] for row in found) for way in (0, 1)]
+        body.append([
+            name, *(f"{value:.5f}" for value in kl), f"{100 * (kl[1] / kl[0] - 1):+.1f} %",
+            f"{changes[0]:+.1f} to {changes[-1]:+.1f}", f"{beyond} of {len(found)}", *of_line,
+            f"{spent[1] / spent[0]:.1f}",
+        ])  # fmt: skip
+    titles = ["map", "KL", "with `--compensate`", "change", "over seeds, %", "beyond 95 % in seeds",
+              "of the line", "with it", "processor time, times"]  # fmt: skip
+    return {"compensate": table(titles, body)}
 
 
 def rotated(results: Mapping[str, Any]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from frontier_tables import frontier
 from methods_tables import fitted, methods, unseen
 from moqe_tables import moqe
 from served_tables import fit, loading, serving, soak
-from signround_tables import gptq_choices, rest, rotated, rotated_speed, signround
+from signround_tables import compensate, gptq_choices, rest, rotated, rotated_speed, signround
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"random \d+ =")
@@ -603,6 +603,8 @@ PRINTED = {
     "bundled_signround": signround,
     "gptq_choices": gptq_choices,
     "bundled_gptq_choices": gptq_choices,
+    "compensate": compensate,
+    "bundled_compensate": compensate,
     "rest": rest,
     "bundled_rest": rest,
     "rotated": rotated,

@@ -39,6 +39,13 @@ def test_flags_that_are_given_win_wherever_they_stand(flags: list[str]) -> None:
     assert "--samples 7" in recipe_line(options)
 
 
+def test_what_a_recipe_turns_on_can_be_turned_off() -> None:
+    assert parse(parser(), [*COMMAND, "--recipe", "best"]).compensate
+    options = parse(parser(), [*COMMAND, "--recipe", "best", "--no-compensate"])
+    assert not options.compensate
+    assert recipe_line(options).endswith(" --no-compensate")
+
+
 def test_without_a_recipe_nothing_is_said() -> None:
     assert recipe_line(parse(parser(), COMMAND)) == ""
 
@@ -46,7 +53,7 @@ def test_without_a_recipe_nothing_is_said() -> None:
 def test_every_recipe_has_its_part_of_the_page() -> None:
     page = PAGE.read_text(encoding="utf-8")
     for name, flags in RECIPES.items():
-        said = " ".join(f"--{flag} {value}" for flag, value in flags.items())
+        said = " ".join(f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in flags.items())
         assert f"`--recipe {name}`" in page
         assert f"`{said}`" in page
 

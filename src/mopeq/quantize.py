@@ -143,7 +143,10 @@ def quantize(
     if refine < 0 or (refine and uniform_layers) or ((guard or refine) and budget is None):
         raise InputError("guard and exchanges (not with uniform layers) are for a budget, 0 or more; leave them out")
     if compensate and method not in COMPENSATING:
-        raise InputError(f"{method} cannot make up for errors of earlier layers, {', '.join(COMPENSATING)} can; use it")
+        raise InputError(
+            f"{method} cannot make up for errors of earlier layers, {' and '.join(COMPENSATING)} can; use that, or "
+            f"--no-compensate"
+        )
     check_method(method, [*(options or ()), *filter(None, [uniform]), *(precisions.histogram() if precisions else ())])
     if not resume:
         require_new(Path(out))

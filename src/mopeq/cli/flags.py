@@ -114,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--compensate",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="quantize layers on what the packed ones before them give, making up for their errors (gptq)",
     )
     add_align_to_quantize(p)

@@ -12,9 +12,15 @@ from typing import Any
 __all__ = ["RECIPES", "add_recipe", "parse", "recipe_line"]
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "best": {"method": "gptq", "cost": "fisher_error", "samples": 256, "levels": "2,3,4,5,6"},
+    "best": {"method": "gptq", "cost": "fisher_error", "samples": 256, "levels": "2,3,4,5,6", "compensate": True},
     "fast": {"method": "gptq", "cost": "output_error", "samples": 32, "levels": "2,3,4"},
-    "smallest": {"method": "gptq", "cost": "fisher_error", "samples": 256, "levels": "0,2c,3,4,5,6"},
+    "smallest": {
+        "method": "gptq",
+        "cost": "fisher_error",
+        "samples": 256,
+        "levels": "0,2c,3,4,5,6",
+        "compensate": True,
+    },
     "data-free": {"method": "gptq", "cost": "fisher_error", "data": "self"},
 }
 """Flags by the name that ``options`` has them under."""
@@ -48,4 +54,8 @@ def recipe_line(options: argparse.Namespace) -> str:
 
 
 def _flags(flags: Mapping[str, Any]) -> str:
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+    said = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        said.append((f"--{flag}" if value else f"--no-{flag}") if isinstance(value, bool) else f"--{flag} {value}")
+    return " ".join(said)
