@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import killing
+from compensating import nearer
 from mopeq.analyze.forward import token_mask
 from mopeq.checkpoint import read_headers, read_packed
 from mopeq.cli import main
 from mopeq.compensate import PRIOR, Both, Pair, gain_of, shifted
-from mopeq.data.samples import bundled_model
+from mopeq.data.samples import bundled_images, bundled_model, bundled_vlm
 from mopeq.errors import ModelError
 from mopeq.evaluate import paired_difference
 from mopeq.load import load, load_original
@@ -136,6 +137,17 @@ def test_a_layer_is_given_what_whole_models_say(family: str, left_out: bool, tin
         torch.testing.assert_close(pair.missing * gain, lacks, rtol=2e-2, atol=4e-3)
         assert lacks.abs().max() > 0.05
         assert not left_out or not (pair.seen.index == 1).any()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4_text", "ernie4_5_moe", "molmo", "phimoe"])
+def test_what_was_calibrated_on_is_nearer(family: str, tiny_model: Make, tmp_path: Path) -> None:
+    """With every kind of experts module."""
+    assert nearer(tiny_model(family), replace(killing.text(tmp_path), samples=24, length=48), tmp_path) < 0.97
+
+
+def test_images_go_through_both(tmp_path: Path) -> None:
+    data = Calibration(str(bundled_images("calibration.jsonl")), samples=16, batch_size=8)
+    assert nearer(bundled_vlm(), data, tmp_path) < 0.97
 
 
 def test_the_number_before_the_experts_is_found(tiny_model: Make, tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def gain_of(shell: Shell, batch: Batch) -> float:
 
     Raises :class:`ModelError` where that is no number: then an expert cannot make up for what a layer's output lacks.
     """
-    first = shell.spec.layers[0]
+    first, kept = shell.spec.layers[0], token_mask(batch).flatten()
     (given,) = shell.enter([batch])
     made: list[Tensor] = []
     with torch.no_grad():
@@ -342,21 +342,21 @@ def gain_of(shell: Shell, batch: Batch) -> float:
         silenced = tap.module.register_forward_hook(lambda module, args, output: caught.append(output))
         handles = [*tap.attach(shell.model), silenced]
         try:
-            tap.begin(token_mask(batch).flatten())
+            tap.begin(kept)
             made.append(shell.run(first.decoder, batch, given))
+            among = tap.keep  # of the rows that the module got, those that are not padding
             silenced.remove()
             handles.append(tap.module.register_forward_hook(lambda module, args, output: torch.zeros_like(output)))
+            tap.begin(kept)
             made.append(shell.run(first.decoder, batch, given))
         finally:
             for handle in handles:
                 handle.remove()
         shell.release(first.decoder)
-    kept = token_mask(batch).flatten()
-    rows = tap.dealt[0] if tap.dealt else kept
-    added = (made[0].float() - made[1].float()).flatten(0, -2)[rows]
+    added = (made[0].float() - made[1].float()).flatten(0, -2)[kept]
+    added = added[tap.dealt[0]] if tap.dealt else added
     output = caught[0].float()
-    output = output.reshape(-1, len(rows) if not tap.dealt else int(rows.sum()), output.shape[-1]).sum(0)
-    output = output if tap.dealt else output[kept]
+    output = output.reshape(-1, len(among), output.shape[-1]).sum(0)[among]
     size = output.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     gain = float(((added * output).sum(-1) / size).median())
     off = float((added - gain * output).norm(dim=-1).div((added.norm(dim=-1)).clamp_min(1e-30)).median())

@@ -17,6 +17,7 @@ from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe im
 from transformers.models.ernie4_5_vl_moe.processing_ernie4_5_vl_moe import Ernie4_5_VLMoeProcessor
 
 import tiny
+from compensating import nearer
 from mopeq import measure as measuring
 from mopeq.allocate import allocate
 from mopeq.analyze import Routed, fisher, observe
@@ -263,3 +264,7 @@ def test_from_the_command_line(
     assert "1.vision.7: " in page
     assert main(["export", str(out), "--format", "dequantized", "-o", str(tmp_path / "no")]) == 2
     assert "two sets of experts" in capsys.readouterr().err
+
+
+def test_both_sets_make_up_for_earlier_layers(folder: Path, pictures: Calibration, tmp_path: Path) -> None:
+    assert nearer(folder, pictures, tmp_path) < 0.97
