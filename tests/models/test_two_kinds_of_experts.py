@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
 from transformers.models.ernie4_5_vl_moe.processing_ernie4_5_vl_moe import Ernie4_5_VLMoeProcessor
 
+import killing
 import tiny
 from compensating import nearer
 from mopeq import measure as measuring
@@ -24,6 +25,7 @@ from mopeq.analyze import Routed, fisher, observe
 from mopeq.analyze.forward import sampled_loss
 from mopeq.analyze.observe import expert_rows
 from mopeq.cli import main
+from mopeq.compensate import Both
 from mopeq.data.conversations import conversation_batches, read_conversations
 from mopeq.layers import ImageExperts, image_experts
 from mopeq.load import load, load_original
@@ -268,3 +270,24 @@ def test_from_the_command_line(
 
 def test_both_sets_make_up_for_earlier_layers(folder: Path, pictures: Calibration, tmp_path: Path) -> None:
     assert nearer(folder, pictures, tmp_path) < 0.97
+
+
+def test_making_up_goes_on_between_the_two(
+    folder: Path, pictures: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"uniform": OPTIONS[0], "calibration": pictures, "compensate": True, "evaluated": False}
+    quantize(folder, tmp_path / "whole", **how)
+    real, taken = Both.take, list[int]()
+
+    def fails_once(both: Both, layer: Any, *rest: Any) -> None:
+        taken.append(layer.index)
+        if taken == [1, image_experts(1)]:
+            raise KeyboardInterrupt
+        real(both, layer, *rest)
+
+    monkeypatch.setattr(Both, "take", fails_once)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, tmp_path / "out", **how)
+    quantize(folder, tmp_path / "out", **how, resume=True)
+    assert taken[2:] == [1, image_experts(1), 2, image_experts(2)], "the first is packed again for what runs on"
+    assert killing.contents(tmp_path / "out") == killing.contents(tmp_path / "whole")
