@@ -263,7 +263,8 @@ class _Plan:
     def disk_bytes(self) -> int:
         """What the checkpoint takes, and what is needed until it is finished: candidates and activations."""
         inventory = self.opened.inventory
-        stored = (1 + self.compensate) * spilled_bytes(self.opened.spec, self.opened.batches, gradients=self._gradients)
+        spilled = partial(spilled_bytes, self.opened.spec, self.opened.batches)
+        stored = max(spilled(gradients=self._gradients), (1 + self.compensate) * spilled(gradients=False))
         if self.precisions is not None:
             return inventory.total_bytes(self.precisions) + stored
         most = expert_budget(parse_budget(self.budget or ""), inventory, self.rest)
