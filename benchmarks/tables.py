@@ -558,7 +558,31 @@ def llama_cpp(results: Mapping[str, Any]) -> dict[str, str]:
             for name, row in rows.items()
         ]  # fmt: skip
     head = ["threads", "", "MB a token", "GB of files", "decode, tokens/s", "of the read's rate", "prefill, tokens/s"]
-    return {"llama.cpp": table(head, cells)}
+    return {"llama.cpp": table(head, cells), "llama.cpp ratios": _ratios(results["rounds"])}
+
+
+def _ratios(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Each model over llama.cpp's types within a round, on two threads: medians, and the range over the rounds."""
+    two = [r["rows"] for r in rounds if r["threads"] == 2]
+    sets = {"decode": ["Q2_K", "Q3_K_M"], "decode ": ["Q4_0"], "prefill": ["Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q8_0"]}
+    body = []
+    for name in dict.fromkeys(name for rows in two for name in rows if name.startswith("mopeq")):
+        of = [rows for rows in two if name in rows]
+        cells = []
+        for key, kinds in sets.items():
+            what = key.strip()
+            best = [max(rows[f"llama.cpp {k}"][what] for k in kinds if f"llama.cpp {k}" in rows) for rows in of]
+            found = sorted(rows[name][what] / b for rows, b in zip(of, best, strict=True))
+            cells.append(f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})")
+        body.append([name, len(of), *cells])
+    titles = [
+        "times as fast",
+        "rounds",
+        "decode, the faster of Q2_K and Q3_K_M",
+        "decode, Q4_0",
+        "prefill, the best type",
+    ]
+    return table(titles, body)
 
 
 def medians(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
