@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common import START, store, study_arguments
+from common import kept_runs, run_of, settings_of, store, study_arguments
 from fidelity import short, windows_of
 from mopeq.analyze import slabs
 from mopeq.evaluate.bootstrap import difference_estimate
@@ -48,19 +46,13 @@ def main() -> None:
     asked = _parser().parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
-    settings: dict[str, Any] = {
-        "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-        "samples": asked.samples,
-    }  # fmt: skip
+    settings = settings_of(asked)
     results = {**settings, "gaussian": {name: short(loss(points())) for name, points in POINTS.items()},
                "rotation": rotation_cost(), "runs": kept_runs(asked.out, settings)}  # fmt: skip
     real: dict[str, tuple[float, Fake]] = {name: _real(name) for name in REAL}
     for number, seed in enumerate(asked.seeds):  # what exists here only comes last, with the last seed
         methods = real | (others() if number == len(asked.seeds) - 1 else {})
-        run = next((r for r in results["runs"] if r["seed"] == seed), None)
-        if run is None:
-            run = {"seed": seed, "commit": START["commit"], "rows": []}
-            results["runs"].append(run)
+        run = run_of(results, seed)
         if {row["name"] for row in run["rows"]} >= set(methods):
             continue
         prepared = observed(
@@ -73,17 +65,6 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = study_arguments(__doc__ or "", "codebooks")
     return parser
-
-
-def kept_runs(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The runs of an earlier file of the same settings, each with the commit that it was made at."""
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if any(found["results"].get(key) != value for key, value in settings.items()):
-        return []
-    return [{"seed": r["seed"], "commit": r.get("commit", found["commit"]), "rows": r["rows"]}
-            for r in found["results"]["runs"]]  # fmt: skip
 
 
 def judged(

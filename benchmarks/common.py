@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -40,6 +41,34 @@ def study_arguments(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=48, help="held-out windows, evenly spread over all files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the calibration")
     return parser
+
+
+def kept_runs(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of an earlier file of the same settings, each with the commit that it was made at."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if any(found["results"].get(key) != value for key, value in settings.items()):
+        return []
+    return [{"seed": r["seed"], "commit": r.get("commit", found["commit"]), "rows": r["rows"]}
+            for r in found["results"]["runs"]]  # fmt: skip
+
+
+def settings_of(asked: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """What a study's runs have in common."""
+    return {
+        "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
+        "samples": asked.samples, **more,
+    }  # fmt: skip
+
+
+def run_of(results: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The run of a seed among the results, which get one that has no rows yet if there is none."""
+    found: dict[str, Any] | None = next((run for run in results["runs"] if run["seed"] == seed), None)
+    if found is None:
+        found = {"seed": seed, "commit": START["commit"], "rows": []}
+        results["runs"].append(found)
+    return found
 
 
 def store(path: Path, results: Mapping[str, Any]) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from codebooks import kept_runs
-from common import START, store, study_arguments
+from common import kept_runs, run_of, settings_of, store, study_arguments
 from fidelity import short, windows_of
 from mopeq.allocate import allocate
 from mopeq.evaluate import Divergence, paired_difference
@@ -38,17 +37,11 @@ def main() -> None:
     asked = study_arguments(__doc__ or "", "compensate").parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
-    settings: dict[str, Any] = {
-        "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-        "samples": asked.samples,
-    }  # fmt: skip
+    settings = settings_of(asked)
     results = {**settings, "runs": kept_runs(asked.out, settings)}
     original = load_source(opened.source, torch.float32)
     for seed in asked.seeds:
-        run = next((r for r in results["runs"] if r["seed"] == seed), None)
-        if run is None:
-            run = {"seed": seed, "commit": START["commit"], "rows": []}
-            results["runs"].append(run)
+        run = run_of(results, seed)
         calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
         training, _ = split_texts(calibration, opened.source.path)
         ready, known = calibrated(opened, calibration, texts=training), {row["name"] for row in run["rows"]}

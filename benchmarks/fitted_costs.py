@@ -18,13 +18,12 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common import START, store, study_arguments
+from common import START, settings_of, store, study_arguments
 from fidelity import short, windows_of
 from frontier import COST, KEPT, LEVELS, Study, studied
 from mopeq.allocate import allocate
@@ -70,10 +69,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
-    settings: dict[str, Any] = {
-        "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-        "samples": asked.samples,
-    }  # fmt: skip
+    settings = settings_of(asked)
     results: dict[str, Any] = {**settings, "runs": []}
     if asked.out.exists():
         stored = json.loads(asked.out.read_text(encoding="utf-8"))["results"]

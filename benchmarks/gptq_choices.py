@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from codebooks import kept_runs
-from common import START, store, study_arguments
+from common import kept_runs, run_of, settings_of, store, study_arguments
 from mopeq.analyze import moments
 from mopeq.measure import Calibration, Prepared, observed, open_model
 from mopeq.precision import GROUPS, Precision, parse_precision
@@ -44,16 +42,10 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
-    settings: dict[str, Any] = {
-        "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-        "samples": asked.samples,
-    }  # fmt: skip
+    settings = settings_of(asked)
     results = {**settings, "runs": kept_runs(asked.out, settings)}
     for seed in asked.seeds:
-        run = next((r for r in results["runs"] if r["seed"] == seed), None)
-        if run is None:
-            run = {"seed": seed, "commit": START["commit"], "rows": []}
-            results["runs"].append(run)
+        run = run_of(results, seed)
         calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
         prepared = observed(opened, calibration, gradients=False, dtype=torch.float32)
         methods = {

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from codebooks import kept_runs
-from common import START, store, study_arguments
+from common import kept_runs, run_of, settings_of, store, study_arguments
 from fidelity import short, windows_of
 from mopeq.allocate import allocate, predicted
 from mopeq.errors import BudgetError
@@ -48,17 +47,11 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
-    settings: dict[str, Any] = {
-        "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-        "samples": asked.samples,
-    }  # fmt: skip
+    settings = settings_of(asked)
     results = {**settings, "runs": kept_runs(asked.out, settings)}
     wanted = {(bits, *pair) for bits in asked.bits for pair in (USUAL, *OUTSIDE, CHOSEN)}
     for seed in asked.seeds:
-        run = next((r for r in results["runs"] if r["seed"] == seed), None)
-        if run is None:
-            run = {"seed": seed, "commit": START["commit"], "rows": []}
-            results["runs"].append(run)
+        run = run_of(results, seed)
         if not wanted <= {(row["bits"], row["attention"], row["head"]) for row in run["rows"]}:
             _run(asked, opened, run, partial(store, asked.out, results))
 

@@ -10,14 +10,11 @@ Rows that the results file has already, of the same settings, are kept: a run th
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from codebooks import Fake, judged, kept_runs
-from common import START, store, study_arguments
+from codebooks import Fake, judged
+from common import kept_runs, run_of, settings_of, store, study_arguments
 from mopeq.measure import Calibration, observed, open_model
 from mopeq.precision import Precision, parse_precision
 from mopeq.qtensor import dequantize
@@ -31,19 +28,13 @@ def main() -> None:
     asked = study_arguments(__doc__ or "", "rotated").parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
-    settings: dict[str, Any] = {
-        "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-        "samples": asked.samples,
-    }  # fmt: skip
+    settings = settings_of(asked)
     shapes = {g: opened.spec.layers[0].shapes(g) for g in ("gate_up", "down")}
     if 2 * shapes["gate_up"][0][0] > shapes["gate_up"][0][1] or shapes["down"][0][0] <= shapes["down"][0][1]:
         raise SystemExit("gate with up, and down, are told apart by their shapes here, and this model's look alike")
     results = {**settings, "runs": kept_runs(asked.out, settings)}
     for seed in asked.seeds:
-        run = next((r for r in results["runs"] if r["seed"] == seed), None)
-        if run is None:
-            run = {"seed": seed, "commit": START["commit"], "rows": []}
-            results["runs"].append(run)
+        run = run_of(results, seed)
         calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
         prepared = observed(opened, calibration, gradients=False, dtype=torch.float32)
         for pair in PAIRS:  # rows are compared with the first of those that judged() is given

@@ -23,8 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from codebooks import kept_runs
-from common import START, store, study_arguments
+from common import kept_runs, run_of, settings_of, store, study_arguments
 from fidelity import short, windows_of
 from mopeq.analyze import Routed, Slab, observe, slabs
 from mopeq.evaluate.bootstrap import difference_estimate
@@ -49,10 +48,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
-    settings: dict[str, Any] = {
-        "model": asked.label or Path(asked.model).name, "windows": asked.windows, "length": asked.length,
-        "samples": asked.samples, "iterations": asked.iterations,
-    }  # fmt: skip
+    settings = settings_of(asked, iterations=asked.iterations)
     results = {**settings, "runs": kept_runs(asked.out, settings)}
     for number, seed in enumerate(asked.seeds):
         methods = {
@@ -64,10 +60,7 @@ def main() -> None:
         methods = dict(
             sorted(methods.items(), key=lambda item: item[0].startswith("signround"))
         )  # what is slow comes last
-        run = next((r for r in results["runs"] if r["seed"] == seed), None)
-        if run is None:
-            run = {"seed": seed, "commit": START["commit"], "rows": []}
-            results["runs"].append(run)
+        run = run_of(results, seed)
         calibration = Calibration(asked.data, asked.samples, asked.length, 8, seed)
         prepared = observed(opened, calibration, gradients=False, dtype=torch.float32)
         if asked.ids:

@@ -11,12 +11,10 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from codebooks import kept_runs
-from common import START, arguments, store
+from common import arguments, kept_runs, run_of, settings_of, store
 from few_bits import AT, COST, KEPT, OFFERED, TWO, measured
 from fidelity import short
 from mopeq.allocate import allocate, uniform_map
@@ -44,15 +42,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     opened = open_model(asked.model)
-    settings: dict[str, Any] = {
-        "model": asked.label or Path(asked.model).name, "samples": asked.samples, "length": asked.length,
-        "windows": asked.windows,
-    }  # fmt: skip
+    settings = settings_of(asked)
     results = {**settings, "runs": kept_runs(asked.out, settings)}
-    run = next((r for r in results["runs"] if r["seed"] == asked.seed), None)
-    if run is None:
-        run = {"seed": asked.seed, "commit": START["commit"], "rows": []}
-        results["runs"].append(run)
+    run = run_of(results, asked.seed)
     rows = run["rows"]
     original = load_source(opened.source, torch.float32)
     with tempfile.TemporaryDirectory() as temporary:
