@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,13 +14,13 @@ from mopeq.precision import Precision
 from mopeq.quantize import quantize
 
 
-def nearer(folder: Path, calibration: Calibration, tmp_path: Path) -> float:
+def nearer(folder: Path, calibration: Calibration, tmp_path: Path, **how: Any) -> float:
     """Squared error of the logits of the calibration tokens with --compensate over that without, in the same bytes."""
     batches, original = calibrated(open_model(folder), calibration).batches, load_original(folder, dtype=torch.float32)
-    errors = []
+    errors, how = [], how or {"uniform": Precision(2, 32)}
     for way in (False, True):
         out = tmp_path / str(way)
-        quantize(folder, out, uniform=Precision(2, 32), calibration=calibration, compensate=way, evaluated=False)
+        quantize(folder, out, **how, calibration=calibration, compensate=way, evaluated=False)
         small, error = load(out, dtype=torch.float32), 0.0
         for batch in batches:
             inputs = inputs_of(batch, torch.device("cpu"))

@@ -22,7 +22,7 @@ from mopeq.errors import ModelError
 from mopeq.evaluate import paired_difference
 from mopeq.load import load, load_original
 from mopeq.measure import Calibration, calibrated, open_model
-from mopeq.precision import DEFAULT_REST, LEFT_OUT, Precision, PrecisionMap
+from mopeq.precision import DEFAULT_REST, FULL, GROUPS, LEFT_OUT, Precision, PrecisionMap
 from mopeq.quantize import quantize
 from mopeq.runtime.experts import without
 from mopeq.stream import Shell, Store
@@ -157,8 +157,43 @@ def test_the_number_before_the_experts_is_found(tiny_model: Make, tmp_path: Path
     shell = Shell(made.source, made.spec)
     block = shell.model.get_submodule(made.spec.layers[0].module.rpartition(".")[0])
     block.register_forward_hook(lambda module, args, output: nn.functional.layer_norm(output, output.shape[-1:]) ** 3)
-    with pytest.raises(ModelError, match=r"times a number: .* leave out --compensate"):
+    with pytest.raises(ModelError, match=r"times a number, is not what .* use --no-compensate"):
         gain_of(shell, made.batches[0])
+
+
+def test_experts_that_give_nothing_have_no_number(tiny_model: Make, tmp_path: Path) -> None:
+    made = prepared(tiny_model("olmoe"), tmp_path)
+    shell = Shell(made.source, made.spec)
+    module = shell.model.get_submodule(made.spec.layers[0].module)
+    module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    with pytest.raises(ModelError, match=r"times 0, 0 % is other"):
+        gain_of(shell, made.batches[0])
+
+
+def test_a_model_that_cannot_is_refused_before_it_is_measured(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> float:
+        raise ModelError("it cannot")
+
+    monkeypatch.setattr("mopeq.quantize.gain_of", refused)
+    monkeypatch.setattr("mopeq.quantize.measure_streamed", lambda *_, **__: pytest.fail("measured"))
+    command = ["quantize", str(tiny_model("olmoe")), "-o", str(tmp_path / "out"), "--budget", "3.5bpw", "--compensate"]
+    assert main([*command, "--group-size", "32", "--no-eval", "--data", str(killing.text(tmp_path).data)]) == 2
+    assert "it cannot" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_every_kind_of_precision(tiny_model: Make, tmp_path: Path) -> None:
+    """16 bits, which stay, rotated inputs, a codebook, a row's one scale, and none, in one layer."""
+    folder, calibration = tiny_model("mixtral"), replace(killing.text(tmp_path), samples=24, length=48)
+    kinds = [FULL, Precision(2, 32, hadamard=True), Precision(2, 32, codebook=True), Precision(3, -1, symmetric=True)]
+    layers = open_model(folder).inventory.experts
+    experts = {g: {layer: tuple(kinds[i % 4] for i in range(n)) for layer, n in layers.items()} for g in GROUPS}
+    for group in GROUPS:
+        experts[group][max(layers)] = (LEFT_OUT, *experts[group][max(layers)][1:])
+    precisions = PrecisionMap(experts, DEFAULT_REST)
+    assert nearer(folder, calibration, tmp_path, precisions=precisions) < 0.97
 
 
 def test_less_of_the_model_is_lost(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def compensated(
                 moments.addmm_((h * c).T, h * c)
                 cross.addmm_((((whole - h) @ down[i].T) * c + missing).T, h * c)
             down[i] = shifted(down[i], cross, moments, len(own))
+    # rounded on what the original gate and up give there: on what the codes give the KL was the same
     for at, codes in rounded_group(down, slab.moments.down, wanted["down"], method):
         yield "down", at, codes
 
@@ -243,8 +244,7 @@ class Both:
 
         def unit(expert: int, group: ProjectionGroup, precision: Precision) -> list[QTensor]:
             names = layer.experts[expert].names
-            made = [] if precision == LEFT_OUT else [found[names[matrix]] for matrix in MATRICES[group]]
-            return [matrix for matrix in made if isinstance(matrix, QTensor)]
+            return [] if precision == LEFT_OUT else [_packed(found[names[matrix]]) for matrix in MATRICES[group]]
 
         layouts = {g: GroupLayout(self.precisions.experts[g][layer.index], layer.shapes(g)) for g in GROUPS}
         packing.pack_experts(module, layer.index, layouts)
@@ -322,6 +322,11 @@ class Both:
         return torch.tensor(gone) if any(gone) else None
 
 
+def _packed(stored: QTensor | Tensor) -> QTensor:
+    assert isinstance(stored, QTensor), "experts are packed at every precision"
+    return stored
+
+
 def gain_of(shell: Shell, batch: Batch) -> float:
     """What an experts module's output is multiplied by on the way to its layer's output, found by running the first
     MoE layer with and without it.
@@ -360,9 +365,10 @@ def gain_of(shell: Shell, batch: Batch) -> float:
     size = output.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     gain = float(((added * output).sum(-1) / size).median())
     off = float((added - gain * output).norm(dim=-1).div((added.norm(dim=-1)).clamp_min(1e-30)).median())
-    if not off < ALIKE:
+    if not (off < ALIKE and gain):
         raise ModelError(
-            f"what {first.module} gives is not what {type(shell.model).__name__} adds to its hidden states, times a "
-            f"number: {100 * off:.0f} % is other; its experts cannot make up for errors, leave out --compensate"
+            f"what {first.module} gives, times a number, is not what {type(shell.model).__name__} adds to its hidden "
+            f"states: times {gain:.3g}, {100 * off:.0f} % is other; its experts cannot make up for errors, use "
+            f"--no-compensate"
         )
     return gain

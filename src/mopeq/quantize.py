@@ -24,7 +24,7 @@ from mopeq.analyze import Map, check_request, here
 from mopeq.autoload import callable_module
 from mopeq.candidates import Stock, candidate_bytes, chosen
 from mopeq.checkpoint import PackedWriter, Stored, read_manifest, restored
-from mopeq.compensate import COMPENSATING, compensating
+from mopeq.compensate import COMPENSATING, compensating, gain_of
 from mopeq.data.text import text_windows
 from mopeq.errors import DataError, InputError, OutputError
 from mopeq.job import hashed, job_of
@@ -58,7 +58,7 @@ from mopeq.quantizers import DATA_FREE, WHOLE
 from mopeq.source import stored_bytes
 from mopeq.spec import MoELayer
 from mopeq.stats import Stats, read_json, write_json
-from mopeq.stream import stored_dtype
+from mopeq.stream import Shell, stored_dtype
 from mopeq.trial import JUDGED_WINDOWS, Choice, compared, settled, tried
 
 __all__ = ["Packed", "pack_model", "quantize", "require_new"]
@@ -278,6 +278,8 @@ class _Plan:
         if self.precisions is not None:
             tensors, release = self._tensors(self.precisions, journal, across, track)
             return write_packed(writer, opened, self.precisions, tensors, self.method, {}, track, release=release)
+        if self.compensate:  # a model that cannot is refused before it is measured
+            gain_of(Shell(opened.source, opened.spec, self.dtype), opened.batches[0])
         stats, fallbacks = measure_streamed(
             opened,
             ("frequency", "gate_mass", "output_peak", self.cost),
